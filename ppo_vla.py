@@ -1,0 +1,825 @@
+"""PPO for vision-language-action policies, in one file.
+
+    python bc_warmup.py --run-name warmup                              # stage 1: imitation, a few minutes
+    python ppo_vla.py --checkpoint runs/warmup/checkpoint.pt           # stage 2: this file
+    python ppo_vla.py --env CartPole-v1                                # plain PPO, the sanity check
+
+Proximal policy optimisation (Schulman et al. 2017) where one decision is a chunk of K actions of A numbers, emitted as
+K*A tokens in one parallel forward (OpenVLA-OFT, Kim et al. 2025) and executed open loop. The value is read at the last
+prompt position, before any action token. Log-probs are taken at the sampling temperature over the sampling support.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from common import UserError
+from common.action_tokenizer import ActionTokenizer
+from common.backbones import adapters_disabled, add_lora, load_backbone
+from common.checkpoint import (
+    CheckpointError,
+    hardware,
+    load_checkpoint,
+    rng_state,
+    run_folder,
+    save_checkpoint,
+    set_rng_state,
+    versions,
+    write_results,
+)
+from common.envs import make_envs
+from common.video import annotate, write_video
+
+
+@dataclass
+class Args:
+    # --- experiment
+    env: str = "tabletop"
+    """the world: tabletop, or a Gymnasium id with vector observations"""
+    tasks: tuple[str, ...] = ()
+    """tabletop: kinds of task (lift, put, move) or instructions; empty for all"""
+    cameras: tuple[str, ...] = ("agentview",)
+    """tabletop: the pictures that the policy sees (agentview, wrist)"""
+    renderer: Literal["ray", "gl"] = "ray"
+    """tabletop: MuJoCo's ray caster, which needs no GL, or mujoco.Renderer"""
+    reward: Literal["sparse", "shaped"] = "sparse"
+    """tabletop: 1 at success, or with a difference of potentials added"""
+    eval_split: str = "eval"
+    """tabletop: eval, or a held-out variation (vision, semantics, execution)"""
+    seed: int = 1
+    """fixes environments, sampling, initial states and minibatch order"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the policy runs"""
+    checkpoint: str | None = None
+    """start from these weights: a file, or a run's folder"""
+    resume: str | None = None
+    """continue this run (its folder) exactly where its last checkpoint stands, with its own arguments"""
+    evaluate: bool = False
+    """no training: evaluate --checkpoint and write results.json"""
+    deterministic: bool = True
+    """evaluate greedily; --no-deterministic samples at the training temperature"""
+    capture_video: bool = False
+    """write annotated videos of the first evaluation episodes"""
+    track: bool = False
+    """log to Weights & Biases beside TensorBoard"""
+    output_dir: str = "runs"
+    """where run folders are made"""
+    run_name: str | None = None
+    """the run folder's name; default <env>__<script>__<seed>__<time>"""
+    num_envs: int = 128
+    """parallel environments"""
+    num_workers: int | None = None
+    """processes that hold them; default one a core, 0 for none"""
+    eval_envs: int = 100
+    """parallel environments of an evaluation"""
+    eval_episodes: int = 200
+    """episodes of an evaluation, on layouts that training never shows"""
+    eval_freq: int = 25
+    """iterations between evaluations; 0 for the first and the last only"""
+    save_freq: int = 10
+    """iterations between checkpoints"""
+
+    # --- algorithm
+    total_timesteps: int = 1_000_000
+    """environment steps to train for"""
+    backbone: str = "tiny"
+    """tiny or mlp, when no --checkpoint says which"""
+    head: Literal["tokens", "gaussian", "discrete"] = "tokens"
+    """256-bin action tokens, a Gaussian on the continuous chunk, or a categorical over gymnasium's Discrete"""
+    chunk: int = 4
+    """K, actions a decision, executed open loop"""
+    action_history: int = 0
+    """the last n executed actions as an input"""
+    lora_rank: int = 0
+    """rank of the adapters; 0 trains every weight"""
+    train_vision: bool = False
+    """train the vision part too; frozen, its output is computed once and reused over the epochs"""
+    num_steps: int = 8
+    """decisions per environment and iteration"""
+    update_epochs: int = 2
+    """passes over an iteration's data"""
+    minibatch_size: int = 256
+    """decisions per optimizer step"""
+    micro_batch_size: int = 256
+    """decisions per backward pass; smaller fits less memory and gives the same gradient"""
+    learning_rate: float = 2e-4
+    """AdamW, policy"""
+    value_learning_rate: float = 1e-3
+    """AdamW, value head"""
+    anneal_lr: bool = True
+    """linear decay of both learning rates to zero"""
+    gamma: float = 0.98
+    """discount per decision"""
+    gae_lambda: float = 0.95
+    """lambda of generalised advantage estimation"""
+    ratio_level: Literal["token", "step", "chunk"] = "step"
+    """what one importance ratio covers: a token, the tokens of one environment step, or the whole chunk"""
+    clip_low: float = 0.2
+    """the ratio is clipped to [1 - clip_low, 1 + clip_high]"""
+    clip_high: float = 0.28
+    """a wider upper bound keeps exploration alive (DAPO, Yu et al. 2025)"""
+    temperature: float = 0.5
+    """divides the logits, in sampling and in every log-prob alike"""
+    entropy_coef: float = 0.0
+    """weight of the entropy bonus"""
+    kl_coef: float = 0.0
+    """weight of the k3 estimate of KL(policy || initial policy)"""
+    target_kl: float | None = None
+    """end the iteration's update once approx_kl of a minibatch exceeds it"""
+    value_coef: float = 0.5
+    """weight of the value loss"""
+    value_clip: float = 0.2
+    """the new value is kept within this of the old one in the clipped branch; 0 for no clipping"""
+    huber_delta: float = 0.0
+    """Huber's delta for the value loss; 0 for the squared error"""
+    detach_value: bool = True
+    """keep the value loss's gradient out of the backbone"""
+    critic_warmup: int = 2
+    """iterations that train only the value head"""
+    normalize_advantages: bool = True
+    """to mean 0 and std 1 over an iteration's data"""
+    max_grad_norm: float = 1.0
+    """global gradient norm clip"""
+    init_std: float = 0.2
+    """gaussian head: initial standard deviation, actions being in [-1, 1]"""
+    learn_std: bool = True
+    """gaussian head: train the standard deviation, one per action dimension"""
+
+
+PLAIN = dict(
+    backbone="mlp", chunk=1, num_envs=8, num_workers=0, eval_envs=20, eval_episodes=100, num_steps=128, update_epochs=10,
+    minibatch_size=256, micro_batch_size=256, learning_rate=1e-3, value_learning_rate=1e-3, gamma=0.98, ratio_level="chunk",
+    clip_high=0.2, temperature=1.0, value_clip=0.0, detach_value=False, critic_warmup=0, max_grad_norm=0.5, eval_freq=50,
+    save_freq=50, total_timesteps=150_000,
+)  # fmt: skip
+PRESETS = {  # what differs from the defaults, which are tabletop's; flags on the command line win
+    "CartPole-v1": dict(PLAIN, head="discrete"),
+    "Acrobot-v1": dict(PLAIN, head="discrete", gamma=0.99),
+    "Pendulum-v1": dict(PLAIN, head="gaussian", gamma=0.9, num_steps=256, init_std=1.0, total_timesteps=300_000),
+}
+
+
+# --- the mathematics: pure functions on tensors
+
+
+def compute_gae(rewards, values, next_values, ends, gamma, gae_lambda):
+    """Generalised advantage estimation (Schulman et al. 2016), for T decisions of N environments.
+
+    delta_t = r_t + gamma * next_value_t - v_t;  A_t = delta_t + gamma * lambda * (1 - end_t) * A_{t+1}
+    rewards, values, next_values (T, N) float32; ends (T, N) bool: the episode ended at t, in whatever way. next_values
+    is v_{t+1} within an episode, 0 after a termination and V(final observation) after a truncation: the way of ending
+    is in next_values alone. -> advantages, returns (T, N)
+    """
+    delta = rewards + gamma * next_values - values
+    carry = gamma * gae_lambda * (~ends).to(delta.dtype)
+    advantages = torch.empty_like(delta)
+    advantage = torch.zeros_like(delta[0])
+    for t in reversed(range(len(delta))):
+        advantage = delta[t] + carry[t] * advantage
+        advantages[t] = advantage
+    return advantages, advantages + values
+
+
+def merge_tokens(x, mask, level, chunk):
+    """Sum token log-probs (B, K*A) over what one ratio covers, leaving masked tokens out.
+
+    -> sums (B, G), any valid token (B, G) bool; G = K*A for "token", K for "step", 1 for "chunk".
+    """
+    x = torch.where(mask, x, 0.0)
+    if level == "token":
+        return x, mask
+    groups = chunk if level == "step" else 1
+    return x.unflatten(1, (groups, -1)).sum(-1), mask.unflatten(1, (groups, -1)).any(-1)
+
+
+def clipped_surrogate(log_ratio, advantages, clip_low, clip_high):
+    """-min(rho A, clip(rho, 1 - low, 1 + high) A) elementwise (Schulman et al. 2017, eq. 7).
+
+    log_ratio (B, G), advantages (B,) -> loss (B, G)
+    """
+    ratio = log_ratio.exp()
+    advantages = advantages[:, None]
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+
+
+def value_loss(values, old_values, returns, clip, huber_delta):
+    """Elementwise (B,): 0.5 * (v - R)^2, or Huber's; with clip > 0 the worse of it and the loss of v kept within clip of
+    the old value (PPO's value clipping)."""
+
+    def error(prediction):
+        if huber_delta > 0:
+            return F.huber_loss(prediction, returns, reduction="none", delta=huber_delta)
+        return 0.5 * (prediction - returns).square()
+
+    if clip <= 0:
+        return error(values)
+    return torch.maximum(error(values), error(old_values + (values - old_values).clamp(-clip, clip)))
+
+
+def kl_k3(log_ratio):
+    """Schulman's k3 estimate of KL(p || q) from samples of p, with log_ratio = log q - log p: exp(x) - 1 - x >= 0."""
+    return log_ratio.exp() - 1 - log_ratio
+
+
+def masked_mean(x, mask, total=None):
+    """Sum of x over mask divided by `total` (default: the mask's own count). Dividing micro-batches by their minibatch's
+    total makes their gradients add up to the minibatch's."""
+    return torch.where(mask, x, 0.0).sum() / (mask.sum() if total is None else total).clamp(min=1)
+
+
+def explained_variance(values, returns):
+    """1 - Var(R - v) / Var(R): 1 is a perfect critic, 0 one no better than a constant."""
+    return 1 - (returns - values).var() / returns.var().clamp(min=1e-8)
+
+
+# --- heads and agent
+
+
+class TokenHead(nn.Module):
+    """Action tokens: a categorical over 256 bins for each of the K*A numbers. Actions are slice indices (B, K*A)."""
+
+    def __init__(self, backbone, args):
+        super().__init__()
+        self.temperature, self.tokenizer = args.temperature, ActionTokenizer()
+        self.shape = (backbone.chunk, backbone.action_dim)
+
+    def forward(self, backbone, action_hidden):
+        return backbone.action_logits(action_hidden).float() / self.temperature  # (B, K*A, 256)
+
+    def sample(self, logits, deterministic, generator):
+        if deterministic:
+            return logits.argmax(-1)
+        # argmax(p / Exp(1)) is a draw from p, without multinomial's synchronisation
+        return (logits.softmax(-1) / torch.empty_like(logits).exponential_(generator=generator)).argmax(-1)
+
+    def log_prob(self, logits, actions):
+        return logits.log_softmax(-1).gather(-1, actions[..., None])[..., 0]  # (B, K*A)
+
+    def entropy(self, logits):
+        log_probs = logits.log_softmax(-1)
+        return -(log_probs.exp() * log_probs).sum(-1)
+
+    def to_env(self, actions):
+        return self.tokenizer.decode_bins(actions).unflatten(1, self.shape).cpu().numpy()
+
+
+class DiscreteHead(TokenHead):
+    """A categorical over gymnasium's Discrete(n) for each action of the chunk. Actions are ints (B, K)."""
+
+    def __init__(self, backbone, args, num_actions):
+        super().__init__(backbone, args)
+        self.logits = nn.Linear(backbone.hidden_size, num_actions)
+        nn.init.orthogonal_(self.logits.weight, 0.01)
+        nn.init.zeros_(self.logits.bias)
+
+    def forward(self, backbone, action_hidden):
+        return self.logits(action_hidden).float() / self.temperature  # (B, K, n)
+
+    def to_env(self, actions):
+        return actions.cpu().numpy()
+
+
+class GaussianHead(nn.Module):
+    """A Gaussian per number of the continuous chunk: means from the hidden states, one standard deviation per action
+    dimension. Actions are floats (B, K*A); the environment clips them, the log-prob is of the unclipped ones."""
+
+    def __init__(self, backbone, args):
+        super().__init__()
+        self.shape = (backbone.chunk, backbone.action_dim)
+        self.mean = nn.Linear(backbone.hidden_size, 1)
+        nn.init.orthogonal_(self.mean.weight, 0.01)
+        nn.init.zeros_(self.mean.bias)
+        log_std = torch.full((backbone.action_dim,), float(np.log(args.init_std)))
+        self.log_std = nn.Parameter(log_std, requires_grad=args.learn_std)
+
+    def forward(self, backbone, action_hidden):
+        mean = self.mean(action_hidden).squeeze(-1).float()  # (B, K*A)
+        return torch.distributions.Normal(mean, self.log_std.exp().repeat(self.shape[0]).expand_as(mean))
+
+    def sample(self, normal, deterministic, generator):
+        if deterministic:
+            return normal.mean
+        noise = torch.empty_like(normal.mean).normal_(generator=generator)
+        return normal.mean + normal.stddev * noise
+
+    def log_prob(self, normal, actions):
+        return normal.log_prob(actions)
+
+    def entropy(self, normal):
+        return normal.entropy()
+
+    def to_env(self, actions):
+        return actions.unflatten(1, self.shape).clamp(-1, 1).cpu().numpy()
+
+
+def make_head(backbone, args, envs):
+    discrete = hasattr(envs.single_action_space, "n")
+    if discrete != (args.head == "discrete"):
+        wanted = "discrete" if discrete else "tokens or gaussian"
+        raise UserError(f"--env {args.env} has {envs.single_action_space} actions; use --head {wanted}.")
+    if args.head == "tokens" and not hasattr(backbone, "action_logits"):
+        raise UserError(f"The backbone {backbone.config['name']!r} has no action tokens; use --head gaussian.")
+    if discrete:
+        return DiscreteHead(backbone, args, int(envs.single_action_space.n))
+    return TokenHead(backbone, args) if args.head == "tokens" else GaussianHead(backbone, args)
+
+
+class Agent(nn.Module):
+    """Backbone, action head and value head. `batch` is what `backbone.preprocess` returns."""
+
+    def __init__(self, backbone, args, envs):
+        super().__init__()
+        self.backbone, self.detach_value = backbone, args.detach_value
+        self.head = make_head(backbone, args, envs)
+        width = backbone.hidden_size
+        self.value_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 128), nn.Tanh(), nn.Linear(128, 1))
+        if backbone.config["name"] == "mlp":  # its critic is a network of its own
+            self.value_head = nn.Linear(width, 1)
+        last = self.value_head[-1] if isinstance(self.value_head, nn.Sequential) else self.value_head
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def value(self, prompt_hidden):
+        if self.detach_value:
+            prompt_hidden = prompt_hidden.detach()
+        return self.value_head(prompt_hidden.float()).squeeze(-1)
+
+    def get_value(self, batch, vision=None):
+        """-> value (B,)"""
+        return self.value(self.backbone(batch, vision)[1])
+
+    def get_action_and_value(self, batch, vision=None, deterministic=False, generator=None):
+        """-> actions and their log-probs (B, K*A), value (B,)"""
+        action_hidden, prompt_hidden = self.backbone(batch, vision)
+        distribution = self.head(self.backbone, action_hidden)
+        actions = self.head.sample(distribution, deterministic, generator)
+        return actions, self.head.log_prob(distribution, actions), self.value(prompt_hidden)
+
+    def evaluate_actions(self, batch, actions, vision=None):
+        """-> log-probs and entropies (B, K*A), value (B,)"""
+        action_hidden, prompt_hidden = self.backbone(batch, vision)
+        distribution = self.head(self.backbone, action_hidden)
+        return self.head.log_prob(distribution, actions), self.head.entropy(distribution), self.value(prompt_hidden)
+
+
+# --- evaluation
+
+
+def wilson_interval(successes, episodes, z=1.96):
+    """95 % confidence interval of a success rate (Wilson 1927); sound near 0 and 1, unlike p +- 2 sigma."""
+    p, n = successes / episodes, episodes
+    centre, spread = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return [float((centre - spread) / (1 + z * z / n)), float((centre + spread) / (1 + z * z / n))]
+
+
+def summarize(outcomes, has_success, instructions):
+    """outcomes: rows (success, return, length, task) -> the evaluation's dict of the run folder's contract."""
+    success, reward, length, task = np.asarray(outcomes, dtype=float).T
+    result = {"episodes": len(outcomes)}
+    if has_success:
+        result["success_rate"] = float(success.mean())
+        result["success_rate_ci95"] = wilson_interval(success.sum(), len(outcomes))
+    result |= {"mean_reward": float(reward.mean()), "mean_length": float(length.mean())}
+    if len(instructions) > 1:
+        groups = {instructions[int(i)]: [row for row in outcomes if row[3] == i] for i in np.unique(task)}
+        result["per_task"] = {name: summarize(rows, has_success, ()) for name, rows in groups.items()}
+    return result
+
+
+@torch.no_grad()
+def evaluate(agent, envs, args, device, video_folder=None):
+    """`--eval-episodes` episodes with seeds 0, 1, 2, ... of the evaluation split -> the evaluation's dict.
+
+    Nothing is computed for finished environments, and neither the training's generators nor its environments move.
+    """
+    agent.eval()
+    generator = torch.Generator(device).manual_seed(args.seed)
+    total, size = args.eval_episodes, envs.num_envs
+    seeds = np.arange(size)  # the episode that each environment plays
+    running = seeds < total
+    obs = envs.reset(seeds, running)
+    outcomes, frames = [None] * total, {i: [] for i in range(min(6, total, size) if video_folder else 0)}
+    started = len(outcomes[:size])
+    while running.any():
+        rows = np.flatnonzero(running)
+        batch = agent.backbone.preprocess({key: x[rows] for key, x in obs.items()}, envs.instructions)
+        action, _, value = agent.get_action_and_value(batch, None, args.deterministic, generator)
+        action = agent.head.to_env(action)
+        actions = np.zeros((size, *action.shape[1:]), action.dtype)
+        actions[rows] = action
+        record = np.isin(seeds, list(frames)) & running
+        tasks = obs.get("task", np.zeros(size, int))
+        obs, _, terminated, truncated, info = envs.step(actions, mask=running, record=record)
+        for i in np.flatnonzero(record):
+            for k, frame in enumerate(info["frames"][i]):
+                step = info["episode_length"][i] - info["steps"][i] + k + 1
+                last = (terminated | truncated)[i] and k + 1 == info["steps"][i]
+                text = f"step {step}   value {value[np.searchsorted(rows, i)].item():.2f}"
+                text += f"   {'success' if info['success'][i] else 'failure'}" if last else ""
+                frames[seeds[i]].append(annotate(frame, [envs.instructions[tasks[i]], text]))
+        again = info["lost"] & running  # the worker died: the same episode once more
+        for i in np.flatnonzero(again & record):
+            frames[seeds[i]] = []
+        for i in np.flatnonzero((terminated | truncated) & running):
+            outcomes[seeds[i]] = (info["success"][i], info["episode_return"][i], info["episode_length"][i], tasks[i])
+            seeds[i], started = started, started + 1
+            again[i] = running[i] = seeds[i] < total
+        if again.any():
+            obs = envs.reset(seeds, again)
+    for i, pictures in frames.items():
+        last = pictures[-1]
+        write_video(Path(video_folder) / f"episode_{i}.mp4", pictures + [last] * 10, fps=20)
+    return summarize(outcomes, envs.has_success, envs.instructions)
+
+
+def score(evaluation):
+    return evaluation.get("success_rate", evaluation["mean_reward"])
+
+
+# --- set-up
+
+
+def resolve_args(args):
+    """Presets below the command line's flags; with --resume, the run's own arguments. UserError for values that cannot work."""
+    default = dataclasses.replace(Args(), env=args.env, **PRESETS.get(args.env, {}))
+    args = tyro.cli(Args, default=default)
+    if args.resume:
+        free = {"resume", "device", "num_workers", "capture_video", "track"}
+        given = [f.name for f in dataclasses.fields(Args) if getattr(args, f.name) != getattr(Args(), f.name)]
+        saved = load_checkpoint(args.resume, scripts=("ppo_vla",))["args"]
+        clash = [name for name in given if name not in free and getattr(args, name) != saved[name]]
+        if clash:
+            flags = ", ".join("--" + name.replace("_", "-") for name in clash)
+            raise UserError(f"--resume goes on with the run's own arguments; drop {flags}, or use --checkpoint instead.")
+        kept = {name: value for name, value in saved.items() if name not in free}
+        kept = {name: tuple(v) if isinstance(v, list) else v for name, v in kept.items()}
+        args = dataclasses.replace(args, **kept)
+    positive = "num_envs eval_envs eval_episodes save_freq total_timesteps chunk num_steps update_epochs minibatch_size"
+    for name in (positive + " micro_batch_size temperature init_std max_grad_norm").split():
+        if not getattr(args, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}.")
+    for name in "lora_rank action_history eval_freq critic_warmup learning_rate value_learning_rate kl_coef".split():
+        if not getattr(args, name) >= 0:
+            raise UserError(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}.")
+    for name in ("gamma", "gae_lambda"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name.replace('_', '-')} must be in [0, 1], not {getattr(args, name)}.")
+    if args.evaluate and not args.checkpoint:
+        raise UserError("--evaluate needs --checkpoint, the weights to evaluate.")
+    return args
+
+
+def choose_device(name):
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but PyTorch finds no CUDA GPU here; use --device cpu.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def build_envs(args, split, num_envs, autoreset):
+    world = dict(tasks=args.tasks, cameras=args.cameras, renderer=args.renderer, reward=args.reward, split=split)
+    return make_envs(
+        args.env, num_envs, seed=args.seed, chunk=args.chunk, num_workers=args.num_workers, autoreset=autoreset,
+        action_history=args.action_history, **(world if args.env == "tabletop" else {}),
+    )  # fmt: skip
+
+
+def build_agent(args, envs, saved, device):
+    """The agent of `saved` (a checkpoint of bc_warmup.py or ppo_vla.py), or a randomly initialised one."""
+    image = envs.single_observation_space.get("image")
+    config = dict(
+        name=args.backbone, chunk=args.chunk, action_dim=len(envs.active_dims),
+        proprio_dim=envs.single_observation_space["proprio"].shape[0], cameras=image.shape[0] if image else 0,
+        image_size=image.shape[1] if image else 0, instructions=envs.instructions,
+    )  # fmt: skip
+    if saved:
+        if saved["args"]["head"] != args.head:
+            raise UserError(f"The checkpoint has the head {saved['args']['head']!r}, not {args.head!r}; set --head.")
+        for name, value in saved["backbone"].items():
+            if name in config and name != "name" and config[name] != value:
+                hint = {"proprio_dim": "--action-history or --env", "action_dim": "--env"}.get(name, f"--{name}")
+                raise UserError(
+                    f"The checkpoint's {name} is {value}, but this run's is {config[name]}; set {hint} as it was."
+                )
+        config = saved["backbone"]
+    backbone = load_backbone(**config)
+    old_rank = saved["args"]["lora_rank"] if saved else 0
+    if old_rank and args.lora_rank not in (0, old_rank):
+        raise UserError(f"The checkpoint's adapters have rank {old_rank}; use --lora-rank {old_rank} or 0.")
+    if old_rank:
+        add_lora(backbone, old_rank)
+    agent = Agent(backbone, args, envs)
+    if saved:
+        missing, unexpected = agent.load_state_dict(saved["agent"], strict=False)
+        if unexpected or any(not name.startswith("value_head") for name in missing):
+            raise UserError("The checkpoint's tensors do not fit this agent: " + ", ".join((*missing, *unexpected)[:4]))
+    if args.lora_rank and not old_rank:
+        add_lora(backbone, args.lora_rank)
+    if not args.train_vision:
+        for parameter in backbone.vision_parameters():
+            parameter.requires_grad_(False)
+    return agent.to(device)
+
+
+# --- training
+
+
+def train(args):
+    """One process, top to bottom: collect with the current policy, estimate advantages, update, repeat."""
+    stack, clock = contextlib.ExitStack(), time.perf_counter
+    with stack:
+        device = choose_device(args.device)
+        torch.manual_seed(args.seed)
+        source = args.resume or args.checkpoint
+        saved = load_checkpoint(source, device, scripts=("ppo_vla", "bc_warmup")) if source else None
+        eval_envs = stack.enter_context(contextlib.closing(build_envs(args, args.eval_split, args.eval_envs, False)))
+        agent = build_agent(args, eval_envs, saved, device)
+        results = {"args": dataclasses.asdict(args), "versions": versions(), "hardware": hardware()}
+        if args.resume:
+            folder = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
+        else:
+            name = args.run_name or f"{args.env}__ppo_vla__{args.seed}__{int(time.time())}"
+            folder = run_folder(args.output_dir, name)
+            (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+        videos = folder / "videos" if args.capture_video else None
+        if args.evaluate:
+            final = evaluate(agent, eval_envs, args, device, videos)
+            write_results(folder / "results.json", {"final": final} | results)
+            print(f"evaluated {args.checkpoint}: {score(final):.3f} ({folder / 'results.json'})")
+            return
+
+        envs = stack.enter_context(contextlib.closing(build_envs(args, "train", args.num_envs, True)))
+        if args.track:
+            import wandb  # an optional package
+
+            wandb.init(project="vla-rl", name=folder.name, config=dataclasses.asdict(args), sync_tensorboard=True)
+        writer = stack.enter_context(contextlib.closing(SummaryWriter(folder)))
+        backbone = agent.backbone
+        policy = [p for n, p in agent.named_parameters() if p.requires_grad and not n.startswith("value_head")]
+        groups = [
+            {"params": policy, "lr": args.learning_rate},
+            {"params": list(agent.value_head.parameters()), "lr": args.value_learning_rate},
+        ]
+        optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0)
+        cache_vision = not any(p.requires_grad for p in backbone.vision_parameters())
+        # The reference of the KL: adapters off where they were added here, else a frozen copy.
+        fresh_lora = args.lora_rank > 0 and not (saved and saved["args"]["lora_rank"] and not args.resume)
+        reference = copy.deepcopy(agent).requires_grad_(False) if args.kl_coef > 0 and not fresh_lora else None
+        sampler = torch.Generator(device).manual_seed(args.seed)
+        shuffler = torch.Generator().manual_seed(args.seed)
+        generators = {"sampler": sampler, "shuffler": shuffler}
+
+        step, iteration, gradient_steps, seconds = 0, 0, 0, 0.0
+        initial, best, recent = None, None, []
+        if args.resume:
+            optimizer.load_state_dict(saved["optimizer"])
+            step, iteration, gradient_steps, seconds = saved["counters"]
+            initial, best, recent = saved["initial"], saved["best"], saved["recent"]
+            if reference is not None:
+                reference.load_state_dict(saved["reference"])
+            obs = envs.set_state(saved["envs"])
+            set_rng_state(saved["rng"], generators, {})
+        else:
+            obs = envs.reset()
+        start = clock() - seconds
+
+        def save(name):
+            counters = [step, iteration, gradient_steps, clock() - start]
+            state = dict(
+                args=dataclasses.asdict(args), backbone=backbone.config, agent=agent.state_dict(), counters=counters,
+                optimizer=optimizer.state_dict(), envs=envs.get_state(), rng=rng_state(generators, {}), initial=initial,
+                best=best, recent=recent, reference=reference.state_dict() if reference is not None else None,
+            )  # fmt: skip
+            save_checkpoint(folder / name, script="ppo_vla", state=state)
+
+        def log_evaluation(evaluation):
+            for key in ("success_rate", "mean_reward", "mean_length"):
+                if key in evaluation:
+                    writer.add_scalar(f"eval/{key}", evaluation[key], step)
+
+        stop = []  # a signal asks for a checkpoint and an orderly end; a second one ends at once
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
+
+        if initial is None:
+            initial = evaluate(agent, eval_envs, args, device)
+            best = score(initial)
+            log_evaluation(initial)
+            save("checkpoint.pt")
+            save("best.pt")
+        latest = initial
+        T, N, tokens = args.num_steps, args.num_envs, args.chunk * (1 if args.head == "discrete" else len(envs.active_dims))
+        active = torch.as_tensor(envs.active_dims, device=device)
+        if args.head == "discrete":
+            active = active[:1]
+        bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None, smoothing=0.1)
+
+        while step < args.total_timesteps and not stop:
+            iteration += 1
+            fraction = max(0.0, 1 - step / args.total_timesteps) if args.anneal_lr else 1.0
+            for group, lr in zip(optimizer.param_groups, (args.learning_rate, args.value_learning_rate), strict=True):
+                group["lr"] = lr * fraction
+            seconds_env = seconds_policy = 0.0
+
+            # --- collect num_steps decisions of every environment
+            agent.eval()
+            batches, visions, actions, log_probs, values, masks = [], [], [], [], [], []
+            rewards, terminated, truncated = (np.zeros((T, N), dtype) for dtype in (np.float32, bool, bool))
+            valid, began = np.ones((T, N), bool), np.zeros(N, int)
+            final_values = torch.zeros(T, N, device=device)
+            finished, first_step = [], step
+            for t in range(T):
+                tick = clock()
+                with torch.no_grad():
+                    batch = backbone.preprocess(obs, envs.instructions)
+                    vision = backbone.encode_vision(batch)[0] if cache_vision else None
+                    action, log_prob, value = agent.get_action_and_value(batch, vision, generator=sampler)
+                if cache_vision:
+                    batch.pop("image", None)
+                env_action = agent.head.to_env(action)
+                tock = clock()
+                obs, rewards[t], terminated[t], truncated[t], info = envs.step(env_action)
+                seconds_policy, seconds_env = seconds_policy + tock - tick, seconds_env + clock() - tock
+                batches.append(batch)
+                visions.append(vision)
+                actions.append(action)
+                log_probs.append(log_prob)
+                values.append(value)
+                # Tokens that the environment never saw (after the end, or of a joint it lacks) get no gradient.
+                executed = torch.as_tensor(info["steps"], device=device)[:, None] > torch.arange(args.chunk, device=device)
+                masks.append((executed[..., None] & active).flatten(1))
+                step += int(info["steps"].sum())
+                if truncated[t].any():
+                    rows = np.flatnonzero(truncated[t])
+                    with torch.no_grad():
+                        last = backbone.preprocess({k: x[rows] for k, x in info["final_obs"].items()}, envs.instructions)
+                        final_values[t, rows] = agent.get_value(last)
+                for n in np.flatnonzero(info["lost"]):  # a worker died: its episode teaches nothing
+                    valid[began[n] : t + 1, n] = False
+                    began[n] = t + 1
+                for n in np.flatnonzero(terminated[t] | truncated[t]):
+                    finished.append((info["success"][n], info["episode_return"][n], info["episode_length"][n], 0))
+                    began[n] = t + 1
+
+            # --- advantages
+            with torch.no_grad():
+                last_value = agent.get_value(backbone.preprocess(obs, envs.instructions))
+            values = torch.stack(values)
+            ends = torch.as_tensor(terminated | truncated | ~valid, device=device)
+            next_values = torch.cat([values[1:], last_value[None]])
+            next_values = torch.where(ends, final_values, next_values)  # 0 after a termination, by construction
+            rewards = torch.as_tensor(rewards, device=device)
+            advantages, returns = compute_gae(rewards, values, next_values, ends, args.gamma, args.gae_lambda)
+
+            # --- flatten, valid decisions only
+            keep = torch.as_tensor(valid.reshape(-1), device=device).nonzero().squeeze(1)
+            data = {key: torch.cat([b[key] for b in batches])[keep] for key in batches[0]}
+            vision = torch.cat(visions)[keep] if cache_vision and visions[0] is not None else None
+            actions, log_probs, masks = (torch.cat(x)[keep] for x in (actions, log_probs, masks))
+            advantages, returns, values = (x.reshape(-1)[keep] for x in (advantages, returns, values))
+            if args.normalize_advantages:
+                advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+            old_log_probs, covered = merge_tokens(log_probs, masks, args.ratio_level, args.chunk)
+            if args.kl_coef > 0:
+                with torch.no_grad(), adapters_disabled(backbone) if reference is None else contextlib.nullcontext():
+                    frozen, parts = reference or agent, []
+                    for index in torch.arange(len(keep), device=device).split(args.micro_batch_size):
+                        part = {key: x[index] for key, x in data.items()}
+                        seen = vision[index] if vision is not None and reference is None else None
+                        parts.append(frozen.evaluate_actions(part, actions[index], seen)[0])
+                    reference_log_probs = torch.cat(parts)
+
+            # --- update
+            tick = clock()
+            agent.train()
+            metrics, kl_stop = [], False
+            for epoch in range(args.update_epochs):
+                order = torch.randperm(len(keep), generator=shuffler).to(device)
+                for minibatch in order.split(args.minibatch_size):
+                    mask, groups_mask = masks[minibatch], covered[minibatch]
+                    totals = (groups_mask.sum(), mask.sum(), torch.tensor(len(minibatch), device=device))
+                    sums = torch.zeros(6, device=device)
+                    for index in minibatch.split(args.micro_batch_size):
+                        part = {key: x[index] for key, x in data.items()}
+                        seen = vision[index] if vision is not None else None
+                        if iteration <= args.critic_warmup:
+                            with torch.no_grad():
+                                new_log_probs, entropy, _ = agent.evaluate_actions(part, actions[index], seen)
+                            new_values = agent.get_value(part, seen)
+                        else:
+                            new_log_probs, entropy, new_values = agent.evaluate_actions(part, actions[index], seen)
+                        merged, group = merge_tokens(new_log_probs, masks[index], args.ratio_level, args.chunk)
+                        log_ratio = merged - old_log_probs[index]
+                        surrogate = clipped_surrogate(log_ratio, advantages[index], args.clip_low, args.clip_high)
+                        policy_loss = masked_mean(surrogate, group, totals[0])
+                        critic = value_loss(new_values, values[index], returns[index], args.value_clip, args.huber_delta)
+                        critic_loss = critic.sum() / totals[2]
+                        entropy = masked_mean(entropy, masks[index], totals[1])
+                        loss = policy_loss + args.value_coef * critic_loss - args.entropy_coef * entropy
+                        if args.kl_coef > 0:
+                            kl = kl_k3(reference_log_probs[index] - new_log_probs)
+                            loss = loss + args.kl_coef * masked_mean(kl, masks[index], totals[1])
+                        loss.backward()
+                        with torch.no_grad():
+                            ratio = log_ratio.exp()
+                            clipped = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
+                            approx_kl = masked_mean(kl_k3(log_ratio), group, totals[0])
+                            clipped = masked_mean(clipped.float(), group, totals[0])
+                            error = masked_mean((ratio - 1).abs(), group, totals[0])
+                            sums += torch.stack([policy_loss, critic_loss, entropy, approx_kl, clipped, error])
+                    if args.target_kl is not None and sums[3] > args.target_kl:
+                        optimizer.zero_grad()
+                        kl_stop = True
+                        break
+                    norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                    if not torch.isfinite(norm + sums.sum()):
+                        names = "policy loss, value loss, entropy, approx_kl, clip fraction, |ratio - 1|"
+                        raise FloatingPointError(
+                            f"iteration {iteration}: a loss or gradient is not finite ({names} = {sums.tolist()}, gradient "
+                            f"norm {norm.item()}, returns {returns.min().item():.3g} to {returns.max().item():.3g}); "
+                            f"{folder / 'checkpoint.pt'} is the last good state."
+                        )
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    gradient_steps += 1
+                    metrics.append(torch.cat([sums, norm[None]]))
+                if kl_stop:
+                    break
+
+            # --- log, evaluate, save
+            seconds_update = clock() - tick
+            recent = (recent + finished)[-max(100, args.num_envs) :]
+            means = torch.stack(metrics).mean(0).tolist() if metrics else [float("nan")] * 7
+            spent = seconds_env + seconds_policy + seconds_update
+            scalars = {
+                "loss/policy": means[0], "loss/value": means[1], "policy/entropy": means[2], "policy/approx_kl": means[3],
+                "policy/clip_fraction": means[4], "optim/grad_norm": means[6],
+                "policy/first_ratio_error": metrics[0][5].item() if metrics else 0.0,
+                "value/explained_variance": explained_variance(values, returns).item(),
+                "optim/learning_rate": args.learning_rate * fraction,
+                "time/env_steps_per_second": (step - first_step) / spent,
+                "time/samples_per_second": len(keep) * args.update_epochs / seconds_update,
+                "time/env_share": seconds_env / spent, "time/policy_share": seconds_policy / spent,
+                "time/update_share": seconds_update / spent, "rollout/lost_episodes": envs.lost_episodes,
+            }  # fmt: skip
+            if recent:
+                success, reward, length, _ = np.mean(np.asarray(recent, float), 0)
+                scalars |= {"rollout/mean_reward": reward, "rollout/mean_length": length}
+                if envs.has_success:
+                    scalars["rollout/success_rate"] = success
+                bar.set_postfix_str(f"{'success' if envs.has_success else 'reward'} {success if envs.has_success else reward:.2f}")
+            if device.type == "cuda":
+                scalars["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, step)
+            bar.update(step - first_step)
+            if args.eval_freq and iteration % args.eval_freq == 0 and step < args.total_timesteps:
+                latest = evaluate(agent, eval_envs, args, device)
+                log_evaluation(latest)
+                tqdm.write(f"{step} steps, {clock() - start:.0f} s: eval {score(latest):.3f}")
+                if score(latest) > best:
+                    best = score(latest)
+                    save("best.pt")
+            if iteration % args.save_freq == 0 or stop or step >= args.total_timesteps:
+                save("checkpoint.pt")
+
+        bar.close()
+        if stop and step < args.total_timesteps:
+            print(f"stopped at {step} steps; go on with: python ppo_vla.py --resume {folder}")
+            sys.exit(128 + stop[0])
+        final = evaluate(agent, eval_envs, args, device, videos)
+        log_evaluation(final)
+        if score(final) > best:
+            best = score(final)
+            save("best.pt")
+        save("checkpoint.pt")
+        numbers = dict(environment_steps=step, gradient_steps=gradient_steps, wall_seconds=clock() - start)
+        write_results(folder / "results.json", dict(initial=initial, final=final, best=best, **numbers, **results))
+        what = "success" if envs.has_success else "return"
+        print(f"{what} {score(initial):.3f} -> {score(final):.3f} in {clock() - start:.0f} s ({folder / 'results.json'})")
+
+
+def main():
+    try:
+        train(resolve_args(tyro.cli(Args)))
+    except (UserError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

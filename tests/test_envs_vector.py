@@ -1,0 +1,477 @@
+"""common.envs: the chunk wrapper, the workers and exact resume, on a fake world and on Gymnasium's."""
+
+import ast
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+
+import common.envs
+from common.envs import make_envs
+from common.envs.gymnasium_env import make as make_gymnasium
+
+
+class FakeEnv(gymnasium.Env):
+    """Counts its steps in `proprio` [count, start, sum of actions]; every episode has `length` steps.
+
+    `die` (kill, raise) strikes at count 2 while the file `marker` exists; with `once` it removes the marker.
+    """
+
+    instructions = ("count",)
+    has_success = True
+    active_dims = np.array([True, False])
+
+    def __init__(self, length=5, end="terminated", die="", marker="", once=True, stateful=True, bad=""):
+        if bad:
+            raise ValueError(bad)
+        box = gymnasium.spaces.Box
+        images = {"image": box(0, 255, (1, 4, 4, 3), np.uint8), "task": box(0, 0, (), np.int64)}
+        self.observation_space = gymnasium.spaces.Dict(
+            {"proprio": box(-np.inf, np.inf, (3,), np.float32)} | images
+        )
+        self.action_space = box(-1.0, 1.0, (2,), np.float32)
+        self.length, self.end, self.die, self.marker, self.once = length, end, die, marker, once
+        self.renders = 0
+        if not stateful:
+            self.get_state = lambda: None
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count, self.total, self.start = 0, 0.0, int(self.np_random.integers(1000))
+        return self.observe(), {}
+
+    def observe(self):
+        self.renders += 1
+        image = np.full((1, 4, 4, 3), self.renders, np.uint8)
+        return {
+            "proprio": np.array([self.count, self.start, self.total], np.float32),
+            "image": image,
+            "task": 0,
+        }
+
+    def advance(self, action):
+        self.count, self.total = self.count + 1, self.total + float(action[0])
+        if self.die and self.count == 2 and self.struck():
+            if self.die == "raise":
+                raise ArithmeticError("the gripper fell off")
+            os.kill(os.getpid(), signal.SIGKILL)
+        over = self.count >= self.length
+        return 1.0, over and self.end != "truncated", over and self.end != "terminated", {"success": over}
+
+    def struck(self):
+        if not self.once:
+            return os.path.exists(self.marker)
+        try:
+            os.remove(self.marker)  # by one of the two workers only
+        except FileNotFoundError:
+            return False
+        return True
+
+    def render(self):
+        return np.full((2, 2, 3), self.count, np.uint8)
+
+    def get_state(self):
+        rng = repr(self.np_random.bit_generator.state)
+        return {"numbers": [self.count, self.total, self.start, self.renders], "rng": rng}
+
+    def set_state(self, state):
+        self.count, self.total, self.start, self.renders = state["numbers"]
+        self.np_random.bit_generator.state = ast.literal_eval(state["rng"])
+
+
+make = FakeEnv
+
+
+@pytest.fixture
+def envs(monkeypatch):
+    """make_envs that knows the world "fake" and closes what it made."""
+    monkeypatch.setitem(common.envs.WORLDS, "fake", __name__)
+    made = []
+
+    def build(env_id="fake", num_envs=2, **kwargs):
+        made.append(make_envs(env_id, num_envs, **{"seed": 0, "num_workers": 0} | kwargs))
+        return made[-1]
+
+    yield build
+    for each in made:
+        each.close()
+
+
+def actions(envs, value=0.5):
+    return np.full((envs.num_envs, envs.chunk, *envs.single_action_space.shape), value, np.float32)
+
+
+def flat(value):
+    """Any nesting of dicts, lists and arrays as (path, bytes) pairs."""
+    if isinstance(value, dict):
+        return [(f"{k}/{p}", b) for k in sorted(value, key=str) for p, b in flat(value[k])]
+    if isinstance(value, (list, tuple)):
+        return [(f"{k}/{p}", b) for k, v in enumerate(value) for p, b in flat(v)]
+    return [("", value.tobytes() if hasattr(value, "tobytes") else repr(value))]
+
+
+def rollout(envs, steps, seed=0):
+    rng, out = np.random.default_rng(seed), []
+    space, shape = envs.single_action_space, (envs.num_envs, envs.chunk)
+    for _ in range(steps):
+        chosen = (
+            rng.integers(0, space.n, shape)
+            if space.shape == ()
+            else rng.uniform(-1, 1, (*shape, *space.shape))
+        )
+        out.append(envs.step(chosen))
+    return out
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_chunk_stops_at_the_end_and_final_obs_is_before_the_reset(envs, num_workers):
+    e = envs(chunk=3, num_workers=num_workers)
+    first = e.reset()
+    assert (
+        first["proprio"].shape == (2, 3)
+        and first["image"].shape == (2, 1, 4, 4, 3)
+        and first["task"].shape == (2,)
+    )
+    obs, rewards, terminated, truncated, info = e.step(actions(e))
+    assert info["steps"].tolist() == [3, 3] and rewards.tolist() == [3, 3] and rewards.dtype == np.float32
+    assert not terminated.any() and not info["success"].any() and (info["episode_length"] == 3).all()
+    np.testing.assert_array_equal(info["final_obs"]["proprio"], obs["proprio"])
+    assert (obs["image"] == 2).all()  # rendered by reset and once for the chunk
+    obs, rewards, terminated, truncated, info = e.step(actions(e))
+    assert info["steps"].tolist() == [2, 2] and rewards.tolist() == [2, 2]
+    assert terminated.all() and not truncated.any() and info["success"].all()
+    assert (info["final_obs"]["proprio"] == np.c_[[5, 5], first["proprio"][:, 1], [2.5, 2.5]]).all()
+    assert (obs["proprio"][:, 0] == 0).all() and (obs["proprio"][:, 1] != first["proprio"][:, 1]).all()
+    assert (info["final_obs"]["image"] == 3).all() and (obs["image"] == 4).all()
+    assert (info["episode_return"] == 5).all() and (info["episode_length"] == 5).all()
+    assert (e.step(actions(e))[4]["episode_length"] == 3).all()
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"), [("terminated", (1, 0)), ("truncated", (0, 1)), ("both", (1, 0))]
+)
+def test_terminated_and_truncated_are_never_mixed(envs, end, expected):
+    e = envs(length=1, end=end)
+    e.reset()
+    _, _, terminated, truncated, _ = e.step(actions(e))
+    assert (terminated == expected[0]).all() and (truncated == expected[1]).all()
+
+
+def test_time_limit_truncates(envs):
+    e = envs("Pendulum-v1", 1, chunk=64)
+    e.reset()
+    out = [e.step(actions(e, 0.0)) for _ in range(4)]
+    assert [o[4]["steps"][0] for o in out] == [64, 64, 64, 8]  # 200 steps
+    assert out[3][3].all() and not out[3][2].any() and not out[2][3].any()
+
+
+def test_observations_are_copies(envs):
+    e = envs()
+    first = e.reset()
+    before = flat(first)
+    _, _, _, _, info = e.step(actions(e))
+    saved = flat(info)
+    e.step(actions(e))
+    assert flat(first) == before and flat(info) == saved
+
+
+def test_mask_reset_and_record_without_autoreset(envs):
+    e = envs(num_envs=3, num_workers=2, autoreset=False, chunk=2, length=3)
+    assert e.metadata["autoreset_mode"] == gymnasium.vector.AutoresetMode.DISABLED
+    e.reset(seeds=np.arange(3))
+    mask = np.array([True, False, True])
+    obs, rewards, _, _, info = e.step(actions(e), mask=mask, record=np.array([True, True, False]))
+    assert info["steps"].tolist() == [2, 0, 2] and rewards.tolist() == [2, 0, 2] and obs["proprio"][1, 0] == 0
+    assert [f.max() for f in info["frames"][0]] == [1, 2] and set(info["frames"]) == {0}
+    obs, _, terminated, _, info = e.step(actions(e), mask=mask)
+    assert terminated.tolist() == mask.tolist() and obs["proprio"][:, 0].tolist() == [3, 0, 3]
+    assert flat(info["final_obs"]) == flat(obs)
+    with pytest.raises(ValueError, match=r"environments \[0, 2\] have no running episode"):
+        e.step(actions(e))
+    obs2 = e.reset(seeds=np.array([0, 5, 7]), mask=np.array([True, False, False]))
+    assert obs2["proprio"][0, 0] == 0 and (obs2["proprio"][1:] == obs["proprio"][1:]).all()
+    assert e.step(actions(e), mask=np.array([True, True, False]))[4]["steps"].tolist() == [2, 2, 0]
+
+
+def test_action_history(envs):
+    e = envs(num_envs=1, chunk=2, action_history=3, length=3)
+    assert e.single_observation_space["proprio"].shape == (3 + 3 * 2,)
+    assert (e.reset()["proprio"][0, 3:] == 0).all()
+    chunk = np.array([[[0.1, 0.2], [0.3, 4.0]]], np.float32)
+    obs = e.step(chunk)[0]["proprio"][0]
+    np.testing.assert_array_equal(
+        obs[3:], np.array([0, 0, 0.1, 0.2, 0.3, 1.0], np.float32)
+    )  # clipped, oldest first
+    obs, _, _, _, info = e.step(-chunk)
+    expected = np.array([0.1, 0.2, 0.3, 1.0, -0.1, -0.2], np.float32)  # the second action was not executed
+    np.testing.assert_array_equal(info["final_obs"]["proprio"][0, 3:], expected)
+    assert (obs["proprio"][0, 3:] == 0).all()
+
+
+@pytest.mark.parametrize("env_id", ["fake", "CartPole-v1"])
+def test_results_do_not_depend_on_num_workers(envs, env_id):
+    runs = []
+    for num_workers in (0, 1, 2):
+        e = envs(env_id, 3, num_workers=num_workers, chunk=4, seed=3)
+        assert e.num_workers == num_workers
+        runs.append(flat([e.reset(), rollout(e, 12)]))
+    assert runs[0] == runs[1] == runs[2]
+
+
+def test_seeds(envs):
+    starts = [envs(num_envs=4, seed=seed).reset()["proprio"][:, 1] for seed in (0, 0, 1)]
+    assert (starts[0] == starts[1]).all() and (starts[0] != starts[2]).any() and len(set(starts[0])) > 1
+    e = envs(num_envs=4)
+    given = e.reset(seeds=np.array([7, 7, 8, 9]))["proprio"][:, 1]
+    expected = [np.random.default_rng(seed).integers(1000) for seed in (7, 7, 8, 9)]
+    assert given.tolist() == expected
+    seed = int(np.random.SeedSequence([0, 1, 0]).generate_state(1)[0])
+    assert starts[0][1] == np.random.default_rng(seed).integers(1000)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "chunk", "before", "after"),
+    [("fake", 2, 4, 8), ("CartPole-v1", 3, 7, 30), ("Pendulum-v1", 9, 5, 25), ("Hopper-v5", 4, 8, 40)],
+)
+def test_state_is_bit_exact(envs, env_id, chunk, before, after):
+    history = 0 if env_id == "CartPole-v1" else chunk + 2  # reaches back before the save
+    options = {"num_envs": 2, "chunk": chunk, "action_history": history}
+    if env_id == "Hopper-v5":
+        pytest.importorskip("mujoco")
+    e = envs(env_id, **options)
+    e.reset()
+    rollout(e, before)
+    state = e.get_state()
+    kept = flat(state)
+    want = rollout(e, after, seed=1)
+    assert any((o[2] | o[3]).any() for o in want)  # over an auto-reset
+    assert flat(state) == kept  # a state is not a view
+    other = envs(env_id, **options, seed=9, num_workers=1)
+    obs = other.set_state(state)
+    assert flat(obs) == flat(state["obs"])
+    assert flat(rollout(other, after, seed=1)) == flat(want)
+    assert flat(envs(env_id, **options).reset()) != flat(obs)  # the comparison can fail
+
+
+def test_state_holds_no_large_ints(envs):
+    e = envs("CartPole-v1", 1)
+    e.reset()
+
+    def check(value):
+        if isinstance(value, (dict, list)):
+            return all(map(check, value.values() if isinstance(value, dict) else value))
+        return isinstance(value, (str, float, bool, np.ndarray)) or (isinstance(value, int) and value < 2**63)
+
+    assert check(e.get_state())
+
+
+def test_without_state_the_episode_restarts_and_is_counted(envs):
+    e = envs(stateful=False)
+    e.reset()
+    e.step(actions(e))
+    other = envs(stateful=False, num_workers=1)
+    obs = other.set_state(e.get_state())
+    assert other.lost_episodes == 2 and (obs["proprio"][:, 0] == 0).all()
+    obs, _, _, _, info = other.step(actions(e))
+    assert info["lost"].all() and (info["steps"] == 0).all() and (obs["proprio"][:, 0] == 0).all()
+    obs, _, _, _, info = other.step(actions(e))
+    assert not info["lost"].any() and (obs["proprio"][:, 0] == 1).all()
+    with pytest.raises(ValueError, match="use num_envs=2"):
+        envs(num_envs=3).set_state(e.get_state())
+
+
+@pytest.mark.parametrize("die", ["kill", "raise"])
+def test_dead_worker_is_restarted(envs, tmp_path, die):
+    marker = tmp_path / "marker"
+    e = envs(num_envs=4, num_workers=2, die=die, marker=str(marker), length=50)
+    first = e.reset()["proprio"]
+    e.step(actions(e))
+    marker.touch()
+    with pytest.warns(RuntimeWarning, match="SIGKILL" if die == "kill" else "gripper fell off") as caught:
+        obs, rewards, terminated, truncated, info = e.step(actions(e))
+    lost = info["lost"]
+    assert len(caught) == 1 and lost.tolist() in ([True, True, False, False], [False, False, True, True])
+    assert (info["restarted"] == lost).all() and e.lost_episodes == 2
+    assert (rewards == ~lost).all() and (info["steps"] == ~lost).all() and not (terminated | truncated).any()
+    assert (obs["proprio"][lost, 0] == 0).all() and (obs["proprio"][~lost, 0] == 2).all()
+    seeds = [int(np.random.SeedSequence([0, i, 1]).generate_state(1)[0]) for i in np.flatnonzero(lost)]
+    assert obs["proprio"][lost, 1].tolist() == [np.random.default_rng(s).integers(1000) for s in seeds]
+    assert (obs["proprio"][lost, 1] != first[lost, 1]).any()
+    obs, _, _, _, info = e.step(actions(e))
+    assert not info["lost"].any() and obs["proprio"][:, 0].tolist() == np.where(lost, 1, 3).tolist()
+
+
+def test_worker_killed_between_steps(envs):
+    e = envs(num_envs=2, num_workers=2, autoreset=False, length=2)
+    e.reset()
+    mine = multiprocessing.active_children()
+    e.step(actions(e), mask=np.array([True, False]))
+    os.kill(mine[0].pid, signal.SIGKILL)
+    mine[0].join(5)
+    with pytest.warns(RuntimeWarning, match="SIGKILL"):
+        state = e.get_state()  # the loss shows here, and is told by the next step
+    assert e.lost_episodes == 1 and state["lost"].sum() == 1
+    info = e.step(actions(e))[4]
+    assert info["lost"].sum() == 1 and (info["steps"] == ~info["lost"]).all()
+    assert e.step(actions(e), mask=info["lost"])[4]["steps"].sum() == 1
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_worker_that_keeps_dying_ends_the_run(envs, tmp_path, monkeypatch):
+    marker = tmp_path / "marker"
+    marker.touch()
+    e = envs(num_envs=1, num_workers=1, die="raise", marker=str(marker), once=False, length=50)
+    e.reset()
+    with pytest.raises(RuntimeError, match=r"died 4 times(.|\n)*Traceback(.|\n)*gripper fell off"):
+        for _ in range(8):
+            e.step(actions(e))
+    assert e.lost_episodes == 4 and e.closed
+    with pytest.raises(RuntimeError, match="closed"):
+        e.reset()
+    monkeypatch.setattr(common.envs, "GOOD_STEPS", 1)  # one good step forgives
+    e = envs(num_envs=1, num_workers=1, die="raise", marker=str(marker), once=False, length=50)
+    e.reset()
+    for _ in range(12):
+        e.step(actions(e))
+    assert e.lost_episodes == 6
+
+
+def test_step_async_and_close_in_flight(envs):
+    e = envs(num_workers=1)
+    e.reset()
+    e.step_async(actions(e))
+    with pytest.raises(RuntimeError, match="in flight"):
+        e.get_state()
+    assert e.step_wait()[4]["steps"].tolist() == [1, 1]
+    with pytest.raises(RuntimeError, match="no step is in flight"):
+        e.step_wait()
+    e.step_async(actions(e))
+    process = e._workers[0].process
+    e.close()
+    e.close()
+    assert not process.is_alive()
+
+
+def test_spawn_start_method(envs, monkeypatch):
+    monkeypatch.setattr(common.envs, "START_METHOD", "spawn")
+    e = envs("CartPole-v1", 2, num_workers=1)
+    monkeypatch.undo()
+    assert flat(e.reset()) == flat(envs("CartPole-v1", 2).reset())
+
+
+def test_no_worker_outlives_a_killed_parent():
+    code = """
+import os, time, multiprocessing
+from common.envs import make_envs
+e = make_envs("CartPole-v1", 2, seed=0, num_workers=2)
+f = make_envs("CartPole-v1", 2, seed=0, num_workers=1)
+stranger = os.fork()  # holds the parent's ends of all pipes open
+if stranger:
+    print(stranger, *[p.pid for p in multiprocessing.active_children()], flush=True)
+time.sleep(30)
+os._exit(0)
+"""
+    root = Path(common.envs.__file__).parents[2]
+    shared = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True)
+    stranger, *pids = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(pids) == 3 and all(map(running, pids))
+    parent.kill()
+    parent.wait()
+    deadline = time.time() + 8
+    while any(map(running, pids)) and time.time() < deadline:
+        time.sleep(0.05)
+    left = [pid for pid in pids if running(pid)]
+    os.kill(stranger, signal.SIGKILL)
+    assert not left
+    if shared:
+        assert set(os.listdir("/dev/shm")) <= shared
+
+
+def running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "sentence"),
+    [
+        ({"num_envs": 0}, "num_envs must be at least 1, got 0"),
+        ({"chunk": 0}, "chunk must be at least 1, got 0"),
+        ({"action_history": -1}, "action_history must be at least 0, got -1"),
+        ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
+        ({"bad": "the table is missing: install a table"}, "the table is missing: install a table"),
+        ({"colour": 1}, "'fake' does not take these arguments: .*colour"),
+        ({"env_id": "NoSuchWorld-v0"}, "unknown environment 'NoSuchWorld-v0': known are tabletop"),
+        ({"env_id": "FrozenLake-v1"}, "a Gymnasium id with vector observations"),
+        ({"env_id": "CartPole-v1", "colour": 1}, "cannot be made with .*colour"),
+        ({"env_id": "CartPole-v1", "action_history": 1}, "action_history needs continuous actions"),
+    ],
+)
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_arguments_end_in_one_sentence(envs, num_workers, kwargs, sentence):
+    with pytest.raises(ValueError, match=sentence) as caught:
+        envs(**{"num_workers": num_workers} | kwargs)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_actions_end_in_one_sentence(envs):
+    e = envs(chunk=2)
+    with pytest.raises(ValueError, match=r"environments \[0, 1\] have no running episode"):
+        e.step(actions(e))
+    e.reset()
+    with pytest.raises(ValueError, match=r"floats \(2, 2, 2\), got float32 \(2, 2\)"):
+        e.step(actions(e)[:, 0])
+    bad = actions(e)
+    bad[1, 0, 1] = np.nan
+    with pytest.raises(ValueError, match=r"environments \[1\] are NaN"):
+        e.step(bad)
+    e.step(bad, mask=np.array([True, False]))  # not read where it is not executed
+    with pytest.raises(ValueError, match="mask must be bool"):
+        e.step(actions(e), mask=np.array([0, 1]))
+    with pytest.raises(ValueError, match="seeds must be 2 ints"):
+        e.reset(seeds=[1])
+    e = envs("CartPole-v1")
+    e.reset()
+    with pytest.raises(ValueError, match=r"integers \(2, 1\), got float32"):
+        e.step(np.zeros((2, 1), np.float32))
+    with pytest.raises(ValueError, match=r"outside \[0, 1\]"):
+        e.step(np.array([[0], [2]]))
+
+
+def test_box_actions_are_rescaled_and_clipped(envs):
+    e = envs("Pendulum-v1", 1)  # torque in [-2, 2]
+    plain = gymnasium.make("Pendulum-v1")
+    for unit, torque in ((0.25, 0.5), (3.0, 2.0), (-1.0, -2.0)):
+        e.reset(seeds=[4])
+        plain.reset(seed=4)
+        obs, reward = plain.step(np.array([torque], np.float32))[:2]
+        got = e.step(actions(e, unit))
+        np.testing.assert_array_equal(got[0]["proprio"][0], obs)
+        assert got[1][0] == np.float32(reward)
+    plain.close()
+
+
+def test_adapter_observes_what_it_restored():
+    first, second = make_gymnasium("Pendulum-v1"), make_gymnasium("Pendulum-v1")
+    first.reset(seed=3)
+    obs = first.step(np.array([0.5]))[0]
+    second.set_state(first.get_state())
+    np.testing.assert_array_equal(second.observe()["proprio"], obs["proprio"])
+    first.close()
+    second.close()
+
+
+def test_workers_import_no_torch():
+    code = "import sys, common.envs, common.envs.gymnasium_env; sys.exit('torch' in sys.modules)"
+    root = Path(common.envs.__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
