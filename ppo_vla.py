@@ -429,7 +429,7 @@ def evaluate(agent, envs, args, device, video_folder=None):
             for k, frame in enumerate(info["frames"][i]):
                 step = info["episode_length"][i] - info["steps"][i] + k + 1
                 last = (terminated | truncated)[i] and k + 1 == info["steps"][i]
-                text = f"step {step}   value {value[np.searchsorted(rows, i)].item():.2f}"
+                text = f"step {step}" + (f"   value {value[rows == i].item():.2f}" if value is not None else "")
                 text += f"   {'success' if info['success'][i] else 'failure'}" if last else ""
                 frames[seeds[i]].append(annotate(frame, [envs.instructions[tasks[i]], text]))
         again = info["lost"] & running  # the worker died: the same episode once more

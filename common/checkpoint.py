@@ -215,10 +215,9 @@ def run_folder(output_dir: str | os.PathLike, run_name: str) -> Path:
 
 
 def write_results(path: str | os.PathLike, results: dict) -> None:
-    """Write results as JSON, atomically; arrays become lists, NaN and infinity null, other objects their
-    text.
+    """Write results as JSON, atomically; CheckpointError if the disk refuses.
 
-    CheckpointError if the disk refuses.
+    Arrays become lists, NaN and infinity null, other objects their text.
     """
     finite = json.loads(_dump(results), parse_constant=lambda _: None)  # JSON has no NaN
     with atomic_path(path) as temporary:
@@ -226,9 +225,7 @@ def write_results(path: str | os.PathLike, results: dict) -> None:
 
 
 def hardware() -> dict:
-    """The machine: `cpu` (name), `cores` (that this process may use), `gpu` (name or None), `ram_gb` (2^30
-    bytes).
-    """
+    """The machine: `cpu` name, `cores` this process may use, `gpu` name or None, `ram_gb` in 2^30 bytes."""
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -12,8 +12,7 @@ from common.checkpoint import atomic_path
 def annotate(frame: np.ndarray, lines: list[str]) -> np.ndarray:
     """Write `lines` in white on a black strip below the frame: (H, W, 3) uint8 -> (H', W, 3) uint8, H' >= H.
 
-    Text is wrapped to the width, between words where it can, so H' grows with it: the frames of one video
-    need text that wraps to equally many rows.
+    Text is wrapped to the width, between words where it can, so that H' grows with it.
     """
     font = ImageFont.load_default()
     width = frame.shape[1] - 4
@@ -44,18 +43,19 @@ def side_by_side(images: np.ndarray, scale: int = 1) -> np.ndarray:
 
 
 def write_video(path: str | os.PathLike, frames: list[np.ndarray], fps: float) -> None:
-    """Write frames (H, W, 3) uint8 as H.264 mp4, atomically, odd sizes padded by one black row or column.
+    """Write frames (H, W, 3) uint8 as H.264 mp4, atomically, padded with black to even sizes.
 
-    RuntimeError if there are no frames, if they differ in shape, or if the disk or ffmpeg refuses.
+    RuntimeError if there are no frames, if they differ in more than their height, or if the disk or ffmpeg
+    refuses.
     """
-    shapes = {(frame.shape, frame.dtype.name) for frame in frames}
+    shapes = {(frame.shape[1:], frame.dtype.name) for frame in frames}
     if len(shapes) != 1 or frames[0].shape[2:] != (3,) or frames[0].dtype != np.uint8:
         raise RuntimeError(
-            f"{path} needs frames that are all uint8 (H, W, 3) of one size; got {sorted(shapes) or 'none'}."
+            f"{path} needs frames that are all uint8 (H, W, 3) of one width; got {sorted(shapes) or 'none'}."
         )
-    height, width, _ = frames[0].shape
-    padding = ((0, height % 2), (0, width % 2), (0, 0))  # yuv420p halves both
-    size = (width + width % 2, height + height % 2)
+    # heights may differ: the text of `annotate` may need one row more in the last frame
+    height, width = max(len(frame) for frame in frames), frames[0].shape[1]
+    size = (width + width % 2, height + height % 2)  # yuv420p halves both
     with atomic_path(path) as temporary:
         # macro_block_size 1: the default 16 would rescale the picture
         writer = imageio_ffmpeg.write_frames(
@@ -69,6 +69,7 @@ def write_video(path: str | os.PathLike, frames: list[np.ndarray], fps: float) -
         )
         writer.send(None)
         for frame in frames:
+            padding = ((0, size[1] - len(frame)), (0, width % 2), (0, 0))
             writer.send(np.ascontiguousarray(np.pad(frame, padding)))
         writer.close()
         try:  # write_frames hides ffmpeg's exit status, and a full disk leaves a file without an index

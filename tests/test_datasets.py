@@ -6,6 +6,7 @@ import h5py
 import numpy as np
 import pytest
 
+from common import UserError
 from common.checkpoint import CheckpointError
 from common.datasets import chunk_targets, load_demonstrations, save_demonstrations
 
@@ -138,7 +139,7 @@ def test_a_faulty_file_is_named_in_one_sentence(own, message):
     path, _ = own
     with h5py.File(path, "a") as file:
         FAULTS[message](file)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         load_demonstrations(path)
     assert message in str(error.value) and str(path) in str(error.value)
     assert "\n" not in str(error.value) and str(error.value).endswith(".")
@@ -160,10 +161,10 @@ def test_a_file_that_is_no_hdf5_is_named(own, tmp_path):
         "half.hdf5": "truncated",
         "gone.hdf5": "does not exist",
     }.items():
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(UserError) as error:
             load_demonstrations(tmp_path / name)
         assert name in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(UserError, match="at least 1"):
         load_demonstrations(path, max_demos=0)
 
 
@@ -173,7 +174,7 @@ def test_saving_checks_before_it_replaces(own, tmp_path):
     bad = {**episodes[0], "actions": np.full((2, 7), np.nan)}
     one_camera = {**episodes[0], "image": episodes[0]["image"][:, :1]}
     for faulty in ([], [episodes[0], bad], [one_camera]):
-        with pytest.raises(ValueError):
+        with pytest.raises(UserError):
             save_demonstrations(path, faulty)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
     with pytest.raises(CheckpointError):
@@ -192,7 +193,7 @@ def test_chunk_targets_against_a_loop():
                 assert mask[s, k] == (s + k < end)
                 assert np.array_equal(targets[s, k], actions[s + k] if s + k < end else actions[end - 1])
     for wrong in ([1, 3], [0, 3, 3], [0, 11], []):
-        with pytest.raises(ValueError):
+        with pytest.raises(UserError):
             chunk_targets(actions, np.array(wrong, np.int64), chunk)
-    with pytest.raises(ValueError):
+    with pytest.raises(UserError):
         chunk_targets(actions, starts, 0)

@@ -26,6 +26,15 @@ def test_mp4_decodes_back_with_number_size_and_colours(tmp_path, height, width):
     assert [p.name for p in (tmp_path / "videos").iterdir()] == ["a.mp4"]
 
 
+def test_text_that_grows_by_a_row_does_not_lose_the_video(tmp_path):
+    frame = np.full((40, 128, 3), 200, np.uint8)
+    frames = [annotate(frame, [text]) for text in ("step 100 value -0.12", "step 100 value -0.12 failure")]
+    assert len(frames[0]) < len(frames[1])
+    write_video(tmp_path / "a.mp4", frames, fps=10)
+    _, decoded = decode(tmp_path / "a.mp4")
+    assert decoded.shape[:2] == (2, len(frames[1])) and decoded[0, len(frames[0]) + 2 :].max() < 30
+
+
 @pytest.mark.parametrize(
     "frames",
     [

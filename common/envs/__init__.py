@@ -539,8 +539,8 @@ class Envs(gymnasium.vector.VectorEnv):
         Returns obs (where autoreset acted, the next episode's first), rewards float32 (N,) summed over the
         chunk, terminated and truncated bool (N,) (never both) and info, arrays (N,) unless said otherwise:
         `steps` executed; `success`; `final_obs`, like obs, but the episode's last where it ended;
-        `episode_return`, `episode_length` so far; `lost`, the running episode died with its worker and obs is
-        the first of a new one (0 steps, whatever the mask); `restarted`, rebuilt since the last step; `frames`,
+        `episode_return`, `episode_length` so far; `lost`, the running episode died with its worker, obs is
+        the first of a new one (0 steps, for any mask); `restarted`, rebuilt since the last step; `frames`,
         {row: list of uint8 (H, W, 3)}. Raises ValueError for bad actions, RuntimeError when a worker keeps
         dying.
         """

@@ -284,6 +284,7 @@ class TabletopEnv(gym.Env):
         d.ctrl[3] = np.clip(d.qpos[-3] + ROTATION_SCALE * action[5], -1.5, 1.5)
         d.ctrl[4:] = OPEN if action[6] < 0 else -0.005  # past the pads' contact: a steady squeeze
         mujoco.mj_step(self.model, d, SUBSTEPS)
+        mujoco.mj_forward(self.model, d)  # poses and contacts of this very state, not of the last substep's start
         self.steps += 1
         success = self._success()
         reward = float(success)
@@ -459,19 +460,20 @@ def _demonstrate(job):
     for seed in seeds:
         rng = np.random.default_rng([7, seed])
         obs, _ = env.reset(seed=seed)
-        images, proprio, actions, pixels = [], [], [], []
+        images, proprio, actions, executed, pixels = [], [], [], [], []
         while True:
             action = env.expert()
             images.append(obs["image"])
             proprio.append(obs["proprio"])
             actions.append(action)
             pixels.append(env.pixels())
-            executed = action + noise * rng.standard_normal(7) * [1, 1, 1, 0, 0, 0.5, 0]
-            obs, _, terminated, truncated, info = env.step(executed)
+            noisy = action + noise * rng.standard_normal(7) * [1, 1, 1, 0, 0, 0.5, 0]
+            executed.append(noisy.clip(-1, 1).astype(np.float32))
+            obs, _, terminated, truncated, info = env.step(executed[-1])
             if terminated or truncated:
                 break
         if info["success"]:  # a failed demonstration is dropped
-            episodes.append((np.stack(images), np.stack(proprio), np.stack(actions), np.stack(pixels), env.task))
+            episodes.append([np.stack(rows) for rows in (images, proprio, actions, executed, pixels)] + [env.task])
     return episodes
 
 
@@ -490,6 +492,7 @@ def _ground(job):
 
 
 def _in_parallel(function, seeds, num_workers, *rest):
+    num_workers = os.cpu_count() if num_workers is None else num_workers
     jobs = [(chunk.tolist(), *rest) for chunk in np.array_split(seeds, max(num_workers, 1) * 4) if len(chunk)]
     if num_workers < 2:
         return [row for job in jobs for row in function(job)]
@@ -498,29 +501,30 @@ def _in_parallel(function, seeds, num_workers, *rest):
         return [row for rows in pool.imap(function, jobs) for row in rows]
 
 
-def demonstrations(num_episodes, seed, num_workers=2, noise=0.3, **env_kwargs):
+def demonstrations(num_episodes, seed, num_workers=None, noise=0.3, **env_kwargs):
     """Successful episodes of the scripted expert, on training layouts.
 
     Returns flat arrays over all S steps: image uint8 (S, cameras, H, W, 3), proprio float32 (S, 8), actions float32
-    (S, 7), task int64 (S,), pixels float32 (S, cameras, 2, 2) (see `TabletopEnv.pixels`), episode_starts int64 (E,),
+    (S, 7) as labelled and `executed`, task int64 (S,), pixels float32 (S, cameras, 2, 2) (see `TabletopEnv.pixels`), episode_starts int64 (E,),
     and instructions. `noise` is the standard deviation added to the executed action; the label stays clean.
     """
     seeds = np.random.default_rng([1, seed]).integers(2**31, size=num_episodes)
     episodes = _in_parallel(_demonstrate, seeds, num_workers, noise, env_kwargs)
     lengths = np.array([len(episode[2]) for episode in episodes])
-    image, proprio, actions, pixels = (np.concatenate([e[k] for e in episodes]) for k in range(4))
+    image, proprio, actions, executed, pixels = (np.concatenate([e[k] for e in episodes]) for k in range(5))
     return {
         "image": image,
         "proprio": proprio,
         "actions": actions,
+        "executed": executed,
         "pixels": pixels,
-        "task": np.repeat(np.array([e[4] for e in episodes], np.int64), lengths),
+        "task": np.repeat(np.array([e[5] for e in episodes], np.int64), lengths),
         "episode_starts": np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64),
         "instructions": list(INSTRUCTIONS),
     }
 
 
-def scenes(num_scenes, seed, num_workers=2, **env_kwargs):
+def scenes(num_scenes, seed, num_workers=None, **env_kwargs):
     """Still pictures of training layouts with the place of what the instruction names: image, proprio, pixels, task."""
     seeds = np.random.default_rng([2, seed]).integers(2**31, size=num_scenes)
     rows = _in_parallel(_ground, seeds, num_workers, env_kwargs)
