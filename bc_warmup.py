@@ -12,6 +12,7 @@ names, whose pixels the simulator knows. It stands in for the pretrained VLM and
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import signal
 import sys
@@ -349,14 +350,17 @@ def resolve_args(args):
     """With --resume, the run's own arguments. UserError for values that cannot work."""
     if args.resume:
         free = {"resume", "device", "num_workers", "capture_video", "track"}
-        given = [f.name for f in dataclasses.fields(Args) if getattr(args, f.name) != getattr(Args(), f.name)]
         saved = load_checkpoint(args.resume, scripts=("bc_warmup",))["args"]
-        clash = [name for name in given if name not in free and getattr(args, name) != saved[name]]
+        if other := saved.keys() ^ {f.name for f in dataclasses.fields(Args)}:
+            raise UserError(
+                f"{args.resume} is of another version of this script, which differs in {', '.join(sorted(other))}; resume it "
+                "with that version, or use --checkpoint instead."
+            )
+        args = tyro.cli(Args, default=Args(**saved))
+        clash = [name for name in saved if name not in free and getattr(args, name) != saved[name]]
         if clash:
             flags = ", ".join("--" + name.replace("_", "-") for name in clash)
             raise UserError(f"--resume goes on with the run's own arguments; drop {flags}, or use --checkpoint instead.")
-        kept = {name: value for name, value in saved.items() if name not in free}
-        args = dataclasses.replace(args, **kept)
     positive = "eval_envs eval_episodes save_freq chunk num_demos gradient_steps batch_size warmup_steps learning_rate"
     for name in (positive + " max_grad_norm temperature init_std").split():
         if not getattr(args, name) > 0:
@@ -364,6 +368,10 @@ def resolve_args(args):
     for name in "lora_rank action_history eval_freq demo_noise grounding_scenes grounding_steps grounding_coef".split():
         if not getattr(args, name) >= 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}.")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed must be in [0, 2**63), not {args.seed}.")
+    if args.track and not importlib.util.find_spec("wandb"):
+        raise UserError("--track needs Weights & Biases; pip install wandb, or drop --track.")
     if args.evaluate and not args.checkpoint:
         raise UserError("--evaluate needs --checkpoint, the weights to evaluate.")
     return args
@@ -448,6 +456,7 @@ def build_agent(args, envs, saved, device):
         raise UserError(f"The checkpoint's adapters have rank {old_rank}; use --lora-rank {old_rank} or 0.")
     if old_rank:
         add_lora(backbone, old_rank)
+        args.lora_rank = old_rank  # what this run's own checkpoints hold
     agent = Agent(backbone, args)
     if saved:
         missing, unexpected = agent.load_state_dict(saved["agent"], strict=False)
@@ -469,7 +478,7 @@ def train(args):
         device = choose_device(args.device)
         torch.manual_seed(args.seed)
         source = args.resume or args.checkpoint
-        saved = load_checkpoint(source, device, scripts=("bc_warmup",)) if source else None
+        saved = load_checkpoint(source, scripts=("bc_warmup",)) if source else None
         eval_envs = stack.enter_context(contextlib.closing(build_envs(args, args.eval_split, args.eval_envs, False)))
         agent = build_agent(args, eval_envs, saved, device)
         results = {"args": dataclasses.asdict(args), "versions": versions(), "hardware": hardware()}
@@ -526,7 +535,7 @@ def train(args):
 
         if initial is None:
             initial = evaluate(agent, eval_envs, args, device)
-            best = score(initial)
+            best = initial
             log_evaluation(initial)
             save("checkpoint.pt")
             save("best.pt")
@@ -553,13 +562,13 @@ def train(args):
                     loss = loss + args.grounding_coef * losses["grounding"]
             loss.backward()
             norm = nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+            if not torch.isfinite(norm):
+                raise FloatingPointError(
+                    f"step {step}: the gradient is not finite (loss {loss.item()}); "
+                    f"{folder / 'checkpoint.pt'} is the last good state."
+                )
             if step % 20 == 0:
-                if not torch.isfinite(norm):
-                    raise FloatingPointError(
-                        f"step {step}: the gradient is not finite (loss {loss.item()}); "
-                        f"{folder / 'checkpoint.pt'} is the last good state."
-                    )
-                scalars = {f"loss/{name}": x.item() for name, x in losses.items()}
+                scalars = {f"loss/{name}": x.item() for name, x in (losses | {"total": loss}).items()}
                 scalars |= {"optim/learning_rate": optimizer.param_groups[0]["lr"], "optim/grad_norm": norm.item()}
                 for name, x in scalars.items():
                     writer.add_scalar(name, x, step)
@@ -573,20 +582,21 @@ def train(args):
                 agent.train()
                 log_evaluation(latest)
                 tqdm.write(f"{step} gradient steps, {clock() - start:.0f} s: eval {score(latest):.3f}")
-                if score(latest) > best:
-                    best = score(latest)
+                if score(latest) > score(best):
+                    best = latest
                     save("best.pt")
-            if step % args.save_freq == 0 or stop or step == total:
+            if step % args.save_freq == 0 or step == total:
                 save("checkpoint.pt")
 
         bar.close()
         if stop and step < total:
+            save("checkpoint.pt")
             print(f"stopped at gradient step {step}; go on with: python bc_warmup.py --resume {folder}")
             sys.exit(128 + stop[0])
         final = evaluate(agent, eval_envs, args, device, videos)
         log_evaluation(final)
-        if score(final) > best:
-            best = score(final)
+        if score(final) > score(best):
+            best = final
             save("best.pt")
         save("checkpoint.pt")
         numbers = dict(environment_steps=0, gradient_steps=step - first, wall_seconds=clock() - start)

@@ -12,6 +12,7 @@ prompt position, before any action token. Log-probs are taken at the sampling te
 import contextlib
 import copy
 import dataclasses
+import importlib.util
 import json
 import signal
 import sys
@@ -95,7 +96,7 @@ class Args:
     """iterations between checkpoints"""
 
     # --- algorithm
-    total_timesteps: int = 1_000_000
+    total_timesteps: int = 700_000
     """environment steps to train for"""
     backbone: str = "tiny"
     """tiny or mlp, when no --checkpoint says which"""
@@ -117,14 +118,14 @@ class Args:
     """decisions per optimizer step"""
     micro_batch_size: int = 256
     """decisions per backward pass; smaller fits less memory and gives the same gradient"""
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-4
     """AdamW, policy"""
     value_learning_rate: float = 1e-3
     """AdamW, value head"""
     anneal_lr: bool = True
     """linear decay of both learning rates to zero"""
-    gamma: float = 0.98
-    """discount per decision"""
+    gamma: float = 0.9
+    """discount per decision: an episode is 3 to 12 of them, and 0.9 makes a late success worth visibly less"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
     ratio_level: Literal["token", "step", "chunk"] = "step"
@@ -169,7 +170,6 @@ PLAIN = dict(
 )  # fmt: skip
 PRESETS = {  # what differs from the defaults, which are tabletop's; flags on the command line win
     "CartPole-v1": dict(PLAIN, head="discrete"),
-    "Acrobot-v1": dict(PLAIN, head="discrete", gamma=0.99),
     "Pendulum-v1": dict(PLAIN, head="gaussian", gamma=0.9, num_steps=256, init_std=1.0, total_timesteps=300_000),
 }
 
@@ -456,19 +456,21 @@ def score(evaluation):
 
 def resolve_args(args):
     """Presets below the command line's flags; with --resume, the run's own arguments. UserError for values that cannot work."""
-    default = dataclasses.replace(Args(), env=args.env, **PRESETS.get(args.env, {}))
+    default = dataclasses.replace(Args(), env=args.env, **PRESETS.get(args.env, {} if args.env == "tabletop" else PLAIN))
     args = tyro.cli(Args, default=default)
     if args.resume:
         free = {"resume", "device", "num_workers", "capture_video", "track"}
-        given = [f.name for f in dataclasses.fields(Args) if getattr(args, f.name) != getattr(Args(), f.name)]
         saved = load_checkpoint(args.resume, scripts=("ppo_vla",))["args"]
-        clash = [name for name in given if name not in free and getattr(args, name) != saved[name]]
+        if other := saved.keys() ^ {f.name for f in dataclasses.fields(Args)}:
+            raise UserError(
+                f"{args.resume} is of another version of this script, which differs in {', '.join(sorted(other))}; resume it "
+                "with that version, or use --checkpoint instead."
+            )
+        args = tyro.cli(Args, default=Args(**saved))
+        clash = [name for name in saved if name not in free and getattr(args, name) != saved[name]]
         if clash:
             flags = ", ".join("--" + name.replace("_", "-") for name in clash)
             raise UserError(f"--resume goes on with the run's own arguments; drop {flags}, or use --checkpoint instead.")
-        kept = {name: value for name, value in saved.items() if name not in free}
-        kept = {name: tuple(v) if isinstance(v, list) else v for name, v in kept.items()}
-        args = dataclasses.replace(args, **kept)
     positive = "num_envs eval_envs eval_episodes save_freq total_timesteps chunk num_steps update_epochs minibatch_size"
     for name in (positive + " micro_batch_size temperature init_std max_grad_norm").split():
         if not getattr(args, name) > 0:
@@ -479,6 +481,10 @@ def resolve_args(args):
     for name in ("gamma", "gae_lambda"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name.replace('_', '-')} must be in [0, 1], not {getattr(args, name)}.")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed must be in [0, 2**63), not {args.seed}.")
+    if args.track and not importlib.util.find_spec("wandb"):
+        raise UserError("--track needs Weights & Biases; pip install wandb, or drop --track.")
     if args.evaluate and not args.checkpoint:
         raise UserError("--evaluate needs --checkpoint, the weights to evaluate.")
     return args
@@ -522,6 +528,7 @@ def build_agent(args, envs, saved, device):
         raise UserError(f"The checkpoint's adapters have rank {old_rank}; use --lora-rank {old_rank} or 0.")
     if old_rank:
         add_lora(backbone, old_rank)
+        args.lora_rank = old_rank  # what this run's own checkpoints hold
     agent = Agent(backbone, args, envs)
     if saved:
         missing, unexpected = agent.load_state_dict(saved["agent"], strict=False)
@@ -545,7 +552,7 @@ def train(args):
         device = choose_device(args.device)
         torch.manual_seed(args.seed)
         source = args.resume or args.checkpoint
-        saved = load_checkpoint(source, device, scripts=("ppo_vla", "bc_warmup")) if source else None
+        saved = load_checkpoint(source, scripts=("ppo_vla", "bc_warmup")) if source else None
         eval_envs = stack.enter_context(contextlib.closing(build_envs(args, args.eval_split, args.eval_envs, False)))
         agent = build_agent(args, eval_envs, saved, device)
         results = {"args": dataclasses.asdict(args), "versions": versions(), "hardware": hardware()}
@@ -576,8 +583,10 @@ def train(args):
         ]
         optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0)
         cache_vision = not any(p.requires_grad for p in backbone.vision_parameters())
-        # The reference of the KL: adapters off where they were added here, else a frozen copy.
-        fresh_lora = args.lora_rank > 0 and not (saved and saved["args"]["lora_rank"] and not args.resume)
+        # The reference of the KL: adapters off where they are all that is trained and were added here, else a frozen copy.
+        fresh_lora = args.head == "tokens" and args.lora_rank > 0 and not (saved and saved["args"]["lora_rank"])
+        if args.resume:
+            fresh_lora = saved["reference"] is None
         reference = copy.deepcopy(agent).requires_grad_(False) if args.kl_coef > 0 and not fresh_lora else None
         sampler = torch.Generator(device).manual_seed(args.seed)
         shuffler = torch.Generator().manual_seed(args.seed)
@@ -617,12 +626,12 @@ def train(args):
 
         if initial is None:
             initial = evaluate(agent, eval_envs, args, device)
-            best = score(initial)
+            best = initial
             log_evaluation(initial)
             save("checkpoint.pt")
             save("best.pt")
         latest = initial
-        T, N, tokens = args.num_steps, args.num_envs, args.chunk * (1 if args.head == "discrete" else len(envs.active_dims))
+        T, N = args.num_steps, args.num_envs
         active = torch.as_tensor(envs.active_dims, device=device)
         if args.head == "discrete":
             active = active[:1]
@@ -699,7 +708,7 @@ def train(args):
                     frozen, parts = reference or agent, []
                     for index in torch.arange(len(keep), device=device).split(args.micro_batch_size):
                         part = {key: x[index] for key, x in data.items()}
-                        seen = vision[index] if vision is not None and reference is None else None
+                        seen = vision[index] if vision is not None else None  # frozen, so the reference's as well
                         parts.append(frozen.evaluate_actions(part, actions[index], seen)[0])
                     reference_log_probs = torch.cat(parts)
 
@@ -712,7 +721,7 @@ def train(args):
                 for minibatch in order.split(args.minibatch_size):
                     mask, groups_mask = masks[minibatch], covered[minibatch]
                     totals = (groups_mask.sum(), mask.sum(), torch.tensor(len(minibatch), device=device))
-                    sums = torch.zeros(6, device=device)
+                    sums = torch.zeros(7, device=device)
                     for index in minibatch.split(args.micro_batch_size):
                         part = {key: x[index] for key, x in data.items()}
                         seen = vision[index] if vision is not None else None
@@ -740,14 +749,17 @@ def train(args):
                             approx_kl = masked_mean(kl_k3(log_ratio), group, totals[0])
                             clipped = masked_mean(clipped.float(), group, totals[0])
                             error = masked_mean((ratio - 1).abs(), group, totals[0])
-                            sums += torch.stack([policy_loss, critic_loss, entropy, approx_kl, clipped, error])
+                            sums += torch.stack([policy_loss, critic_loss, entropy, approx_kl, clipped, error, loss])
                     if args.target_kl is not None and sums[3] > args.target_kl:
                         optimizer.zero_grad()
                         kl_stop = True
                         break
+                    if iteration <= args.critic_warmup:
+                        for parameter in policy:  # reached through the value where it is not detached
+                            parameter.grad = None
                     norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     if not torch.isfinite(norm + sums.sum()):
-                        names = "policy loss, value loss, entropy, approx_kl, clip fraction, |ratio - 1|"
+                        names = "policy loss, value loss, entropy, approx_kl, clip fraction, |ratio - 1|, total"
                         raise FloatingPointError(
                             f"iteration {iteration}: a loss or gradient is not finite ({names} = {sums.tolist()}, gradient "
                             f"norm {norm.item()}, returns {returns.min().item():.3g} to {returns.max().item():.3g}); "
@@ -763,11 +775,11 @@ def train(args):
             # --- log, evaluate, save
             seconds_update = clock() - tick
             recent = (recent + finished)[-max(100, args.num_envs) :]
-            means = torch.stack(metrics).mean(0).tolist() if metrics else [float("nan")] * 7
+            means = torch.stack(metrics).mean(0).tolist() if metrics else [float("nan")] * 8
             spent = seconds_env + seconds_policy + seconds_update
             scalars = {
-                "loss/policy": means[0], "loss/value": means[1], "policy/entropy": means[2], "policy/approx_kl": means[3],
-                "policy/clip_fraction": means[4], "optim/grad_norm": means[6],
+                "loss/policy": means[0], "loss/value": means[1], "loss/total": means[6], "policy/entropy": means[2],
+                "policy/approx_kl": means[3], "policy/clip_fraction": means[4], "optim/grad_norm": means[7],
                 "policy/first_ratio_error": metrics[0][5].item() if metrics else 0.0,
                 "value/explained_variance": explained_variance(values, returns).item(),
                 "optim/learning_rate": args.learning_rate * fraction,
@@ -791,20 +803,21 @@ def train(args):
                 latest = evaluate(agent, eval_envs, args, device)
                 log_evaluation(latest)
                 tqdm.write(f"{step} steps, {clock() - start:.0f} s: eval {score(latest):.3f}")
-                if score(latest) > best:
-                    best = score(latest)
+                if score(latest) > score(best):
+                    best = latest
                     save("best.pt")
-            if iteration % args.save_freq == 0 or stop or step >= args.total_timesteps:
+            if iteration % args.save_freq == 0 or step >= args.total_timesteps:
                 save("checkpoint.pt")
 
         bar.close()
         if stop and step < args.total_timesteps:
+            save("checkpoint.pt")
             print(f"stopped at {step} steps; go on with: python ppo_vla.py --resume {folder}")
             sys.exit(128 + stop[0])
         final = evaluate(agent, eval_envs, args, device, videos)
         log_evaluation(final)
-        if score(final) > best:
-            best = score(final)
+        if score(final) > score(best):
+            best = final
             save("best.pt")
         save("checkpoint.pt")
         numbers = dict(environment_steps=step, gradient_steps=gradient_steps, wall_seconds=clock() - start)

@@ -9,6 +9,8 @@ action rises).
 import numpy as np
 import torch
 
+from common import UserError
+
 
 class ActionTokenizer:
     """Maps actions in [-1, 1] to token ids and back, for tensors of any shape on any device.
@@ -70,7 +72,7 @@ def _statistics(x: torch.Tensor, q01, q99, mask) -> tuple[torch.Tensor, torch.Te
     low, high = (torch.as_tensor(q, dtype=x.dtype, device=x.device) for q in (q01, q99))
     mask = torch.as_tensor(mask, dtype=torch.bool, device=x.device)
     if not low.shape == high.shape == mask.shape == x.shape[-1:]:
-        raise ValueError(
+        raise UserError(
             f"q01 {tuple(low.shape)}, q99 {tuple(high.shape)} and mask {tuple(mask.shape)} must be of shape "
             f"{tuple(x.shape[-1:])}; take the statistics of a data set with this action space."
         )
@@ -82,7 +84,7 @@ def unnormalize(actions: torch.Tensor, q01, q99, mask, eps: float = 0.0) -> torc
 
     0.5 (a + 1) (q99 - q01 + eps) + q01 where `mask`, else a. `q01`, `q99`, `mask` are (A,): the 1 % and 99 %
     quantiles, and the dimensions they apply to (not the gripper). OpenVLA has eps 0, OpenVLA-OFT 1e-8.
-    ValueError if a shape differs.
+    UserError if a shape differs.
     """
     low, high, mask = _statistics(actions, q01, q99, mask)
     return torch.where(mask, 0.5 * (actions + 1) * (high - low + eps) + low, actions)
@@ -92,7 +94,7 @@ def normalize(x: torch.Tensor, q01, q99, mask, eps: float = 1e-8, clip: bool = T
     """Actions or proprioception (..., A) in the data set's units -> (..., A) in [-1, 1].
 
     2 (x - q01) / (q99 - q01 + eps) - 1 where `mask`, else x; `clip` limits the former to [-1, 1]. The inverse
-    of `unnormalize`. ValueError if a shape differs.
+    of `unnormalize`. UserError if a shape differs.
     """
     low, high, mask = _statistics(x, q01, q99, mask)
     scaled = 2 * (x - low) / (high - low + eps) - 1

@@ -2,7 +2,6 @@
 
 import os
 
-import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -48,6 +47,8 @@ def write_video(path: str | os.PathLike, frames: list[np.ndarray], fps: float) -
     RuntimeError if there are no frames, if they differ in more than their height, or if the disk or ffmpeg
     refuses.
     """
+    import imageio_ffmpeg  # here, so that runs without videos need no ffmpeg
+
     shapes = {(frame.shape[1:], frame.dtype.name) for frame in frames}
     if len(shapes) != 1 or frames[0].shape[2:] != (3,) or frames[0].dtype != np.uint8:
         raise RuntimeError(

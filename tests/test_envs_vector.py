@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import common.envs
+from common import UserError
 from common.envs import make_envs
 from common.envs.gymnasium_env import make as make_gymnasium
 
@@ -30,7 +31,7 @@ class FakeEnv(gymnasium.Env):
 
     def __init__(self, length=5, end="terminated", die="", marker="", once=True, stateful=True, bad=""):
         if bad:
-            raise ValueError(bad)
+            raise UserError(bad)
         box = gymnasium.spaces.Box
         images = {"image": box(0, 255, (1, 4, 4, 3), np.uint8), "task": box(0, 0, (), np.int64)}
         self.observation_space = gymnasium.spaces.Dict(
@@ -419,7 +420,7 @@ def running(pid):
 )
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_bad_arguments_end_in_one_sentence(envs, num_workers, kwargs, sentence):
-    with pytest.raises(ValueError, match=sentence) as caught:
+    with pytest.raises(UserError, match=sentence) as caught:
         envs(**{"num_workers": num_workers} | kwargs)
     assert "\n" not in str(caught.value)
 

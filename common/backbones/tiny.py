@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
+from common import UserError
+
 BOS, END, PAD, UNKNOWN = range(4)
 FREQUENCIES = 4  # sin/cos octaves of positions: lets a linear layer resolve millimetres
 
@@ -31,7 +33,7 @@ def fourier(x):
 class TinyVLA(nn.Module):
     """See the module. words: the vocabulary, made from `instructions` when it is not given.
 
-    Raises ValueError for an image size that is not a multiple of 4 or for observations without images.
+    Raises UserError for an image size that is not a multiple of 4 or for observations without images.
     """
 
     lora_targets = r"language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
@@ -53,7 +55,7 @@ class TinyVLA(nn.Module):
     ):
         super().__init__()
         if not cameras or not image_size or image_size % 4:
-            raise ValueError(
+            raise UserError(
                 f"The backbone 'tiny' needs images whose size is a multiple of 4, not {cameras} of {image_size}; "
                 "for vector observations use --backbone mlp."
             )

@@ -26,6 +26,8 @@ from multiprocessing import reduction
 import gymnasium
 import numpy as np
 
+from common import UserError
+
 WORLDS = {"tabletop": "common.envs.tabletop"}
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 MAX_DEATHS, GOOD_STEPS = 3, 100  # a worker may die 3 times; 100 good steps clear its record
@@ -41,12 +43,12 @@ def make_envs(env_id: str, num_envs: int, *, seed: int, chunk: int = 1, num_work
     process (an environment's exception then simply propagates). autoreset: True resets in the step that ends
     an episode (SAME_STEP), False waits for `reset(mask=...)` (DISABLED). action_history: this many last
     actions, oldest first, zeros at reset, are appended to `proprio`. Results do not depend on `num_workers`.
-    Raises ValueError, one sentence.
+    Raises UserError, one sentence.
     """
     least = {"num_envs": (num_envs, 1), "chunk": (chunk, 1), "action_history": (action_history, 0)}
     for name, (value, low) in (least | {"num_workers": (num_workers or 0, 0), "seed": (seed, 0)}).items():
         if value < low:
-            raise ValueError(f"{name} must be at least {low}, got {value}")
+            raise UserError(f"{name} must be at least {low}, got {value}")
     if env_id in WORLDS:
         world = (env_id, WORLDS[env_id], env_kwargs)
     else:
@@ -59,11 +61,11 @@ def _build(env_id, module, kwargs):
     try:
         return importlib.import_module(module).make(**kwargs)
     except ImportError as error:
-        raise ValueError(f"environment {env_id!r} needs something that is not installed: {error}") from error
+        raise UserError(f"environment {env_id!r} needs something that is not installed: {error}") from error
     except TypeError as error:
         if "argument" not in str(error):
             raise
-        raise ValueError(f"environment {env_id!r} does not take these arguments: {error}") from error
+        raise UserError(f"environment {env_id!r} does not take these arguments: {error}") from error
 
 
 # --------------------------------------------------------------------------------------------- in the worker
@@ -79,7 +81,7 @@ class _Slice:
         obs_space = dict(env.observation_space.spaces)
         self.discrete = isinstance(env.action_space, spaces.Discrete)
         if action_history and self.discrete:
-            raise ValueError(f"action_history needs continuous actions: {world[0]!r} has discrete ones")
+            raise UserError(f"action_history needs continuous actions: {world[0]!r} has discrete ones")
         if action_history:
             box, size = obs_space["proprio"], action_history * env.action_space.shape[0]
             low, high = np.r_[box.low, -np.ones(size)], np.r_[box.high, np.ones(size)]
@@ -194,7 +196,7 @@ def _map_arrays(spec, num_envs, chunk, fd):
 
 
 def _work(conn, parent_ends, parent_pid, *args):
-    """The worker: answers (True, value), or (False, (ValueError's sentence or None, traceback)) and ends."""
+    """The worker: answers (True, value), or (False, (UserError's sentence or None, traceback)) and ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for end in parent_ends:  # inherited by fork; held open they would hide the parent's death
@@ -226,7 +228,7 @@ def _work(conn, parent_ends, parent_pid, *args):
                 os.close(payload[0])
         held.close()
     except BaseException as error:  # noqa: BLE001 (it travels to the parent)
-        send((False, (str(error) if isinstance(error, ValueError) else None, traceback.format_exc())))
+        send((False, (str(error) if isinstance(error, UserError) else None, traceback.format_exc())))
 
 
 # --------------------------------------------------------------------------------------------- in the parent
@@ -247,7 +249,7 @@ class _Worker:
 class _Death(Exception):
     def __init__(self, reason, sentence=None):
         super().__init__(reason)
-        self.sentence = sentence  # of the ValueError that ended the worker
+        self.sentence = sentence  # of the UserError that ended the worker
 
 
 class Envs(gymnasium.vector.VectorEnv):
@@ -298,7 +300,7 @@ class Envs(gymnasium.vector.VectorEnv):
             if not isinstance(error, _Death):
                 raise
             if error.sentence:
-                raise ValueError(error.sentence) from None
+                raise UserError(error.sentence) from None
             raise RuntimeError(f"a worker of {self.env_id!r} could not start: {error}") from None
         for name, value in spec.items():
             setattr(self, name, value)

@@ -4,6 +4,7 @@ obs `{"proprio": float32 (P,)}`, one empty instruction, continuous actions in [-
 import gymnasium
 import numpy as np
 
+from common import UserError
 from common.envs import WORLDS
 
 # What observations and rewards read between two steps and mjSTATE_INTEGRATION does not hold. These lag one
@@ -18,7 +19,7 @@ class GymnasiumEnv(gymnasium.Env):
 
     Box actions come in [-1, 1] (clipped) and are rescaled to the environment's bounds, Discrete ones as ints.
     `get_state`/`set_state` are exact for classic control and Gymnasium's MuJoCo environments; elsewhere
-    `get_state` gives None. Raises ValueError, one sentence, for an unknown id, a wrong argument or an
+    `get_state` gives None. Raises UserError, one sentence, for an unknown id, a wrong argument or an
     unsupported space.
     """
 
@@ -30,14 +31,14 @@ class GymnasiumEnv(gymnasium.Env):
             self.env = gymnasium.make(id, disable_env_checker=True, **{"render_mode": "rgb_array"} | kwargs)
         except (gymnasium.error.Error, ImportError) as error:
             why = " ".join(str(error).split()).split(". ")[0].rstrip(".")
-            raise ValueError(f"unknown environment {id!r}: known are {known} ({why})") from error
+            raise UserError(f"unknown environment {id!r}: known are {known} ({why})") from error
         except TypeError as error:
-            raise ValueError(
+            raise UserError(
                 f"environment {id!r} cannot be made with {kwargs}: {str(error).split(' was raised')[0]}"
             ) from error
         obs_space, action_space = self.env.observation_space, self.env.action_space
         if not isinstance(obs_space, gymnasium.spaces.Box) or len(obs_space.shape) != 1:
-            raise ValueError(
+            raise UserError(
                 f"environment {id!r} observes {type(obs_space).__name__}{obs_space.shape or ''}, "
                 f"not a vector: known are {known}"
             )
@@ -51,7 +52,7 @@ class GymnasiumEnv(gymnasium.Env):
             self.action_space = gymnasium.spaces.Box(-1.0, 1.0, action_space.shape, np.float32)
             self.active_dims = np.ones(action_space.shape, bool)
         else:
-            raise ValueError(f"environment {id!r} acts in {action_space}: Discrete or bounded Box is needed")
+            raise UserError(f"environment {id!r} acts in {action_space}: Discrete or bounded Box is needed")
         self.instructions = [""]
         self._obs = None  # what the simulator said last; `advance` computes it anyway
 

@@ -16,10 +16,13 @@ import itertools
 import multiprocessing
 import os
 import sys
+import traceback
 
 import gymnasium as gym
 import mujoco
 import numpy as np
+
+from common import UserError
 
 OBJECTS = ("red cube", "green cylinder", "blue ball")
 PLATES = ("yellow plate", "purple plate")
@@ -64,6 +67,7 @@ _XML = """
   <option timestep="0.005" integrator="implicitfast" cone="elliptic" impratio="10" iterations="100" ls_iterations="50"/>
   <visual><headlight ambient="0.45 0.45 0.45" diffuse="0.1 0.1 0.1" specular="0 0 0"/>
     <global offwidth="640" offheight="640"/></visual>
+  <asset><texture type="skybox" builtin="flat" rgb1="0.55 0.62 0.7" rgb2="0.55 0.62 0.7" width="8" height="8"/></asset>
   <default>
     <geom solref="0.02 1" friction="1 0.01 0.001"/>
     <default class="finger"><geom type="box" rgba="0.2 0.2 0.22 1" friction="2 0.05 0.002" condim="4" mass="0.03"/></default>
@@ -73,7 +77,7 @@ _XML = """
     </default>
   </default>
   <worldbody>
-    <light name="sun" directional="true" pos="0 0 1" dir="0.3 0.2 -1" diffuse="0.6 0.6 0.6" specular="0 0 0"/>
+    <light name="sun" directional="true" pos="0 0 1" dir="0.3 0.2 -1" diffuse="0.6 0.6 0.6" specular="0 0 0" castshadow="false"/>
     <camera name="agentview" pos="0.42 0 0.40" xyaxes="0 1 0 -0.66 0 0.75" fovy="38"/>
     <geom name="table" type="box" size="0.3 0.3 0.02" pos="0 0 -0.02" rgba="0.72 0.68 0.62 1"/>
     <body name="yellow plate" mocap="true"><geom class="plate" rgba="0.95 0.85 0.1 1"/></body>
@@ -149,14 +153,16 @@ class GLRenderer:
     """The same interface over `mujoco.Renderer`; needs a working OpenGL (EGL, OSMesa or a display)."""
 
     def __init__(self, model, data, size):
-        if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-            os.environ.setdefault("MUJOCO_GL", "egl")
         try:
+            if sys.platform == "linux" and not os.environ.get("DISPLAY") and not os.environ.get("MUJOCO_GL"):
+                from mujoco.egl import GLContext  # MUJOCO_GL is read when mujoco is imported: too late here
+
+                mujoco.rendering.classic.gl_context.GLContext = GLContext
             self.renderer = mujoco.Renderer(model, size, size)
         except Exception as error:  # mujoco, PyOpenGL and the driver each raise their own kind
-            raise ValueError(
-                f"--renderer gl needs OpenGL (on a headless machine EGL or OSMesa with MUJOCO_GL set), which failed "
-                f"with {type(error).__name__}: {error}; --renderer ray needs none."
+            raise UserError(
+                "--renderer gl needs OpenGL (on a headless machine EGL, or OSMesa with MUJOCO_GL=osmesa), which failed with "
+                f"{traceback.format_exception_only(error)[-1].strip()}; --renderer ray needs none."
             ) from error
         self.data = data
 
@@ -176,7 +182,7 @@ class TabletopEnv(gym.Env):
     two apart so that only frames that a policy sees are rendered.
 
     tasks: kinds ("lift", "put", "move") or instructions; default all of the split.  max_steps: time limit (20 Hz).
-    Raises ValueError, in one sentence, for an unknown split, task, camera, renderer, reward or size.
+    Raises UserError, in one sentence, for an unknown split, task, camera, renderer, reward or size.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
@@ -200,11 +206,11 @@ class TabletopEnv(gym.Env):
             ("reward", reward, ("sparse", "shaped")),
         ):
             if value not in known:
-                raise ValueError(f"Unknown {name} {value!r} for tabletop; known: {', '.join(known)}.")
+                raise UserError(f"Unknown {name} {value!r} for tabletop; known: {', '.join(known)}.")
         if not cameras or any(c not in CAMERAS for c in cameras):
-            raise ValueError(f"Unknown cameras {list(cameras)} for tabletop; known: {', '.join(CAMERAS)}.")
+            raise UserError(f"Unknown cameras {list(cameras)} for tabletop; known: {', '.join(CAMERAS)}.")
         if not 8 <= size <= 640 or max_steps < 1:
-            raise ValueError(f"tabletop needs 8 <= size <= 640 and max_steps >= 1, not {size} and {max_steps}.")
+            raise UserError(f"tabletop needs 8 <= size <= 640 and max_steps >= 1, not {size} and {max_steps}.")
         self.split, self.reward, self.max_steps, self.size = split, reward, max_steps, size
         self.task_ids = self._select(tasks)
         self.model = mujoco.MjModel.from_xml_string(_XML)
@@ -226,13 +232,14 @@ class TabletopEnv(gym.Env):
         )
         self.action_space = gym.spaces.Box(-1, 1, (7,), np.float32)
         self.render_mode = "rgb_array"
+        self._renderer(size)  # without OpenGL "gl" fails here, and not later in a worker
 
     def _select(self, tasks):
         available = SEMANTICS_TASKS if self.split == "semantics" else TRAIN_TASKS
         for name in tasks:
             if not any(name in (TASKS[i][1], TASKS[i][0]) for i in available):
                 known = ", ".join(KINDS) + "; " + "; ".join(INSTRUCTIONS[i] for i in available)
-                raise ValueError(f"Unknown task {name!r} for tabletop's split {self.split!r}; known: {known}.")
+                raise UserError(f"Unknown task {name!r} for tabletop's split {self.split!r}; known: {known}.")
         return [i for i in available if not tasks or TASKS[i][1] in tasks or TASKS[i][0] in tasks]
 
     # --- episode
@@ -510,6 +517,8 @@ def demonstrations(num_episodes, seed, num_workers=None, noise=0.3, **env_kwargs
     """
     seeds = np.random.default_rng([1, seed]).integers(2**31, size=num_episodes)
     episodes = _in_parallel(_demonstrate, seeds, num_workers, noise, env_kwargs)
+    if not episodes:
+        raise UserError(f"The expert succeeded in none of {num_episodes} episodes with noise {noise}; use less noise.")
     lengths = np.array([len(episode[2]) for episode in episodes])
     image, proprio, actions, executed, pixels = (np.concatenate([e[k] for e in episodes]) for k in range(5))
     return {

@@ -1,0 +1,57 @@
+"""Environment steps per second of the tabletop on one core, with and without pictures, and of the vector of workers.
+
+    python benchmarks/env_speed.py
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.envs import make_envs  # noqa: E402
+from common.envs.tabletop import TabletopEnv  # noqa: E402
+
+
+def one_core(render_every, seconds=5.0, **kwargs):
+    """Steps per second of the scripted expert's episodes (resets included) with a picture every `render_every` steps."""
+    env, steps, seed = TabletopEnv(**kwargs), 0, 0
+    env.reset(seed=0)
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        _, terminated, truncated, _ = env.advance(env.expert())
+        steps += 1
+        if render_every and steps % render_every == 0:
+            env.observe()
+        if terminated or truncated:
+            seed += 1
+            env.reset(seed=seed)
+    return steps / (time.perf_counter() - start)
+
+
+def vector(num_envs=128, chunk=4, seconds=5.0):
+    envs, rng, steps = make_envs("tabletop", num_envs, seed=1, chunk=chunk), np.random.default_rng(0), 0
+    envs.reset()
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        *_, info = envs.step(rng.uniform(-1, 1, (num_envs, chunk, 7)).astype(np.float32))
+        steps += int(info["steps"].sum())
+    elapsed, workers = time.perf_counter() - start, envs.num_workers
+    envs.close()
+    return steps / elapsed, workers
+
+
+if __name__ == "__main__":
+    rows = [
+        ("no picture", dict(render_every=0)),
+        ("a 64x64 picture every step", dict(render_every=1)),
+        ("a 64x64 picture every 4 steps (chunk 4)", dict(render_every=4)),
+        ("both cameras every step", dict(render_every=1, cameras=("agentview", "wrist"))),
+    ]
+    for name, kwargs in rows:
+        rates = sorted(one_core(**kwargs) for _ in range(3))
+        print(f"one core, {name:42s} {rates[1]:7.0f} steps/s (of 3: {rates[0]:.0f} to {rates[2]:.0f})")
+    rate, workers = vector()
+    print(f"128 environments, {workers} workers on {os.cpu_count()} cores, chunk 4: {rate:.0f} steps/s")
