@@ -129,7 +129,7 @@ class Args:
     """tokens: the target is a Gaussian of this many bins around the demonstrated bin: near misses cost less"""
     max_grad_norm: float = 1.0
     """global gradient norm clip"""
-    temperature: float = 0.5
+    temperature: float = 0.35
     """divides the logits when sampling (--no-deterministic)"""
     init_std: float = 0.2
     """gaussian head: the standard deviation that PPO starts with"""

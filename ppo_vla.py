@@ -82,7 +82,7 @@ class Args:
     """where run folders are made"""
     run_name: str | None = None
     """the run folder's name; default <env>__<script>__<seed>__<time>"""
-    num_envs: int = 128
+    num_envs: int = 64
     """parallel environments"""
     num_workers: int | None = None
     """processes that hold them; default one a core, 0 for none"""
@@ -90,13 +90,13 @@ class Args:
     """parallel environments of an evaluation"""
     eval_episodes: int = 200
     """episodes of an evaluation, on layouts that training never shows"""
-    eval_freq: int = 25
+    eval_freq: int = 50
     """iterations between evaluations; 0 for the first and the last only"""
     save_freq: int = 10
     """iterations between checkpoints"""
 
     # --- algorithm
-    total_timesteps: int = 700_000
+    total_timesteps: int = 650_000
     """environment steps to train for"""
     backbone: str = "tiny"
     """tiny or mlp, when no --checkpoint says which"""
@@ -114,9 +114,9 @@ class Args:
     """decisions per environment and iteration"""
     update_epochs: int = 2
     """passes over an iteration's data"""
-    minibatch_size: int = 256
+    minibatch_size: int = 128
     """decisions per optimizer step"""
-    micro_batch_size: int = 256
+    micro_batch_size: int = 128
     """decisions per backward pass; smaller fits less memory and gives the same gradient"""
     learning_rate: float = 1e-4
     """AdamW, policy"""
@@ -134,7 +134,7 @@ class Args:
     """the ratio is clipped to [1 - clip_low, 1 + clip_high]"""
     clip_high: float = 0.28
     """a wider upper bound keeps exploration alive (DAPO, Yu et al. 2025)"""
-    temperature: float = 0.5
+    temperature: float = 0.35
     """divides the logits, in sampling and in every log-prob alike"""
     entropy_coef: float = 0.0
     """weight of the entropy bonus"""
@@ -774,7 +774,7 @@ def train(args):
 
             # --- log, evaluate, save
             seconds_update = clock() - tick
-            recent = (recent + finished)[-max(100, args.num_envs) :]
+            recent = (recent + finished)[-200:]
             means = torch.stack(metrics).mean(0).tolist() if metrics else [float("nan")] * 8
             spent = seconds_env + seconds_policy + seconds_update
             scalars = {

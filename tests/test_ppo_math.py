@@ -141,8 +141,7 @@ def collect(monkeypatch, tmp_path, *flags, lose=()):
     monkeypatch.setattr(sys, "argv", ["ppo_vla.py", *argv.split(), "--total-timesteps", "30", *flags])
     monkeypatch.setattr("signal.signal", lambda *_: None)
     seen = SimpleNamespace(masks=[], calls=0)
-    get_value, gae, merge = ppo_vla.Agent.get_value, ppo_vla.compute_gae, ppo_vla.merge_tokens
-    act, step = ppo_vla.Agent.get_action_and_value, common.envs.Envs.step
+    gae, act, step = ppo_vla.compute_gae, ppo_vla.Agent.get_action_and_value, common.envs.Envs.step
 
     def value_of(batch):
         episode, steps = (batch["proprio"].double() * 10).unbind(-1)
@@ -153,8 +152,8 @@ def collect(monkeypatch, tmp_path, *flags, lose=()):
 
     def spy_gae(rewards, values, next_values, ends, gamma, gae_lambda):
         seen.gae = [x.clone() for x in (rewards, values, next_values, ends)]
-        seen.advantages = gae(rewards, values, next_values, ends, gamma, gae_lambda)[0]
-        return gae(rewards, values, next_values, ends, gamma, gae_lambda)
+        seen.advantages, returns = gae(rewards, values, next_values, ends, gamma, gae_lambda)
+        return seen.advantages, returns
 
     def spy_merge(x, mask, level, chunk):
         seen.masks.append(mask.clone())
@@ -176,7 +175,6 @@ def collect(monkeypatch, tmp_path, *flags, lose=()):
     monkeypatch.setattr(common.envs.Envs, "step", spy_step)
     with pytest.raises(Stop):
         ppo_vla.main()
-    assert get_value and merge
     return seen
 
 
@@ -267,8 +265,8 @@ def test_clipped_surrogate_and_its_gradient(seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_value_loss_and_its_gradient(seed, clip, delta):
     rng = rng_of(seed)
-    values, old, returns = tensor(rng.normal(size=40), grad=True), tensor(rng.normal(size=40)), None
-    returns = tensor(old.numpy() + rng.normal(0, 0.5, 40))
+    old = tensor(rng.normal(size=40))
+    values, returns = (tensor(old.numpy() + rng.normal(0, 0.5, 40), grad) for grad in (True, False))
 
     def error(e):
         if delta == 0 or abs(e) <= delta:
@@ -277,7 +275,8 @@ def test_value_loss_and_its_gradient(seed, clip, delta):
 
     loss = ppo_vla.value_loss(values, old, returns, clip, delta)
     loss.sum().backward()
-    for v, o, r, found, grad in zip(*(x.tolist() for x in (values, old, returns, loss, values.grad)), strict=True):
+    columns = (x.tolist() for x in (values, old, returns, loss, values.grad))
+    for v, o, r, found, grad in zip(*columns, strict=True):
         wanted, slope = error(v - r)
         if clip:
             kept = o + min(max(v - o, -clip), clip)
@@ -334,7 +333,9 @@ def test_explained_variance():
 
 
 @BOTH
-@pytest.mark.parametrize(("successes", "episodes"), [(0, 10), (10, 10), (8, 10), (37, 200), (199, 200), (1, 1)])
+@pytest.mark.parametrize(
+    ("successes", "episodes"), [(0, 10), (10, 10), (8, 10), (37, 200), (199, 200), (1, 1)]
+)
 def test_wilson_interval_holds_the_roots_of_the_score_test(script, successes, episodes):
     low, high = script.wilson_interval(successes, episodes)
     p, z = successes / episodes, 1.96
@@ -360,7 +361,8 @@ def test_summarize_by_hand(script):
         "episodes": 1, "success_rate": 1.0, "success_rate_ci95": script.wilson_interval(1, 1), "mean_reward": 1.0,
         "mean_length": 20.0,
     }  # fmt: skip
-    assert (tasks["put"]["success_rate"], tasks["put"]["mean_reward"], tasks["put"]["mean_length"]) == (0.5, 1.25, 29)
+    put = [tasks["put"][key] for key in ("success_rate", "mean_reward", "mean_length")]
+    assert put == [0.5, 1.25, 29]
     plain = script.summarize([(False, 500.0, 500, 0)], False, [""])
     assert plain == {"episodes": 1, "mean_reward": 500.0, "mean_length": 500.0}
 
@@ -412,9 +414,9 @@ def test_grounding_loss_aims_at_the_pixel(seed):
         x, y = pixels[b, camera, query]
         close(sum(target[i] * centre[i % side] for i in range(side * side)), x, 1e-9)
         close(sum(target[i] * centre[i // side] for i in range(side * side)), y, 1e-9)
-        near = [i for i in range(side * side) if abs(centre[i % side] - x) < 2 / side > abs(centre[i // side] - y)]
-        weights = {i: (1 - side / 2 * abs(centre[i % side] - x)) * (1 - side / 2 * abs(centre[i // side] - y)) for i in near}
-        total -= sum(weight * log_p[i] for i, weight in weights.items())
+        for i in range(side * side):  # bilinear: a tent of one cell's width over the pixel
+            dx, dy = (abs(c - p) * side / 2 for c, p in ((centre[i % side], x), (centre[i // side], y)))
+            total -= max(0, 1 - dx) * max(0, 1 - dy) * log_p[i]
     close(loss.item(), total / count)
 
 
