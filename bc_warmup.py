@@ -1,13 +1,14 @@
 """Behaviour cloning of a vision-language-action policy from demonstrations, in one file: stage 1.
 
-    python bc_warmup.py --run-name warmup                              # scripted demonstrations, made on the fly
-    python bc_warmup.py --demos demos.hdf5 --run-name warmup           # RoboMimic's and LIBERO's layout
-    python ppo_vla.py --checkpoint runs/warmup/checkpoint.pt           # stage 2
+    python bc_warmup.py --run-name warmup                        # scripted demonstrations, made on the fly
+    python bc_warmup.py --demos demos.hdf5 --run-name warmup     # RoboMimic's and LIBERO's layout
+    python ppo_vla.py --checkpoint runs/warmup/checkpoint.pt     # stage 2
 
-Cross-entropy on the 256-bin action tokens of the next K actions (OpenVLA, Kim et al. 2024; chunks after OpenVLA-OFT,
-2025). The 7B models come with a pretrained eye for words and things; the tiny one is random, so a short grounding
-stage comes first: on random pictures its attention learns to point at the object and the plate that the instruction
-names, whose pixels the simulator knows. It stands in for the pretrained VLM and uses nothing but the training layouts.
+Cross-entropy on the 256-bin action tokens of the next K actions (OpenVLA, Kim et al. 2024; chunks after
+OpenVLA-OFT, 2025). The 7B models come with a pretrained eye for words and things; the tiny one is random, so
+a short grounding stage comes first: on random pictures its attention learns to point at the object and the
+plate that the instruction names, whose pixels the simulator knows. It stands in for the pretrained VLM and
+uses nothing but the training layouts.
 """
 
 import contextlib
@@ -64,7 +65,8 @@ class Args:
     eval_split: str = "eval"
     """tabletop: eval, or a held-out variation (vision, semantics, execution)"""
     demos: str | None = None
-    """HDF5 file of demonstrations in RoboMimic's or LIBERO's layout; default: the scripted expert makes them"""
+    """HDF5 file of demonstrations in RoboMimic's or LIBERO's layout; default: the scripted expert makes
+    them"""
     seed: int = 1
     """fixes demonstrations, initial weights, sampling and minibatch order"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -126,7 +128,8 @@ class Args:
     warmup_steps: int = 50
     """linear warm-up of the learning rate in both stages"""
     label_sigma: float = 3.0
-    """tokens: the target is a Gaussian of this many bins around the demonstrated bin: near misses cost less"""
+    """tokens: the target is a Gaussian of this many bins around the demonstrated bin: near misses cost
+    less"""
     max_grad_norm: float = 1.0
     """global gradient norm clip"""
     temperature: float = 0.35
@@ -141,8 +144,8 @@ class Args:
 
 
 def soft_cross_entropy(logits, bins, sigma):
-    """Cross-entropy (M,) of logits (M, 256) against a Gaussian of `sigma` bins around each target bin (M,), cut off at
-    the ends and normalised. sigma -> 0 is the plain cross-entropy."""
+    """Cross-entropy (M,) of logits (M, 256) against a Gaussian of `sigma` bins around each target bin (M,),
+    cut off at the ends and normalised. sigma -> 0 is the plain cross-entropy."""
     if sigma <= 0:
         return F.cross_entropy(logits, bins, reduction="none")
     index = torch.arange(logits.shape[-1], device=logits.device)
@@ -154,8 +157,8 @@ def grounding_loss(attention, pixels):
     """Cross-entropy between attention maps and where the named things are: a scalar.
 
     attention: logits (B, cameras, >=2, side*side), the first two queries belong to object and plate. pixels
-    (B, cameras, 2, 2) in [-1, 1], x right and y down, nan where a thing is not named or not in sight. The target puts
-    bilinear weights on the four nearest cells, so that its mean position is the pixel exactly.
+    (B, cameras, 2, 2) in [-1, 1], x right and y down, nan where a thing is not named or not in sight. The
+    target puts bilinear weights on the four nearest cells, so that its mean position is the pixel exactly.
     """
     side = int(attention.shape[-1] ** 0.5)
     cell = (pixels + 1) / 2 * side - 0.5
@@ -183,7 +186,8 @@ def learning_rate_at(step, args):
 
 
 class TokenHead(nn.Module):
-    """Action tokens: a categorical over 256 bins for each of the K*A numbers. Actions are slice indices (B, K*A)."""
+    """Action tokens: a categorical over 256 bins for each of the K*A numbers. Actions are slice indices (B,
+    K*A)."""
 
     def __init__(self, backbone, args):
         super().__init__()
@@ -211,8 +215,9 @@ class TokenHead(nn.Module):
 
 
 class GaussianHead(nn.Module):
-    """A Gaussian per number of the continuous chunk: means from the hidden states, one standard deviation per action
-    dimension. Actions are floats (B, K*A); the environment clips them, the log-prob is of the unclipped ones."""
+    """A Gaussian per number of the continuous chunk: means from the hidden states, one standard deviation per
+    action dimension. Actions are floats (B, K*A); the environment clips them, the log-prob is of the
+    unclipped ones."""
 
     def __init__(self, backbone, args):
         super().__init__()
@@ -244,6 +249,8 @@ class GaussianHead(nn.Module):
 
 
 def make_head(backbone, args):
+    if not backbone.vision_parameters():
+        raise UserError(f"The backbone {backbone.config['name']!r} sees no images; use --backbone tiny.")
     return TokenHead(backbone, args) if args.head == "tokens" else GaussianHead(backbone, args)
 
 
@@ -261,7 +268,8 @@ class Agent(nn.Module):
         return actions, self.head.log_prob(distribution, actions), None
 
     def imitation_loss(self, batch, vision, targets, mask, sigma):
-        """targets: bins (tokens) or actions (gaussian), and mask, both (B, K*A) -> scalar, the mean over the mask"""
+        """targets: bins (tokens) or actions (gaussian), and mask, both (B, K*A) -> scalar, the mean over the
+        mask"""
         action_hidden = self.backbone(batch, vision)[0]
         if isinstance(self.head, TokenHead):  # logits of the valid tokens only
             logits = self.backbone.action_logits(action_hidden[mask]).float()
@@ -276,11 +284,13 @@ def wilson_interval(successes, episodes, z=1.96):
     """95 % confidence interval of a success rate (Wilson 1927); sound near 0 and 1, unlike p +- 2 sigma."""
     p, n = successes / episodes, episodes
     centre, spread = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [float((centre - spread) / (1 + z * z / n)), float((centre + spread) / (1 + z * z / n))]
+    low, high = (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+    return [float(max(low, 0)), float(min(high, 1))]  # else -1e-17 by rounding
 
 
 def summarize(outcomes, has_success, instructions):
-    """outcomes: rows (success, return, length, task) -> the evaluation's dict of the run folder's contract."""
+    """outcomes: rows (success, return, length, task) -> the evaluation's dict of the run folder's
+    contract."""
     success, reward, length, task = np.asarray(outcomes, dtype=float).T
     result = {"episodes": len(outcomes)}
     if has_success:
@@ -297,7 +307,8 @@ def summarize(outcomes, has_success, instructions):
 def evaluate(agent, envs, args, device, video_folder=None):
     """`--eval-episodes` episodes with seeds 0, 1, 2, ... of the evaluation split -> the evaluation's dict.
 
-    Nothing is computed for finished environments, and neither the training's generators nor its environments move.
+    Nothing is computed for finished environments, and neither the training's generators nor its environments
+    move.
     """
     agent.eval()
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -321,14 +332,16 @@ def evaluate(agent, envs, args, device, video_folder=None):
             for k, frame in enumerate(info["frames"][i]):
                 step = info["episode_length"][i] - info["steps"][i] + k + 1
                 last = (terminated | truncated)[i] and k + 1 == info["steps"][i]
-                text = f"step {step}" + (f"   value {value[rows == i].item():.2f}" if value is not None else "")
+                text = f"step {step}"
+                text += f"   value {value[rows == i].item():.2f}" if value is not None else ""
                 text += f"   {'success' if info['success'][i] else 'failure'}" if last else ""
                 frames[seeds[i]].append(annotate(frame, [envs.instructions[tasks[i]], text]))
         again = info["lost"] & running  # the worker died: the same episode once more
         for i in np.flatnonzero(again & record):
             frames[seeds[i]] = []
         for i in np.flatnonzero((terminated | truncated) & running):
-            outcomes[seeds[i]] = (info["success"][i], info["episode_return"][i], info["episode_length"][i], tasks[i])
+            row = [info[key][i] for key in ("success", "episode_return", "episode_length")]
+            outcomes[seeds[i]] = (*row, tasks[i])
             seeds[i], started = started, started + 1
             again[i] = running[i] = seeds[i] < total
         if again.any():
@@ -353,19 +366,22 @@ def resolve_args(args):
         saved = load_checkpoint(args.resume, scripts=("bc_warmup",))["args"]
         if other := saved.keys() ^ {f.name for f in dataclasses.fields(Args)}:
             raise UserError(
-                f"{args.resume} is of another version of this script, which differs in {', '.join(sorted(other))}; resume it "
-                "with that version, or use --checkpoint instead."
+                f"{args.resume} is of another version of this script, which differs in "
+                f"{', '.join(sorted(other))}; resume it with that version, or use --checkpoint instead."
             )
         args = tyro.cli(Args, default=Args(**saved))
         clash = [name for name in saved if name not in free and getattr(args, name) != saved[name]]
         if clash:
             flags = ", ".join("--" + name.replace("_", "-") for name in clash)
-            raise UserError(f"--resume goes on with the run's own arguments; drop {flags}, or use --checkpoint instead.")
-    positive = "eval_envs eval_episodes save_freq chunk num_demos gradient_steps batch_size warmup_steps learning_rate"
-    for name in (positive + " max_grad_norm temperature init_std").split():
+            raise UserError(
+                f"--resume goes on with the run's own arguments; drop {flags}, or use --checkpoint instead."
+            )
+    positive = "eval_envs eval_episodes save_freq chunk num_demos gradient_steps batch_size warmup_steps "
+    for name in (positive + "learning_rate max_grad_norm temperature init_std").split():
         if not getattr(args, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}.")
-    for name in "lora_rank action_history eval_freq demo_noise grounding_scenes grounding_steps grounding_coef".split():
+    nonnegative = "lora_rank action_history eval_freq demo_noise grounding_scenes grounding_steps "
+    for name in (nonnegative + "grounding_coef label_sigma").split():
         if not getattr(args, name) >= 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}.")
     if not 0 <= args.seed < 2**63:
@@ -384,10 +400,12 @@ def choose_device(name):
 
 
 def build_envs(args, split, num_envs, autoreset):
-    world = dict(tasks=args.tasks, cameras=args.cameras, renderer=args.renderer, reward=args.reward, split=split)
+    world = {name: getattr(args, name) for name in ("tasks", "cameras", "renderer", "reward")} | {
+        "split": split
+    }
     return make_envs(
-        args.env, num_envs, seed=args.seed, chunk=args.chunk, num_workers=args.num_workers, autoreset=autoreset,
-        action_history=args.action_history, **(world if args.env == "tabletop" else {}),
+        args.env, num_envs, seed=args.seed, chunk=args.chunk, num_workers=args.num_workers,
+        autoreset=autoreset, action_history=args.action_history, **(world if args.env == "tabletop" else {}),
     )  # fmt: skip
 
 
@@ -397,31 +415,42 @@ def load_data(args, envs, device):
     scenes = None
     if args.demos:
         keys = {"agentview": "agentview_rgb", "wrist": "eye_in_hand_rgb"}
-        demos = load_demonstrations(args.demos, args.num_demos, tuple(keys[camera] for camera in args.cameras))
+        demos = load_demonstrations(
+            args.demos, args.num_demos, tuple(keys[camera] for camera in args.cameras)
+        )
         want = envs.single_observation_space["image"].shape
         if demos["image"].shape[1:] != want:
-            raise UserError(f"{args.demos} holds images {demos['image'].shape[1:]}; this run's world has {want}.")
+            raise UserError(
+                f"{args.demos} holds images {demos['image'].shape[1:]}; this run's world has {want}."
+            )
         unknown = [text for text in demos["instructions"] if text not in envs.instructions]
         if unknown:
-            raise UserError(f"{args.demos} has the instruction {unknown[0]!r}, which {args.env} does not know.")
+            raise UserError(
+                f"{args.demos} has the instruction {unknown[0]!r}, which {args.env} does not know."
+            )
         demos["task"] = np.array([envs.instructions.index(t) for t in demos["instructions"]])[demos["task"]]
         demos["executed"] = demos["actions"]
     else:
         demos = tabletop.demonstrations(args.num_demos, args.seed, noise=args.demo_noise, **world)
-        if args.grounding_scenes and args.grounding_steps:
+        if (
+            args.grounding_scenes and args.grounding_steps and not args.lora_rank
+        ):  # LoRA leaves the eye as it is
             scenes = tabletop.scenes(args.grounding_scenes, args.seed, **world)
             scenes = {key: torch.as_tensor(x, device=device) for key, x in scenes.items()}
             extra = scenes["proprio"].new_zeros(args.grounding_scenes, args.action_history * 7)
             scenes["proprio"] = torch.cat([scenes["proprio"], extra], 1)
     if args.action_history:  # the last n executed actions, oldest first, zeros before the episode's first
         n, starts = args.action_history, demos["episode_starts"]
-        position = np.arange(len(demos["task"])) - np.repeat(starts, np.diff(np.append(starts, len(demos["task"]))))
+        lengths = np.diff(np.append(starts, len(demos["task"])))
+        position = np.arange(len(demos["task"])) - np.repeat(starts, lengths)
         past = np.arange(len(demos["task"]))[:, None] + np.arange(-n, 0)  # (S, n)
         history = demos["executed"][past.clip(0)] * (position[:, None] + np.arange(-n, 0) >= 0)[..., None]
         demos["proprio"] = np.concatenate([demos["proprio"], history.reshape(len(history), -1)], 1)
     if demos["proprio"].shape[1] != envs.single_observation_space["proprio"].shape[0]:
         want = envs.single_observation_space["proprio"].shape[0]
-        raise UserError(f"{args.demos} has a proprio of {demos['proprio'].shape[1]} numbers; this world's has {want}.")
+        raise UserError(
+            f"{args.demos} has a proprio of {demos['proprio'].shape[1]} numbers; this world's has {want}."
+        )
     targets, mask = chunk_targets(demos["actions"], demos["episode_starts"], args.chunk)
     keys = ("image", "proprio", "task", "pixels")
     data = {key: torch.as_tensor(demos[key], device=device) for key in keys if key in demos}
@@ -442,12 +471,15 @@ def build_agent(args, envs, saved, device):
     )  # fmt: skip
     if saved:
         if saved["args"]["head"] != args.head:
-            raise UserError(f"The checkpoint has the head {saved['args']['head']!r}, not {args.head!r}; set --head.")
+            raise UserError(
+                f"The checkpoint has the head {saved['args']['head']!r}, not {args.head!r}; set --head."
+            )
         for name, value in saved["backbone"].items():
             if name in config and name != "name" and config[name] != value:
-                hint = {"proprio_dim": "--action-history or --env", "action_dim": "--env"}.get(name, f"--{name}")
+                hints = {"proprio_dim": "--action-history or --env", "action_dim": "--env"}
                 raise UserError(
-                    f"The checkpoint's {name} is {value}, but this run's is {config[name]}; set {hint} as it was."
+                    f"The checkpoint's {name} is {value}, but this run's is {config[name]}; "
+                    f"set {hints.get(name, '--' + name)} as it was."
                 )
         config = saved["backbone"]
     backbone = load_backbone(**config)
@@ -461,7 +493,9 @@ def build_agent(args, envs, saved, device):
     if saved:
         missing, unexpected = agent.load_state_dict(saved["agent"], strict=False)
         if unexpected or missing:
-            raise UserError("The checkpoint's tensors do not fit this agent: " + ", ".join((*missing, *unexpected)[:4]))
+            raise UserError(
+                "The checkpoint's tensors do not fit this agent: " + ", ".join((*missing, *unexpected)[:4])
+            )
     if args.lora_rank and not old_rank:
         add_lora(backbone, args.lora_rank)
     return agent.to(device)
@@ -472,14 +506,15 @@ def build_agent(args, envs, saved, device):
 
 def train(args):
     """Make or read the data, ground, imitate, evaluate."""
-    stack, clock = contextlib.ExitStack(), time.perf_counter
-    with stack:
+    clock = time.perf_counter
+    with contextlib.ExitStack() as stack:
         start = clock()
         device = choose_device(args.device)
         torch.manual_seed(args.seed)
         source = args.resume or args.checkpoint
         saved = load_checkpoint(source, scripts=("bc_warmup",)) if source else None
-        eval_envs = stack.enter_context(contextlib.closing(build_envs(args, args.eval_split, args.eval_envs, False)))
+        eval_envs = build_envs(args, args.eval_split, args.eval_envs, autoreset=False)
+        stack.callback(eval_envs.close)
         agent = build_agent(args, eval_envs, saved, device)
         results = {"args": dataclasses.asdict(args), "versions": versions(), "hardware": hardware()}
         if args.resume:
@@ -495,13 +530,16 @@ def train(args):
             print(f"evaluated {args.checkpoint}: {score(final):.3f} ({folder / 'results.json'})")
             return
 
-        print(f"making {args.num_demos} demonstrations" if not args.demos else f"reading {args.demos}", flush=True)
+        print(
+            f"reading {args.demos}" if args.demos else f"making {args.num_demos} demonstrations", flush=True
+        )
         data, scenes = load_data(args, eval_envs, device)
         if args.track:
             import wandb  # an optional package
 
-            wandb.init(project="vla-rl", name=folder.name, config=dataclasses.asdict(args), sync_tensorboard=True)
-        writer = stack.enter_context(contextlib.closing(SummaryWriter(folder)))
+            wandb.init(project="vla-rl", name=folder.name, config=results["args"], sync_tensorboard=True)
+        writer = SummaryWriter(folder)
+        stack.callback(writer.close)
         backbone = agent.backbone
         trained = [p for p in agent.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, eps=1e-5, weight_decay=1e-4)
@@ -509,7 +547,8 @@ def train(args):
         generators = {"shuffler": shuffler}
 
         step, seconds, initial, best = 0, 0.0, None, None
-        first, total = 0 if scenes is not None else args.grounding_steps, args.grounding_steps + args.gradient_steps
+        first = 0 if scenes is not None else args.grounding_steps
+        total = args.grounding_steps + args.gradient_steps
         step = first
         if args.resume:
             optimizer.load_state_dict(saved["optimizer"])
@@ -569,7 +608,8 @@ def train(args):
                 )
             if step % 20 == 0:
                 scalars = {f"loss/{name}": x.item() for name, x in (losses | {"total": loss}).items()}
-                scalars |= {"optim/learning_rate": optimizer.param_groups[0]["lr"], "optim/grad_norm": norm.item()}
+                lr = optimizer.param_groups[0]["lr"]
+                scalars |= {"optim/learning_rate": lr, "optim/grad_norm": norm.item()}
                 for name, x in scalars.items():
                     writer.add_scalar(name, x, step)
                 bar.set_postfix_str(", ".join(f"{name} {x.item():.2f}" for name, x in losses.items()))
@@ -577,7 +617,8 @@ def train(args):
             optimizer.zero_grad()
             step += 1
             bar.update()
-            if args.eval_freq and (step - args.grounding_steps) % args.eval_freq == 0 and args.grounding_steps < step < total:
+            imitated = step - args.grounding_steps
+            if args.eval_freq and imitated > 0 and imitated % args.eval_freq == 0 and step < total:
                 latest = evaluate(agent, eval_envs, args, device)
                 agent.train()
                 log_evaluation(latest)
@@ -600,8 +641,11 @@ def train(args):
             save("best.pt")
         save("checkpoint.pt")
         numbers = dict(environment_steps=0, gradient_steps=step - first, wall_seconds=clock() - start)
-        write_results(folder / "results.json", dict(initial=initial, final=final, best=best, **numbers, **results))
-        print(f"success {score(initial):.3f} -> {score(final):.3f} in {clock() - start:.0f} s ({folder / 'results.json'})")
+        write_results(
+            folder / "results.json", dict(initial=initial, final=final, best=best) | numbers | results
+        )
+        minutes = (clock() - start) / 60
+        print(f"success {score(initial):.3f} -> {score(final):.3f} in {minutes:.1f} minutes ({folder})")
 
 
 def main():

@@ -4,9 +4,10 @@
     python ppo_vla.py --checkpoint runs/warmup/checkpoint.pt           # stage 2: this file
     python ppo_vla.py --env CartPole-v1                                # plain PPO, the sanity check
 
-Proximal policy optimisation (Schulman et al. 2017) where one decision is a chunk of K actions of A numbers, emitted as
-K*A tokens in one parallel forward (OpenVLA-OFT, Kim et al. 2025) and executed open loop. The value is read at the last
-prompt position, before any action token. Log-probs are taken at the sampling temperature over the sampling support.
+Proximal policy optimisation (Schulman et al. 2017) where one decision is a chunk of K actions of A numbers,
+emitted as K*A tokens in one parallel forward (OpenVLA-OFT, Kim et al. 2025) and executed open loop. The value
+is read at the last prompt position, before any action token. Log-probs are taken at the sampling temperature
+over the sampling support.
 """
 
 import contextlib
@@ -101,7 +102,8 @@ class Args:
     backbone: str = "tiny"
     """tiny or mlp, when no --checkpoint says which"""
     head: Literal["tokens", "gaussian", "discrete"] = "tokens"
-    """256-bin action tokens, a Gaussian on the continuous chunk, or a categorical over gymnasium's Discrete"""
+    """256-bin action tokens, a Gaussian on the continuous chunk, or a categorical over gymnasium's
+    Discrete"""
     chunk: int = 4
     """K, actions a decision, executed open loop"""
     action_history: int = 0
@@ -125,7 +127,8 @@ class Args:
     anneal_lr: bool = True
     """linear decay of both learning rates to zero"""
     gamma: float = 0.9
-    """discount per decision: an episode is 3 to 12 of them, and 0.9 makes a late success worth visibly less"""
+    """discount per decision: an episode is 3 to 12 of them, and 0.9 makes a late success worth visibly
+    less"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
     ratio_level: Literal["token", "step", "chunk"] = "step"
@@ -163,14 +166,16 @@ class Args:
 
 
 PLAIN = dict(
-    backbone="mlp", chunk=1, num_envs=8, num_workers=0, eval_envs=20, eval_episodes=100, num_steps=128, update_epochs=10,
-    minibatch_size=256, micro_batch_size=256, learning_rate=1e-3, value_learning_rate=1e-3, gamma=0.98, ratio_level="chunk",
-    clip_high=0.2, temperature=1.0, value_clip=0.0, detach_value=False, critic_warmup=0, max_grad_norm=0.5, eval_freq=50,
-    save_freq=50, total_timesteps=150_000,
+    backbone="mlp", chunk=1, num_envs=8, num_workers=0, eval_envs=20, eval_episodes=100, num_steps=128,
+    update_epochs=10, minibatch_size=256, micro_batch_size=256, learning_rate=1e-3, value_learning_rate=1e-3,
+    gamma=0.98, ratio_level="chunk", clip_high=0.2, temperature=1.0, value_clip=0.0, detach_value=False,
+    critic_warmup=0, max_grad_norm=0.5, eval_freq=50, save_freq=50, total_timesteps=150_000,
 )  # fmt: skip
 PRESETS = {  # what differs from the defaults, which are tabletop's; flags on the command line win
     "CartPole-v1": dict(PLAIN, head="discrete"),
-    "Pendulum-v1": dict(PLAIN, head="gaussian", gamma=0.9, num_steps=256, init_std=1.0, total_timesteps=300_000),
+    "Pendulum-v1": dict(
+        PLAIN, head="gaussian", gamma=0.9, num_steps=256, init_std=1.0, total_timesteps=300_000
+    ),
 }
 
 
@@ -181,9 +186,9 @@ def compute_gae(rewards, values, next_values, ends, gamma, gae_lambda):
     """Generalised advantage estimation (Schulman et al. 2016), for T decisions of N environments.
 
     delta_t = r_t + gamma * next_value_t - v_t;  A_t = delta_t + gamma * lambda * (1 - end_t) * A_{t+1}
-    rewards, values, next_values (T, N) float32; ends (T, N) bool: the episode ended at t, in whatever way. next_values
-    is v_{t+1} within an episode, 0 after a termination and V(final observation) after a truncation: the way of ending
-    is in next_values alone. -> advantages, returns (T, N)
+    rewards, values, next_values (T, N) float32; ends (T, N) bool: the episode ended at t, in whatever way.
+    next_values is v_{t+1} within an episode, 0 after a termination and V(final observation) after a
+    truncation: the way of ending is in next_values alone. -> advantages, returns (T, N)
     """
     delta = rewards + gamma * next_values - values
     carry = gamma * gae_lambda * (~ends).to(delta.dtype)
@@ -218,8 +223,8 @@ def clipped_surrogate(log_ratio, advantages, clip_low, clip_high):
 
 
 def value_loss(values, old_values, returns, clip, huber_delta):
-    """Elementwise (B,): 0.5 * (v - R)^2, or Huber's; with clip > 0 the worse of it and the loss of v kept within clip of
-    the old value (PPO's value clipping)."""
+    """Elementwise (B,): 0.5 * (v - R)^2, or Huber's; with clip > 0 the worse of it and the loss of v kept
+    within clip of the old value (PPO's value clipping)."""
 
     def error(prediction):
         if huber_delta > 0:
@@ -232,13 +237,14 @@ def value_loss(values, old_values, returns, clip, huber_delta):
 
 
 def kl_k3(log_ratio):
-    """Schulman's k3 estimate of KL(p || q) from samples of p, with log_ratio = log q - log p: exp(x) - 1 - x >= 0."""
+    """Schulman's k3 estimate of KL(p || q) from samples of p, with log_ratio = log q - log p: exp(x) - 1 - x
+    >= 0."""
     return log_ratio.exp() - 1 - log_ratio
 
 
 def masked_mean(x, mask, total=None):
-    """Sum of x over mask divided by `total` (default: the mask's own count). Dividing micro-batches by their minibatch's
-    total makes their gradients add up to the minibatch's."""
+    """Sum of x over mask divided by `total` (default: the mask's own count). Dividing micro-batches by their
+    minibatch's total makes their gradients add up to the minibatch's."""
     return torch.where(mask, x, 0.0).sum() / (mask.sum() if total is None else total).clamp(min=1)
 
 
@@ -251,7 +257,8 @@ def explained_variance(values, returns):
 
 
 class TokenHead(nn.Module):
-    """Action tokens: a categorical over 256 bins for each of the K*A numbers. Actions are slice indices (B, K*A)."""
+    """Action tokens: a categorical over 256 bins for each of the K*A numbers. Actions are slice indices (B,
+    K*A)."""
 
     def __init__(self, backbone, args):
         super().__init__()
@@ -295,8 +302,9 @@ class DiscreteHead(TokenHead):
 
 
 class GaussianHead(nn.Module):
-    """A Gaussian per number of the continuous chunk: means from the hidden states, one standard deviation per action
-    dimension. Actions are floats (B, K*A); the environment clips them, the log-prob is of the unclipped ones."""
+    """A Gaussian per number of the continuous chunk: means from the hidden states, one standard deviation per
+    action dimension. Actions are floats (B, K*A); the environment clips them, the log-prob is of the
+    unclipped ones."""
 
     def __init__(self, backbone, args):
         super().__init__()
@@ -333,7 +341,9 @@ def make_head(backbone, args, envs):
         wanted = "discrete" if discrete else "tokens or gaussian"
         raise UserError(f"--env {args.env} has {envs.single_action_space} actions; use --head {wanted}.")
     if args.head == "tokens" and not hasattr(backbone, "action_logits"):
-        raise UserError(f"The backbone {backbone.config['name']!r} has no action tokens; use --head gaussian.")
+        raise UserError(
+            f"The backbone {backbone.config['name']!r} has no action tokens; use --head gaussian."
+        )
     if discrete:
         return DiscreteHead(backbone, args, int(envs.single_action_space.n))
     return TokenHead(backbone, args) if args.head == "tokens" else GaussianHead(backbone, args)
@@ -347,7 +357,9 @@ class Agent(nn.Module):
         self.backbone, self.detach_value = backbone, args.detach_value
         self.head = make_head(backbone, args, envs)
         width = backbone.hidden_size
-        self.value_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 128), nn.Tanh(), nn.Linear(128, 1))
+        self.value_head = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 128), nn.Tanh(), nn.Linear(128, 1)
+        )
         if backbone.config["name"] == "mlp":  # its critic is a network of its own
             self.value_head = nn.Linear(width, 1)
         last = self.value_head[-1] if isinstance(self.value_head, nn.Sequential) else self.value_head
@@ -374,7 +386,11 @@ class Agent(nn.Module):
         """-> log-probs and entropies (B, K*A), value (B,)"""
         action_hidden, prompt_hidden = self.backbone(batch, vision)
         distribution = self.head(self.backbone, action_hidden)
-        return self.head.log_prob(distribution, actions), self.head.entropy(distribution), self.value(prompt_hidden)
+        return (
+            self.head.log_prob(distribution, actions),
+            self.head.entropy(distribution),
+            self.value(prompt_hidden),
+        )
 
 
 # --- evaluation
@@ -384,11 +400,13 @@ def wilson_interval(successes, episodes, z=1.96):
     """95 % confidence interval of a success rate (Wilson 1927); sound near 0 and 1, unlike p +- 2 sigma."""
     p, n = successes / episodes, episodes
     centre, spread = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [float((centre - spread) / (1 + z * z / n)), float((centre + spread) / (1 + z * z / n))]
+    low, high = (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+    return [float(max(low, 0)), float(min(high, 1))]  # else -1e-17 by rounding
 
 
 def summarize(outcomes, has_success, instructions):
-    """outcomes: rows (success, return, length, task) -> the evaluation's dict of the run folder's contract."""
+    """outcomes: rows (success, return, length, task) -> the evaluation's dict of the run folder's
+    contract."""
     success, reward, length, task = np.asarray(outcomes, dtype=float).T
     result = {"episodes": len(outcomes)}
     if has_success:
@@ -405,7 +423,8 @@ def summarize(outcomes, has_success, instructions):
 def evaluate(agent, envs, args, device, video_folder=None):
     """`--eval-episodes` episodes with seeds 0, 1, 2, ... of the evaluation split -> the evaluation's dict.
 
-    Nothing is computed for finished environments, and neither the training's generators nor its environments move.
+    Nothing is computed for finished environments, and neither the training's generators nor its environments
+    move.
     """
     agent.eval()
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -429,14 +448,16 @@ def evaluate(agent, envs, args, device, video_folder=None):
             for k, frame in enumerate(info["frames"][i]):
                 step = info["episode_length"][i] - info["steps"][i] + k + 1
                 last = (terminated | truncated)[i] and k + 1 == info["steps"][i]
-                text = f"step {step}" + (f"   value {value[rows == i].item():.2f}" if value is not None else "")
+                text = f"step {step}"
+                text += f"   value {value[rows == i].item():.2f}" if value is not None else ""
                 text += f"   {'success' if info['success'][i] else 'failure'}" if last else ""
                 frames[seeds[i]].append(annotate(frame, [envs.instructions[tasks[i]], text]))
         again = info["lost"] & running  # the worker died: the same episode once more
         for i in np.flatnonzero(again & record):
             frames[seeds[i]] = []
         for i in np.flatnonzero((terminated | truncated) & running):
-            outcomes[seeds[i]] = (info["success"][i], info["episode_return"][i], info["episode_length"][i], tasks[i])
+            row = [info[key][i] for key in ("success", "episode_return", "episode_length")]
+            outcomes[seeds[i]] = (*row, tasks[i])
             seeds[i], started = started, started + 1
             again[i] = running[i] = seeds[i] < total
         if again.any():
@@ -455,30 +476,38 @@ def score(evaluation):
 
 
 def resolve_args(args):
-    """Presets below the command line's flags; with --resume, the run's own arguments. UserError for values that cannot work."""
-    default = dataclasses.replace(Args(), env=args.env, **PRESETS.get(args.env, {} if args.env == "tabletop" else PLAIN))
+    """Presets below the command line's flags; with --resume, the run's own arguments. UserError for values
+    that cannot work."""
+    default = dataclasses.replace(
+        Args(), env=args.env, **PRESETS.get(args.env, {} if args.env == "tabletop" else PLAIN)
+    )
     args = tyro.cli(Args, default=default)
     if args.resume:
         free = {"resume", "device", "num_workers", "capture_video", "track"}
         saved = load_checkpoint(args.resume, scripts=("ppo_vla",))["args"]
         if other := saved.keys() ^ {f.name for f in dataclasses.fields(Args)}:
             raise UserError(
-                f"{args.resume} is of another version of this script, which differs in {', '.join(sorted(other))}; resume it "
-                "with that version, or use --checkpoint instead."
+                f"{args.resume} is of another version of this script, which differs in "
+                f"{', '.join(sorted(other))}; resume it with that version, or use --checkpoint instead."
             )
         args = tyro.cli(Args, default=Args(**saved))
         clash = [name for name in saved if name not in free and getattr(args, name) != saved[name]]
         if clash:
             flags = ", ".join("--" + name.replace("_", "-") for name in clash)
-            raise UserError(f"--resume goes on with the run's own arguments; drop {flags}, or use --checkpoint instead.")
-    positive = "num_envs eval_envs eval_episodes save_freq total_timesteps chunk num_steps update_epochs minibatch_size"
-    for name in (positive + " micro_batch_size temperature init_std max_grad_norm").split():
+            raise UserError(
+                f"--resume goes on with the run's own arguments; drop {flags}, or use --checkpoint instead."
+            )
+    positive = "num_envs eval_envs eval_episodes save_freq total_timesteps chunk num_steps update_epochs "
+    for name in (positive + "minibatch_size micro_batch_size temperature init_std max_grad_norm").split():
         if not getattr(args, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}.")
-    for name in "lora_rank action_history eval_freq critic_warmup learning_rate value_learning_rate kl_coef".split():
+    nonnegative = "lora_rank action_history eval_freq critic_warmup learning_rate value_learning_rate kl_coef"
+    for name in (nonnegative + " value_coef clip_high value_clip huber_delta").split():
         if not getattr(args, name) >= 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}.")
-    for name in ("gamma", "gae_lambda"):
+    if args.target_kl is not None and not args.target_kl > 0:
+        raise UserError(f"--target-kl must be positive, not {args.target_kl}.")
+    for name in ("gamma", "gae_lambda", "clip_low"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name.replace('_', '-')} must be in [0, 1], not {getattr(args, name)}.")
     if not 0 <= args.seed < 2**63:
@@ -497,10 +526,12 @@ def choose_device(name):
 
 
 def build_envs(args, split, num_envs, autoreset):
-    world = dict(tasks=args.tasks, cameras=args.cameras, renderer=args.renderer, reward=args.reward, split=split)
+    world = {name: getattr(args, name) for name in ("tasks", "cameras", "renderer", "reward")} | {
+        "split": split
+    }
     return make_envs(
-        args.env, num_envs, seed=args.seed, chunk=args.chunk, num_workers=args.num_workers, autoreset=autoreset,
-        action_history=args.action_history, **(world if args.env == "tabletop" else {}),
+        args.env, num_envs, seed=args.seed, chunk=args.chunk, num_workers=args.num_workers,
+        autoreset=autoreset, action_history=args.action_history, **(world if args.env == "tabletop" else {}),
     )  # fmt: skip
 
 
@@ -514,12 +545,15 @@ def build_agent(args, envs, saved, device):
     )  # fmt: skip
     if saved:
         if saved["args"]["head"] != args.head:
-            raise UserError(f"The checkpoint has the head {saved['args']['head']!r}, not {args.head!r}; set --head.")
+            raise UserError(
+                f"The checkpoint has the head {saved['args']['head']!r}, not {args.head!r}; set --head."
+            )
         for name, value in saved["backbone"].items():
             if name in config and name != "name" and config[name] != value:
-                hint = {"proprio_dim": "--action-history or --env", "action_dim": "--env"}.get(name, f"--{name}")
+                hints = {"proprio_dim": "--action-history or --env", "action_dim": "--env"}
                 raise UserError(
-                    f"The checkpoint's {name} is {value}, but this run's is {config[name]}; set {hint} as it was."
+                    f"The checkpoint's {name} is {value}, but this run's is {config[name]}; "
+                    f"set {hints.get(name, '--' + name)} as it was."
                 )
         config = saved["backbone"]
     backbone = load_backbone(**config)
@@ -533,7 +567,9 @@ def build_agent(args, envs, saved, device):
     if saved:
         missing, unexpected = agent.load_state_dict(saved["agent"], strict=False)
         if unexpected or any(not name.startswith("value_head") for name in missing):
-            raise UserError("The checkpoint's tensors do not fit this agent: " + ", ".join((*missing, *unexpected)[:4]))
+            raise UserError(
+                "The checkpoint's tensors do not fit this agent: " + ", ".join((*missing, *unexpected)[:4])
+            )
     if args.lora_rank and not old_rank:
         add_lora(backbone, args.lora_rank)
     if not args.train_vision:
@@ -547,13 +583,14 @@ def build_agent(args, envs, saved, device):
 
 def train(args):
     """One process, top to bottom: collect with the current policy, estimate advantages, update, repeat."""
-    stack, clock = contextlib.ExitStack(), time.perf_counter
-    with stack:
+    clock = time.perf_counter
+    with contextlib.ExitStack() as stack:
         device = choose_device(args.device)
         torch.manual_seed(args.seed)
         source = args.resume or args.checkpoint
         saved = load_checkpoint(source, scripts=("ppo_vla", "bc_warmup")) if source else None
-        eval_envs = stack.enter_context(contextlib.closing(build_envs(args, args.eval_split, args.eval_envs, False)))
+        eval_envs = build_envs(args, args.eval_split, args.eval_envs, autoreset=False)
+        stack.callback(eval_envs.close)
         agent = build_agent(args, eval_envs, saved, device)
         results = {"args": dataclasses.asdict(args), "versions": versions(), "hardware": hardware()}
         if args.resume:
@@ -569,25 +606,32 @@ def train(args):
             print(f"evaluated {args.checkpoint}: {score(final):.3f} ({folder / 'results.json'})")
             return
 
-        envs = stack.enter_context(contextlib.closing(build_envs(args, "train", args.num_envs, True)))
+        envs = build_envs(args, "train", args.num_envs, autoreset=True)
+        stack.callback(envs.close)
         if args.track:
             import wandb  # an optional package
 
-            wandb.init(project="vla-rl", name=folder.name, config=dataclasses.asdict(args), sync_tensorboard=True)
-        writer = stack.enter_context(contextlib.closing(SummaryWriter(folder)))
+            wandb.init(project="vla-rl", name=folder.name, config=results["args"], sync_tensorboard=True)
+        writer = SummaryWriter(folder)
+        stack.callback(writer.close)
         backbone = agent.backbone
-        policy = [p for n, p in agent.named_parameters() if p.requires_grad and not n.startswith("value_head")]
+        trained = [(name, p) for name, p in agent.named_parameters() if p.requires_grad]
+        policy = [p for name, p in trained if not name.startswith("value_head")]
         groups = [
             {"params": policy, "lr": args.learning_rate},
             {"params": list(agent.value_head.parameters()), "lr": args.value_learning_rate},
         ]
         optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0)
         cache_vision = not any(p.requires_grad for p in backbone.vision_parameters())
-        # The reference of the KL: adapters off where they are all that is trained and were added here, else a frozen copy.
-        fresh_lora = args.head == "tokens" and args.lora_rank > 0 and not (saved and saved["args"]["lora_rank"])
+        # The reference of the KL: adapters off where they alone are trained and were added here, else a copy.
+        adapters_off = (
+            args.head == "tokens" and args.lora_rank > 0 and not (saved and saved["args"]["lora_rank"])
+        )
         if args.resume:
-            fresh_lora = saved["reference"] is None
-        reference = copy.deepcopy(agent).requires_grad_(False) if args.kl_coef > 0 and not fresh_lora else None
+            adapters_off = saved["reference"] is None
+        reference = None
+        if args.kl_coef > 0 and not adapters_off:
+            reference = copy.deepcopy(agent).requires_grad_(False)
         sampler = torch.Generator(device).manual_seed(args.seed)
         shuffler = torch.Generator().manual_seed(args.seed)
         generators = {"sampler": sampler, "shuffler": shuffler}
@@ -609,9 +653,10 @@ def train(args):
         def save(name):
             counters = [step, iteration, gradient_steps, clock() - start]
             state = dict(
-                args=dataclasses.asdict(args), backbone=backbone.config, agent=agent.state_dict(), counters=counters,
-                optimizer=optimizer.state_dict(), envs=envs.get_state(), rng=rng_state(generators, {}), initial=initial,
-                best=best, recent=recent, reference=reference.state_dict() if reference is not None else None,
+                args=dataclasses.asdict(args), backbone=backbone.config, agent=agent.state_dict(),
+                optimizer=optimizer.state_dict(), envs=envs.get_state(), rng=rng_state(generators, {}),
+                reference=reference.state_dict() if reference is not None else None, counters=counters,
+                initial=initial, best=best, recent=recent,
             )  # fmt: skip
             save_checkpoint(folder / name, script="ppo_vla", state=state)
 
@@ -635,13 +680,17 @@ def train(args):
         active = torch.as_tensor(envs.active_dims, device=device)
         if args.head == "discrete":
             active = active[:1]
+        order_in_chunk = torch.arange(args.chunk, device=device)
+        clips = (args.clip_low, args.clip_high)
         bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None, smoothing=0.1)
 
         while step < args.total_timesteps and not stop:
             iteration += 1
             fraction = max(0.0, 1 - step / args.total_timesteps) if args.anneal_lr else 1.0
-            for group, lr in zip(optimizer.param_groups, (args.learning_rate, args.value_learning_rate), strict=True):
-                group["lr"] = lr * fraction
+            for group, name in zip(
+                optimizer.param_groups, ("learning_rate", "value_learning_rate"), strict=True
+            ):
+                group["lr"] = getattr(args, name) * fraction
             seconds_env = seconds_policy = 0.0
 
             # --- collect num_steps decisions of every environment
@@ -668,20 +717,21 @@ def train(args):
                 actions.append(action)
                 log_probs.append(log_prob)
                 values.append(value)
-                # Tokens that the environment never saw (after the end, or of a joint it lacks) get no gradient.
-                executed = torch.as_tensor(info["steps"], device=device)[:, None] > torch.arange(args.chunk, device=device)
+                # Tokens that the environment never saw (after the end, or of a joint it lacks) teach nothing.
+                executed = torch.as_tensor(info["steps"], device=device)[:, None] > order_in_chunk
                 masks.append((executed[..., None] & active).flatten(1))
                 step += int(info["steps"].sum())
                 if truncated[t].any():
                     rows = np.flatnonzero(truncated[t])
                     with torch.no_grad():
-                        last = backbone.preprocess({k: x[rows] for k, x in info["final_obs"].items()}, envs.instructions)
-                        final_values[t, rows] = agent.get_value(last)
+                        last = {key: x[rows] for key, x in info["final_obs"].items()}
+                        last = agent.get_value(backbone.preprocess(last, envs.instructions))
+                    final_values[t, rows] = last
                 for n in np.flatnonzero(info["lost"]):  # a worker died: its episode teaches nothing
                     valid[began[n] : t + 1, n] = False
                     began[n] = t + 1
                 for n in np.flatnonzero(terminated[t] | truncated[t]):
-                    finished.append((info["success"][n], info["episode_return"][n], info["episode_length"][n], 0))
+                    finished.append([info[x][n] for x in ("success", "episode_return", "episode_length")])
                     began[n] = t + 1
 
             # --- advantages
@@ -690,25 +740,29 @@ def train(args):
             values = torch.stack(values)
             ends = torch.as_tensor(terminated | truncated | ~valid, device=device)
             next_values = torch.cat([values[1:], last_value[None]])
-            next_values = torch.where(ends, final_values, next_values)  # 0 after a termination, by construction
+            # final_values is V(final observation) after a truncation and 0 after a termination
+            next_values = torch.where(ends, final_values, next_values)
             rewards = torch.as_tensor(rewards, device=device)
             advantages, returns = compute_gae(rewards, values, next_values, ends, args.gamma, args.gae_lambda)
 
             # --- flatten, valid decisions only
             keep = torch.as_tensor(valid.reshape(-1), device=device).nonzero().squeeze(1)
+            if not len(keep):  # every environment's worker died
+                continue
             data = {key: torch.cat([b[key] for b in batches])[keep] for key in batches[0]}
             vision = torch.cat(visions)[keep] if cache_vision and visions[0] is not None else None
             actions, log_probs, masks = (torch.cat(x)[keep] for x in (actions, log_probs, masks))
             advantages, returns, values = (x.reshape(-1)[keep] for x in (advantages, returns, values))
-            if args.normalize_advantages:
+            if args.normalize_advantages and len(keep) > 1:
                 advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
             old_log_probs, covered = merge_tokens(log_probs, masks, args.ratio_level, args.chunk)
             if args.kl_coef > 0:
-                with torch.no_grad(), adapters_disabled(backbone) if reference is None else contextlib.nullcontext():
+                off = adapters_disabled(backbone) if reference is None else contextlib.nullcontext()
+                with torch.no_grad(), off:
                     frozen, parts = reference or agent, []
                     for index in torch.arange(len(keep), device=device).split(args.micro_batch_size):
                         part = {key: x[index] for key, x in data.items()}
-                        seen = vision[index] if vision is not None else None  # frozen, so the reference's as well
+                        seen = vision[index] if vision is not None else None  # frozen: the reference's too
                         parts.append(frozen.evaluate_actions(part, actions[index], seen)[0])
                     reference_log_probs = torch.cat(parts)
 
@@ -716,32 +770,31 @@ def train(args):
             tick = clock()
             agent.train()
             metrics, kl_stop = [], False
-            for epoch in range(args.update_epochs):
+            for _ in range(args.update_epochs):
                 order = torch.randperm(len(keep), generator=shuffler).to(device)
                 for minibatch in order.split(args.minibatch_size):
-                    mask, groups_mask = masks[minibatch], covered[minibatch]
-                    totals = (groups_mask.sum(), mask.sum(), torch.tensor(len(minibatch), device=device))
+                    # What the means divide by is the minibatch's, so that micro-batches add up to it exactly.
+                    totals = (covered[minibatch].sum(), masks[minibatch].sum(), len(minibatch))
                     sums = torch.zeros(7, device=device)
                     for index in minibatch.split(args.micro_batch_size):
                         part = {key: x[index] for key, x in data.items()}
                         seen = vision[index] if vision is not None else None
-                        if iteration <= args.critic_warmup:
-                            with torch.no_grad():
-                                new_log_probs, entropy, _ = agent.evaluate_actions(part, actions[index], seen)
-                            new_values = agent.get_value(part, seen)
-                        else:
-                            new_log_probs, entropy, new_values = agent.evaluate_actions(part, actions[index], seen)
-                        merged, group = merge_tokens(new_log_probs, masks[index], args.ratio_level, args.chunk)
+                        new_log_prob, entropy, new_value = agent.evaluate_actions(part, actions[index], seen)
+                        merged, group = merge_tokens(new_log_prob, masks[index], args.ratio_level, args.chunk)
                         log_ratio = merged - old_log_probs[index]
-                        surrogate = clipped_surrogate(log_ratio, advantages[index], args.clip_low, args.clip_high)
+                        surrogate = clipped_surrogate(log_ratio, advantages[index], *clips)
                         policy_loss = masked_mean(surrogate, group, totals[0])
-                        critic = value_loss(new_values, values[index], returns[index], args.value_clip, args.huber_delta)
-                        critic_loss = critic.sum() / totals[2]
+                        errors = value_loss(
+                            new_value, values[index], returns[index], args.value_clip, args.huber_delta
+                        )
+                        critic_loss = errors.sum() / totals[2]
                         entropy = masked_mean(entropy, masks[index], totals[1])
-                        loss = policy_loss + args.value_coef * critic_loss - args.entropy_coef * entropy
-                        if args.kl_coef > 0:
-                            kl = kl_k3(reference_log_probs[index] - new_log_probs)
-                            loss = loss + args.kl_coef * masked_mean(kl, masks[index], totals[1])
+                        loss = args.value_coef * critic_loss
+                        if iteration > args.critic_warmup:
+                            loss = loss + policy_loss - args.entropy_coef * entropy
+                            if args.kl_coef > 0:
+                                kl = kl_k3(reference_log_probs[index] - new_log_prob)
+                                loss = loss + args.kl_coef * masked_mean(kl, masks[index], totals[1])
                         loss.backward()
                         with torch.no_grad():
                             ratio = log_ratio.exp()
@@ -749,7 +802,8 @@ def train(args):
                             approx_kl = masked_mean(kl_k3(log_ratio), group, totals[0])
                             clipped = masked_mean(clipped.float(), group, totals[0])
                             error = masked_mean((ratio - 1).abs(), group, totals[0])
-                            sums += torch.stack([policy_loss, critic_loss, entropy, approx_kl, clipped, error, loss])
+                            terms = [policy_loss, critic_loss, entropy, approx_kl, clipped, error, loss]
+                            sums += torch.stack(terms)
                     if args.target_kl is not None and sums[3] > args.target_kl:
                         optimizer.zero_grad()
                         kl_stop = True
@@ -759,10 +813,10 @@ def train(args):
                             parameter.grad = None
                     norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     if not torch.isfinite(norm + sums.sum()):
-                        names = "policy loss, value loss, entropy, approx_kl, clip fraction, |ratio - 1|, total"
                         raise FloatingPointError(
-                            f"iteration {iteration}: a loss or gradient is not finite ({names} = {sums.tolist()}, gradient "
-                            f"norm {norm.item()}, returns {returns.min().item():.3g} to {returns.max().item():.3g}); "
+                            f"iteration {iteration}: a loss or its gradient is not finite (policy, value, "
+                            f"entropy, approx_kl, clip fraction, |ratio - 1|, total = {sums.tolist()}, norm "
+                            f"{norm.item()}, returns {returns.min().item():.3g} to {returns.max():.3g}); "
                             f"{folder / 'checkpoint.pt'} is the last good state."
                         )
                     optimizer.step()
@@ -778,8 +832,9 @@ def train(args):
             means = torch.stack(metrics).mean(0).tolist() if metrics else [float("nan")] * 8
             spent = seconds_env + seconds_policy + seconds_update
             scalars = {
-                "loss/policy": means[0], "loss/value": means[1], "loss/total": means[6], "policy/entropy": means[2],
-                "policy/approx_kl": means[3], "policy/clip_fraction": means[4], "optim/grad_norm": means[7],
+                "loss/policy": means[0], "loss/value": means[1], "loss/total": means[6],
+                "policy/entropy": means[2], "policy/approx_kl": means[3], "policy/clip_fraction": means[4],
+                "optim/grad_norm": means[7],
                 "policy/first_ratio_error": metrics[0][5].item() if metrics else 0.0,
                 "value/explained_variance": explained_variance(values, returns).item(),
                 "optim/learning_rate": args.learning_rate * fraction,
@@ -789,11 +844,11 @@ def train(args):
                 "time/update_share": seconds_update / spent, "rollout/lost_episodes": envs.lost_episodes,
             }  # fmt: skip
             if recent:
-                success, reward, length, _ = np.mean(np.asarray(recent, float), 0)
+                success, reward, length = np.mean(np.asarray(recent, float), 0)
                 scalars |= {"rollout/mean_reward": reward, "rollout/mean_length": length}
                 if envs.has_success:
                     scalars["rollout/success_rate"] = success
-                bar.set_postfix_str(f"{'success' if envs.has_success else 'reward'} {success if envs.has_success else reward:.2f}")
+                bar.set_postfix_str(f"success {success:.2f}" if envs.has_success else f"return {reward:.1f}")
             if device.type == "cuda":
                 scalars["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
             for name, value in scalars.items():
@@ -821,9 +876,11 @@ def train(args):
             save("best.pt")
         save("checkpoint.pt")
         numbers = dict(environment_steps=step, gradient_steps=gradient_steps, wall_seconds=clock() - start)
-        write_results(folder / "results.json", dict(initial=initial, final=final, best=best, **numbers, **results))
-        what = "success" if envs.has_success else "return"
-        print(f"{what} {score(initial):.3f} -> {score(final):.3f} in {clock() - start:.0f} s ({folder / 'results.json'})")
+        write_results(
+            folder / "results.json", dict(initial=initial, final=final, best=best) | numbers | results
+        )
+        what, minutes = "success" if envs.has_success else "return", (clock() - start) / 60
+        print(f"{what} {score(initial):.3f} -> {score(final):.3f} in {minutes:.1f} minutes ({folder})")
 
 
 def main():

@@ -1,6 +1,7 @@
-"""Environment steps per second of the tabletop on one core, with and without pictures, and of the vector of workers.
+"""Environment steps per second of the tabletop on one core, with and without pictures, and of the vector of
+workers.
 
-    python benchmarks/env_speed.py
+python benchmarks/env_speed.py
 """
 
 import os
@@ -16,7 +17,8 @@ from common.envs.tabletop import TabletopEnv  # noqa: E402
 
 
 def one_core(render_every, seconds=5.0, **kwargs):
-    """Steps per second of the scripted expert's episodes (resets included) with a picture every `render_every` steps."""
+    """Steps per second of the scripted expert's episodes (resets included) with a picture every
+    `render_every` steps."""
     env, steps, seed = TabletopEnv(**kwargs), 0, 0
     env.reset(seed=0)
     start = time.perf_counter()

@@ -1,7 +1,7 @@
 """The README's pictures: evaluation curves over wall time from run folders, and a film strip of the tabletop.
 
-    python benchmarks/plot_run.py benchmarks/curve.png runs/ppo_1 runs/ppo_2 runs/ppo_3      (pip install matplotlib)
-    python benchmarks/plot_run.py benchmarks/tabletop.png
+python benchmarks/plot_run.py benchmarks/curve.png runs/ppo_1 runs/ppo_2 runs/ppo_3      (pip install
+matplotlib) python benchmarks/plot_run.py benchmarks/tabletop.png
 """
 
 import sys
@@ -22,7 +22,13 @@ def curve(path, folders):
         events.Reload()
         points = events.Scalars("eval/success_rate")
         minutes = [(point.wall_time - points[0].wall_time) / 60 for point in points]
-        axis.plot(minutes, [100 * point.value for point in points], marker="o", markersize=3, label=Path(folder).name)
+        axis.plot(
+            minutes,
+            [100 * point.value for point in points],
+            marker="o",
+            markersize=3,
+            label=Path(folder).name,
+        )
     axis.set(xlabel="minutes of training, evaluations included", ylabel="greedy success, %", ylim=(0, 100))
     axis.grid(alpha=0.3)
     axis.legend()

@@ -2,4 +2,5 @@
 
 
 class UserError(ValueError):
-    """A wrong input, in one sentence that says what was wrong and what to do; a script ends with exit code 2."""
+    """A wrong input, in one sentence that says what was wrong and what to do; a script ends with exit code
+    2."""

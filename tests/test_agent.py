@@ -1,4 +1,4 @@
-"""The agent on the tiny backbone: ratio, temperature, sampling, heads, attention mask, caches and adapters."""
+"""The agent on the tiny backbone: ratio, temperature, sampling, heads, attention, caches and adapters."""
 
 import dataclasses
 import math
@@ -67,7 +67,7 @@ def generator(seed=0):
 @pytest.mark.parametrize("level", ["token", "step", "chunk"])
 @pytest.mark.parametrize(("head", "rank"), [("tokens", 4), ("tokens", 0), ("gaussian", 4), ("discrete", 0)])
 def test_ratio_is_one_on_the_first_minibatch(head, rank, level):
-    """Sampled in batches of 3 with the vision cached, evaluated shuffled in one of 12 and in one of 5, part masked."""
+    """Sampled in batches of 3 with the vision cached, evaluated shuffled in 12s and 5s, part masked."""
     agent = make_agent(lora_rank=rank, head=head)
     batch, draw = make_batch(agent, 12), generator(1)
     actions, log_probs, visions = [], [], []

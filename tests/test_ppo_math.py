@@ -1,4 +1,4 @@
-"""The scripts' mathematics against float64 scalar loops and closed forms, and the way a rollout bootstraps."""
+"""The scripts' mathematics against float64 scalar loops and closed forms; how a rollout bootstraps."""
 
 import math
 import sys
@@ -89,9 +89,10 @@ def test_truncation_bootstraps_and_termination_does_not():
 
 
 class Clock(gymnasium.Env):
-    """Episodes of 5, 6, 7, 5, ... steps, every other one cut off by a time limit. proprio = [episode, step] / 10.
+    """Episodes of 5, 6, 7, 5, ... steps, every other one cut off by a time limit.
 
-    Reward of a step: 0.1. Only the first of the two action dimensions has any effect.
+    proprio = [episode, step] / 10. Reward of a step: 0.1. Only the first of the two action dimensions has any
+    effect.
     """
 
     instructions, has_success, active_dims = ("wait",), True, np.array([True, False])
@@ -130,7 +131,7 @@ class Stop(Exception):
 
 
 def collect(monkeypatch, tmp_path, *flags, lose=()):
-    """Runs `train` to the end of its first rollout -> what it hands to compute_gae, and all masks of merge_tokens.
+    """Runs `train` to the end of its first rollout -> what it hands to compute_gae and to merge_tokens.
 
     lose: the (decision, environment) at which the environment's worker is said to have died.
     """
@@ -210,7 +211,7 @@ def test_rollout_bootstraps_truncated_episodes_only(monkeypatch, tmp_path):
 
 
 def test_rollout_drops_an_episode_whose_worker_died(monkeypatch, tmp_path):
-    """Environment 1 is lost at decision 3: its decisions since the last end go, and no credit crosses the gap."""
+    """Environment 1 is lost at decision 3: its decisions since the last end go, no credit crosses the gap."""
     whole = collect(monkeypatch, tmp_path)
     seen = collect(monkeypatch, tmp_path, "--run-name", "lost", lose=[(3, 1)])
     _, _, _, ends, _ = simulate(7, 3)
@@ -219,6 +220,11 @@ def test_rollout_drops_an_episode_whose_worker_died(monkeypatch, tmp_path):
     assert seen.gae[3][2:4, 1].all() and torch.equal(seen.advantages[:, 0], whole.advantages[:, 0])
     assert torch.equal(seen.advantages[:2, 1], whole.advantages[:2, 1])
     assert torch.equal(seen.advantages[4:, 1], whole.advantages[4:, 1])
+
+
+def test_rollout_without_a_survivor_is_skipped(monkeypatch, tmp_path):
+    seen = collect(monkeypatch, tmp_path, "--num-steps", "1", lose=[(0, 0), (0, 1)])
+    assert seen.calls == 2 and len(seen.masks[0]) == 2
 
 
 # --- ratio, surrogate, value, KL, masks
@@ -358,9 +364,12 @@ def test_summarize_by_hand(script):
     assert found == {"episodes": 3, "success_rate": 2 / 3, "mean_reward": 3.5 / 3, "mean_length": 26.0}
     assert list(tasks) == ["lift", "put"]  # no entry for a task that was not played
     assert tasks["lift"] == {
-        "episodes": 1, "success_rate": 1.0, "success_rate_ci95": script.wilson_interval(1, 1), "mean_reward": 1.0,
+        "episodes": 1,
+        "success_rate": 1.0,
+        "success_rate_ci95": script.wilson_interval(1, 1),
+        "mean_reward": 1.0,
         "mean_length": 20.0,
-    }  # fmt: skip
+    }
     put = [tasks["put"][key] for key in ("success_rate", "mean_reward", "mean_length")]
     assert put == [0.5, 1.25, 29]
     plain = script.summarize([(False, 500.0, 500, 0)], False, [""])

@@ -6,7 +6,8 @@ A backbone is an `nn.Module` with
     forward(batch, vision=None) -> action_hidden (B, K*A, D), prompt_hidden (B, D)
     action_logits(action_hidden) -> (B, K*A, 256)   token models only; column 0 is id 31744, i.e. action +1
     vision_parameters() -> list                     all that encode_vision uses
-and `hidden_size`, `chunk`, `action_dim`, `config` (a dict of plain values that `load_backbone(**config)` rebuilds).
+and `hidden_size`, `chunk`, `action_dim`, `config` (a dict of plain values that `load_backbone(**config)`
+rebuilds).
 """
 
 import contextlib
@@ -31,8 +32,8 @@ def load_backbone(name, **config):
 
 
 def add_lora(backbone, rank):
-    """Freeze the backbone and put LoRA adapters (Hu et al. 2021; alpha = 2 rank, B = 0) on the modules that match its
-    `lora_targets`, a regular expression. The model computes the same function until it is trained.
+    """Freeze the backbone and put LoRA adapters (Hu et al. 2021; alpha = 2 rank, B = 0) on the modules that
+    match its `lora_targets`, a regular expression. The model computes the same function until it is trained.
     """
     if not backbone.lora_targets:
         raise UserError(f"The backbone {backbone.config['name']!r} takes no LoRA; use --lora-rank 0.")

@@ -1,4 +1,5 @@
-"""Two tanh MLPs (actor, critic) for vector observations: with it `ppo_vla.py --env CartPole-v1` is plain PPO."""
+"""Two tanh MLPs (actor, critic) for vector observations: with it `ppo_vla.py --env CartPole-v1` is plain
+PPO."""
 
 import numpy as np
 import torch
@@ -18,16 +19,21 @@ def _trunk(inputs, width):
 
 
 class MLP(nn.Module):
-    """proprio (B, P) -> action hidden (B, K*A, width) from the actor, prompt hidden (B, width) from the critic."""
+    """proprio (B, P) -> action hidden (B, K*A, width) from the actor, prompt hidden (B, width) from the
+    critic."""
 
     lora_targets = None
 
     def __init__(self, *, chunk, action_dim, proprio_dim, width=64, **_):
         super().__init__()
-        self.config = dict(name="mlp", chunk=chunk, action_dim=action_dim, proprio_dim=proprio_dim, width=width)
+        self.config = dict(
+            name="mlp", chunk=chunk, action_dim=action_dim, proprio_dim=proprio_dim, width=width
+        )
         self.chunk, self.action_dim, self.hidden_size = chunk, action_dim, width
         self.actor, self.critic = _trunk(proprio_dim, width), _trunk(proprio_dim, width)
-        self.slots = nn.Parameter(torch.zeros(chunk * action_dim, width))  # tells the actions of one chunk apart
+        self.slots = nn.Parameter(
+            torch.zeros(chunk * action_dim, width)
+        )  # tells the actions of one chunk apart
 
     def preprocess(self, obs, instructions):
         return {"proprio": torch.as_tensor(obs["proprio"], device=self.slots.device, dtype=torch.float32)}

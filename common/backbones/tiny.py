@@ -2,11 +2,12 @@
 
     [BOS] [visual tokens] [proprio] [words of the instruction] [end of prompt] [K*7 action slots]
 
-goes through a small Llama (transformers') in one forward with full bidirectional attention; the K*7 slots come out as
-the chunk's action tokens, all decoded in parallel. Differences to the 7B model are the size, a convolutional stem in
-place of the two ViTs, and the projector: a few queries, made from the instruction's words, attend over the 16x16
-feature map, and each yields one token (what it saw and where: features and the attention's mean position). Two of the
-queries have a meaning that `bc_warmup.py` teaches: the named object and the named plate.
+goes through a small Llama (transformers') in one forward with full bidirectional attention; the K*7 slots
+come out as the chunk's action tokens, all decoded in parallel. Differences to the 7B model are the size, a
+convolutional stem in place of the two ViTs, and the projector: a few queries, made from the instruction's
+words, attend over the 16x16 feature map, and each yields one token (what it saw and where: features and the
+attention's mean position). Two of the queries have a meaning that `bc_warmup.py` teaches: the named object
+and the named plate.
 """
 
 import torch
@@ -56,26 +57,33 @@ class TinyVLA(nn.Module):
         super().__init__()
         if not cameras or not image_size or image_size % 4:
             raise UserError(
-                f"The backbone 'tiny' needs images whose size is a multiple of 4, not {cameras} of {image_size}; "
-                "for vector observations use --backbone mlp."
+                f"The backbone 'tiny' needs images whose size is a multiple of 4, not {cameras} of "
+                f"{image_size}; for vector observations use --backbone mlp."
             )
         words = words or sorted({word for text in instructions for word in text.lower().split()})
         self.config = dict(
             name="tiny", chunk=chunk, action_dim=action_dim, proprio_dim=proprio_dim, cameras=cameras,
-            image_size=image_size, words=words, width=width, layers=layers, queries=queries, channels=channels,
+            image_size=image_size, words=words, width=width, layers=layers, queries=queries,
+            channels=channels,
         )  # fmt: skip
         self.chunk, self.action_dim, self.hidden_size = chunk, action_dim, width
         self.word_ids = {word: i + 4 for i, word in enumerate(words)}
         self.prompts = {}  # tuple of instructions -> ids (I, L)
 
         self.stem = nn.Sequential(
-            nn.Conv2d(3, 24, 5, 2, 2), nn.GELU(), nn.Conv2d(24, 48, 3, 2, 1), nn.GELU(), nn.Conv2d(48, channels, 3, 1, 1)
+            nn.Conv2d(3, 24, 5, 2, 2),
+            nn.GELU(),
+            nn.Conv2d(24, 48, 3, 2, 1),
+            nn.GELU(),
+            nn.Conv2d(48, channels, 3, 1, 1),
         )
         side = image_size // 4
         self.place = nn.Parameter(0.02 * torch.randn(cameras, side * side, channels))
         self.key, self.value = nn.Linear(channels, channels), nn.Linear(channels, channels)
         axis = (torch.arange(side) + 0.5) / side * 2 - 1
-        self.register_buffer("grid", torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).reshape(-1, 2))
+        self.register_buffer(
+            "grid", torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).reshape(-1, 2)
+        )
         self.word_score = nn.Parameter(torch.randn(width, cameras * queries) / width**0.5)
         self.query = nn.Parameter(torch.randn(cameras * queries, width, channels) / width**0.5)
         self.query_bias = nn.Parameter(torch.randn(cameras * queries, channels))
@@ -86,9 +94,10 @@ class TinyVLA(nn.Module):
         self.action_slots = nn.Parameter(0.5 * torch.randn(chunk * action_dim, width))
         self.language_model = LlamaModel(
             LlamaConfig(
-                vocab_size=len(words) + 4, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-                num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, pad_token_id=PAD,
-                attn_implementation="sdpa", initializer_range=0.1, use_cache=False,
+                vocab_size=len(words) + 4, hidden_size=width, intermediate_size=2 * width,
+                num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4, pad_token_id=PAD,
+                max_position_embeddings=512, attn_implementation="sdpa", initializer_range=0.1,
+                use_cache=False,
             )
         )  # fmt: skip
         self.words = self.language_model.embed_tokens
@@ -97,17 +106,27 @@ class TinyVLA(nn.Module):
     def vision_parameters(self):
         """Everything before the visual tokens, the words' embedding included (it makes the queries)."""
         modules = (self.stem, self.key, self.value, self.words)
-        return [p for m in modules for p in m.parameters()] + [self.place, self.word_score, self.query, self.query_bias]
+        return [p for m in modules for p in m.parameters()] + [
+            self.place,
+            self.word_score,
+            self.query,
+            self.query_bias,
+        ]
 
     def preprocess(self, obs, instructions):
-        """obs as in the README's contract -> batch: image uint8 (B, cameras, H, W, 3), proprio, input_ids (B, L)."""
+        """obs as in the README's contract -> batch: image uint8 (B, cameras, H, W, 3), proprio, input_ids (B,
+        L)."""
         device = self.grid.device
         key = tuple(instructions)
         if key not in self.prompts:
-            rows = [[self.word_ids.get(w, UNKNOWN) for w in text.lower().split()] + [END] for text in instructions]
+            rows = [
+                [self.word_ids.get(w, UNKNOWN) for w in text.lower().split()] + [END] for text in instructions
+            ]
             longest = max(map(len, rows))
             # Pads stand on the left, so that the end of the prompt, where the value is read, has one index.
-            self.prompts[key] = torch.tensor([[PAD] * (longest - len(row)) + row for row in rows], device=device)
+            self.prompts[key] = torch.tensor(
+                [[PAD] * (longest - len(row)) + row for row in rows], device=device
+            )
         task = torch.as_tensor(obs["task"], device=device)
         return {
             "image": torch.as_tensor(obs["image"], device=device),
@@ -120,7 +139,9 @@ class TinyVLA(nn.Module):
         (B, cameras, queries, side*side)."""
         image, ids = batch["image"], batch["input_ids"]
         size, cameras = image.shape[0], image.shape[1]
-        pixels = image.flatten(0, 1).permute(0, 3, 1, 2).float().div_(255 * 0.2).sub_(3.0)  # mean 0.6, std 0.2
+        pixels = (
+            image.flatten(0, 1).permute(0, 3, 1, 2).float().div_(255 * 0.2).sub_(3.0)
+        )  # mean 0.6, std 0.2
         features = self.stem(pixels).flatten(2).transpose(1, 2).unflatten(0, (size, cameras)) + self.place
         words = self.words(ids)  # (B, L, width)
         focus = (words @ self.word_score).masked_fill((ids == PAD)[..., None], -torch.inf).softmax(1)
@@ -137,14 +158,18 @@ class TinyVLA(nn.Module):
         ids = batch["input_ids"]
         size = ids.shape[0]
         channels = self.value.out_features
-        visual = self.see(torch.cat([vision[..., :channels], fourier(vision[..., channels:])], -1)) + self.visual_slots
+        visual = (
+            self.see(torch.cat([vision[..., :channels], fourier(vision[..., channels:])], -1))
+            + self.visual_slots
+        )
         proprio = self.feel(fourier(batch["proprio"]))[:, None]
         bos = self.words(ids.new_full((size, 1), BOS))
         slots = self.action_slots.expand(size, -1, -1)
         sequence = torch.cat([bos, visual, proprio, self.words(ids), slots], 1)  # (B, S, width)
         before, length = 2 + visual.shape[1], sequence.shape[1]
         keep = F.pad(ids != PAD, (before, slots.shape[1]), value=True)
-        # An explicit 4-D mask: every row sees every real column. A causal mask would be the silent error (OFT).
+        # An explicit 4-D mask: every row sees every real column. A causal mask would be the silent error
+        # (OFT).
         mask = keep[:, None, None, :].expand(-1, 1, length, -1)
         position_ids = keep.cumsum(1) - 1
         hidden = self.language_model(

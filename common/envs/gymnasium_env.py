@@ -118,7 +118,7 @@ class GymnasiumEnv(gymnasium.Env):
         """Goes on exactly where `get_state` was; also in an environment that was never reset."""
         env = self.env.unwrapped
         self.env.reset(seed=0)  # satisfies the order-enforcing wrapper
-        physics = np.array(state["physics"])
+        physics = np.asarray(state["physics"]).copy()
         if "derived" in state:
             import mujoco
 
@@ -129,7 +129,7 @@ class GymnasiumEnv(gymnasium.Env):
             env.state = physics
         if limit := self._wrapper(gymnasium.wrappers.TimeLimit):
             limit._elapsed_steps = int(state["elapsed_steps"])
-        self._obs = np.array(state["obs"], np.float32)
+        self._obs = np.asarray(state["obs"], np.float32).copy()
         rng = np.random.default_rng(0)
         rng.bit_generator.state = _unpack(state["np_random"])
         env.np_random = rng

@@ -1,11 +1,13 @@
-"""Tabletop: a small language-conditioned manipulation world in pure MuJoCo; needs no GL, no assets, no download.
+"""Tabletop: a small language-conditioned manipulation world in pure MuJoCo; needs no GL, no assets, no
+download.
 
-A parallel gripper (three position-controlled slides and a yaw hinge) over a table with three coloured objects of
-different shape and two coloured plates. Instructions are of three kinds: lift X, put X on Y, move X to Y. Grasps are
-real contacts; nothing is welded. Observation and action follow LIBERO's: `image` uint8 (cameras, H, W, 3), `proprio`
-float32 (8,) = position 3, axis-angle 3, fingers 2, each scaled to about [-1, 1]; action float32 (7,) in [-1, 1] =
-delta position (1 = 3 cm), delta rotation (1 = 0.2 rad; roll and pitch are ignored), gripper (< 0 opens, >= 0 closes).
-Control runs at 20 Hz. The reward is 1 at success, else 0 (`reward="shaped"` adds a difference of potentials).
+A parallel gripper (three position-controlled slides and a yaw hinge) over a table with three coloured objects
+of different shape and two coloured plates. Instructions are of three kinds: lift X, put X on Y, move X to Y.
+Grasps are real contacts; nothing is welded. Observation and action follow LIBERO's: `image` uint8 (cameras,
+H, W, 3), `proprio` float32 (8,) = position 3, axis-angle 3, fingers 2, each scaled to about [-1, 1]; action
+float32 (7,) in [-1, 1] = delta position (1 = 3 cm), delta rotation (1 = 0.2 rad; roll and pitch are ignored),
+gripper (< 0 opens, >= 0 closes). Control runs at 20 Hz. The reward is 1 at success, else 0 (`reward="shaped"`
+adds a difference of potentials).
 
 Variations (`split`): "train"; "eval" (same distribution, other layouts); and three held-out ones after RL4VLA
 (Liu et al. 2025): "vision" (table colour, light, camera jitter), "semantics" (unseen object-plate pairs and
@@ -58,26 +60,36 @@ def _tasks():
 
 TASKS = _tasks()
 INSTRUCTIONS = [task[0] for task in TASKS]
-TRAIN_TASKS = [i for i, (_, k, x, y, phrase) in enumerate(TASKS) if phrase == 0 and (k, x, y) not in _HELD_OUT]
+TRAIN_TASKS = [
+    i for i, (_, k, x, y, phrase) in enumerate(TASKS) if phrase == 0 and (k, x, y) not in _HELD_OUT
+]
 SEMANTICS_TASKS = [i for i, (_, k, x, y, phrase) in enumerate(TASKS) if phrase > 0 or (k, x, y) in _HELD_OUT]
 
 _XML = """
 <mujoco model="tabletop">
   <compiler angle="radian"/>
-  <option timestep="0.005" integrator="implicitfast" cone="elliptic" impratio="10" iterations="100" ls_iterations="50"/>
+  <option timestep="0.005" integrator="implicitfast" cone="elliptic" impratio="10"
+    iterations="100" ls_iterations="50"/>
   <visual><headlight ambient="0.45 0.45 0.45" diffuse="0.1 0.1 0.1" specular="0 0 0"/>
     <global offwidth="640" offheight="640"/></visual>
-  <asset><texture type="skybox" builtin="flat" rgb1="0.55 0.62 0.7" rgb2="0.55 0.62 0.7" width="8" height="8"/></asset>
+  <asset>
+    <texture type="skybox" builtin="flat" rgb1="0.55 0.62 0.7" rgb2="0.55 0.62 0.7" width="8" height="8"/>
+  </asset>
   <default>
     <geom solref="0.02 1" friction="1 0.01 0.001"/>
-    <default class="finger"><geom type="box" rgba="0.2 0.2 0.22 1" friction="2 0.05 0.002" condim="4" mass="0.03"/></default>
+    <default class="finger">
+      <geom type="box" size="0.009 0.004 0.03" rgba="0.2 0.2 0.22 1" friction="2 0.05 0.002" condim="4"
+        mass="0.03"/>
+      <joint type="slide" range="0 0.04" limited="true" damping="1"/>
+    </default>
     <default class="object"><geom friction="1 0.02 0.002" condim="6" mass="0.05"/></default>
     <default class="plate">
       <geom type="cylinder" size="0.045 0.001" contype="0" conaffinity="0"/>
     </default>
   </default>
   <worldbody>
-    <light name="sun" directional="true" pos="0 0 1" dir="0.3 0.2 -1" diffuse="0.6 0.6 0.6" specular="0 0 0" castshadow="false"/>
+    <light name="sun" directional="true" pos="0 0 1" dir="0.3 0.2 -1" diffuse="0.6 0.6 0.6"
+      specular="0 0 0" castshadow="false"/>
     <camera name="agentview" pos="0.42 0 0.40" xyaxes="0 1 0 -0.66 0 0.75" fovy="38"/>
     <geom name="table" type="box" size="0.3 0.3 0.02" pos="0 0 -0.02" rgba="0.72 0.68 0.62 1"/>
     <body name="yellow plate" mocap="true"><geom class="plate" rgba="0.95 0.85 0.1 1"/></body>
@@ -85,18 +97,20 @@ _XML = """
     <body name="red cube"><freejoint/>
       <geom name="red cube" class="object" type="box" size="0.018 0.018 0.018" rgba="0.9 0.1 0.1 1"/></body>
     <body name="green cylinder"><freejoint/>
-      <geom name="green cylinder" class="object" type="cylinder" size="0.018 0.022" rgba="0.1 0.7 0.15 1"/></body>
+      <geom name="green cylinder" class="object" type="cylinder" size="0.018 0.022" rgba="0.1 0.7 0.15 1"/>
+    </body>
     <body name="blue ball"><joint type="free" damping="0.0002"/>
       <geom name="blue ball" class="object" type="sphere" size="0.02" rgba="0.1 0.25 0.95 1"/></body>
     <body name="gripper" gravcomp="1">
       <joint name="x" type="slide" axis="1 0 0"/><joint name="y" type="slide" axis="0 1 0"/>
-      <joint name="z" type="slide" axis="0 0 1"/><joint name="yaw" type="hinge" axis="0 0 1" armature="0.001"/>
+      <joint name="z" type="slide" axis="0 0 1"/>
+      <joint name="yaw" type="hinge" axis="0 0 1" armature="0.001"/>
       <geom name="palm" type="box" size="0.014 0.03 0.01" pos="0 0 0.065" mass="0.4" rgba="0.45 0.45 0.48 1"/>
       <camera name="wrist" pos="0.075 0 0.1" xyaxes="0 1 0 -0.8 0 0.6" fovy="75"/>
-      <body name="left" gravcomp="1"><joint name="left" type="slide" axis="0 1 0" range="0 0.04" limited="true" damping="1"/>
-        <geom name="left" class="finger" size="0.009 0.004 0.03" pos="0 0.004 0.03"/></body>
-      <body name="right" gravcomp="1"><joint name="right" type="slide" axis="0 -1 0" range="0 0.04" limited="true" damping="1"/>
-        <geom name="right" class="finger" size="0.009 0.004 0.03" pos="0 -0.004 0.03"/></body>
+      <body name="left" gravcomp="1"><joint name="left" class="finger" axis="0 1 0"/>
+        <geom name="left" class="finger" pos="0 0.004 0.03"/></body>
+      <body name="right" gravcomp="1"><joint name="right" class="finger" axis="0 -1 0"/>
+        <geom name="right" class="finger" pos="0 -0.004 0.03"/></body>
     </body>
   </worldbody>
   <actuator>
@@ -110,7 +124,8 @@ _XML = """
 
 
 class RayRenderer:
-    """Pinhole camera by MuJoCo's own ray caster (no GL): geom colour times Lambert's cosine of the surface normal.
+    """Pinhole camera by MuJoCo's own ray caster (no GL): geom colour times Lambert's cosine of the surface
+    normal.
 
     `render(camera) -> uint8 (size, size, 3)`. Lights, colours and cameras are read from the MjModel, as
     `mujoco.Renderer` reads them, so the two renderers show the same variations.
@@ -135,7 +150,18 @@ class RayRenderer:
         axes = d.cam_xmat[camera].reshape(3, 3)
         rays = self.rays[camera] @ axes.T
         mujoco.mj_multiRay(
-            m, d, d.cam_xpos[camera], rays.ravel(), None, 1, -1, self.geom, self.distance, self.normal, self.n, 3.0
+            m,
+            d,
+            d.cam_xpos[camera],
+            rays.ravel(),
+            None,
+            1,
+            -1,
+            self.geom,
+            self.distance,
+            self.normal,
+            self.n,
+            3.0,
         )
         normal = self.normal.reshape(-1, 3)
         facing = np.maximum(normal @ -m.light_dir[0] / np.linalg.norm(m.light_dir[0]), 0)
@@ -143,7 +169,11 @@ class RayRenderer:
         shade -= m.vis.headlight.diffuse[0] * np.einsum("ij,ij->i", normal, rays)
         palette = np.append(m.geom_rgba[:, :3], [[0.55, 0.62, 0.7]], 0) * 255  # geom -1 is the background
         shade[self.geom < 0] = 1
-        return np.minimum(palette[self.geom] * shade[:, None], 255).astype(np.uint8).reshape(self.size, self.size, 3)
+        return (
+            np.minimum(palette[self.geom] * shade[:, None], 255)
+            .astype(np.uint8)
+            .reshape(self.size, self.size, 3)
+        )
 
     def close(self):
         pass
@@ -161,8 +191,9 @@ class GLRenderer:
             self.renderer = mujoco.Renderer(model, size, size)
         except Exception as error:  # mujoco, PyOpenGL and the driver each raise their own kind
             raise UserError(
-                "--renderer gl needs OpenGL (on a headless machine EGL, or OSMesa with MUJOCO_GL=osmesa), which failed with "
-                f"{traceback.format_exception_only(error)[-1].strip()}; --renderer ray needs none."
+                "--renderer gl needs OpenGL (on a headless machine EGL, or OSMesa with MUJOCO_GL=osmesa), "
+                f"which failed with {' '.join(''.join(traceback.format_exception_only(error)).split())}; "
+                "--renderer ray needs none."
             ) from error
         self.data = data
 
@@ -178,11 +209,11 @@ RENDERERS = {"ray": RayRenderer, "gl": GLRenderer}
 
 
 class TabletopEnv(gym.Env):
-    """See the module's docstring. `step` is `advance` (physics) then `observe` (renders); a chunk wrapper calls the
-    two apart so that only frames that a policy sees are rendered.
+    """See the module's docstring. `step` is `advance` (physics) then `observe` (renders); a chunk wrapper
+    calls the two apart so that only frames that a policy sees are rendered.
 
-    tasks: kinds ("lift", "put", "move") or instructions; default all of the split.  max_steps: time limit (20 Hz).
-    Raises UserError, in one sentence, for an unknown split, task, camera, renderer, reward or size.
+    tasks: kinds ("lift", "put", "move") or instructions; default all of the split.  max_steps: time limit (20
+    Hz). Raises UserError, in one sentence, for an unknown split, task, camera, renderer, reward or size.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
@@ -210,7 +241,9 @@ class TabletopEnv(gym.Env):
         if not cameras or any(c not in CAMERAS for c in cameras):
             raise UserError(f"Unknown cameras {list(cameras)} for tabletop; known: {', '.join(CAMERAS)}.")
         if not 8 <= size <= 640 or max_steps < 1:
-            raise UserError(f"tabletop needs 8 <= size <= 640 and max_steps >= 1, not {size} and {max_steps}.")
+            raise UserError(
+                f"tabletop needs 8 <= size <= 640 and max_steps >= 1, not {size} and {max_steps}."
+            )
         self.split, self.reward, self.max_steps, self.size = split, reward, max_steps, size
         self.task_ids = self._select(tasks)
         self.model = mujoco.MjModel.from_xml_string(_XML)
@@ -255,7 +288,14 @@ class TabletopEnv(gym.Env):
         positions = _layout(rng)
         for k, name in enumerate(OBJECTS):
             yaw = rng.uniform(-0.3, 0.3)
-            d.joint(m.body(name).jntadr[0]).qpos = [*positions[k], REST_HEIGHT[k], np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]
+            d.joint(m.body(name).jntadr[0]).qpos = [
+                *positions[k],
+                REST_HEIGHT[k],
+                np.cos(yaw / 2),
+                0,
+                0,
+                np.sin(yaw / 2),
+            ]
         for k, mocap in enumerate(self._plate_mocap):
             d.mocap_pos[mocap] = [*positions[3 + k], 0.001]
         start = np.array([*rng.uniform(-0.05, 0.05, 2), rng.uniform(0.11, 0.15), 0.0])
@@ -283,7 +323,8 @@ class TabletopEnv(gym.Env):
             m.cam_pos[:] += rng.uniform(-0.015, 0.015, m.cam_pos.shape)
 
     def advance(self, action):
-        """One control step (50 ms) of physics. action (7,) -> reward, terminated, truncated, info; renders nothing."""
+        """One control step (50 ms) of physics. action (7,) -> reward, terminated, truncated, info; renders
+        nothing."""
         d = self.data
         action = np.clip(action, -1, 1)
         # Set points follow the true pose, so that a blocked arm does not wind up.
@@ -291,7 +332,9 @@ class TabletopEnv(gym.Env):
         d.ctrl[3] = np.clip(d.qpos[-3] + ROTATION_SCALE * action[5], -1.5, 1.5)
         d.ctrl[4:] = OPEN if action[6] < 0 else -0.005  # past the pads' contact: a steady squeeze
         mujoco.mj_step(self.model, d, SUBSTEPS)
-        mujoco.mj_forward(self.model, d)  # poses and contacts of this very state, not of the last substep's start
+        mujoco.mj_forward(
+            self.model, d
+        )  # poses and contacts of this very state, not of the last substep's start
         self.steps += 1
         success = self._success()
         reward = float(success)
@@ -332,7 +375,8 @@ class TabletopEnv(gym.Env):
     # --- success and shaping
 
     def _situation(self):
-        """-> named object's position (3,), its height above rest, is it pinched by both fingers, touched by one."""
+        """-> named object's position (3,), its height above rest, is it pinched by both fingers, touched by
+        one."""
         x = TASKS[self.task][2]
         position = self.data.xpos[self._object_bodies[x]]
         pairs = self.data.contact.geom
@@ -345,8 +389,8 @@ class TabletopEnv(gym.Env):
         return float(np.hypot(*(position[:2] - plate[:2])))
 
     def _success(self):
-        """The named goal, held for a moment: lift 5 cm in the grasp (3 steps); put: at rest on the plate and let go
-        (2 steps); move: on the plate (2 steps) without ever having left the table."""
+        """The named goal, held for a moment: lift 5 cm in the grasp (3 steps); put: at rest on the plate and
+        let go (2 steps); move: on the plate (2 steps) without ever having left the table."""
         kind = TASKS[self.task][1]
         position, height, pinched, touched = self._situation()
         self.dragged &= height < 0.025
@@ -364,14 +408,19 @@ class TabletopEnv(gym.Env):
         kind = TASKS[self.task][1]
         position, height, pinched, _ = self._situation()
         reach = 1 - np.tanh(8 * np.linalg.norm(position - self.data.qpos[-6:-3]))
-        far = 1 - np.tanh(8 * self._plate_distance(position)) if kind != "lift" else np.clip(height / 0.05, 0, 1)
+        far = (
+            1 - np.tanh(8 * self._plate_distance(position))
+            if kind != "lift"
+            else np.clip(height / 0.05, 0, 1)
+        )
         return 0.3 * reach + 0.3 * pinched + 0.4 * far
 
     # --- privileged information: expert, pixels, exact state
 
     def expert(self):
-        """The scripted expert's action (7,) float32: a stateless funnel over the named object, close, then the goal."""
-        d, (_, kind, x, y, _) = self.data, TASKS[self.task]
+        """The scripted expert's action (7,) float32: a stateless funnel over the named object, close, then
+        the goal."""
+        d, (_, kind, _, y, _) = self.data, TASKS[self.task]
         hand, yaw = d.qpos[-6:-3], d.qpos[-3]
         position, height, pinched, touched = self._situation()
         grasp = 0.012
@@ -394,12 +443,16 @@ class TabletopEnv(gym.Env):
             close = bool(error < 0.015 and hand[2] < grasp + 0.012)
             if not close and hand[2] < 0.045 and error > 0.025:
                 goal[:2] = hand[:2]  # low and off: rise before moving sideways
-        delta = np.clip(1.3 * (goal - hand) / POSITION_SCALE, -1, 1)  # 1.3: the servo covers some 3/4 of a command
-        return np.array([*delta, 0, 0, np.clip(-yaw / ROTATION_SCALE, -1, 1), 1.0 if close else -1.0], np.float32)
+        delta = np.clip(
+            1.3 * (goal - hand) / POSITION_SCALE, -1, 1
+        )  # 1.3: the servo covers some 3/4 of a command
+        return np.array(
+            [*delta, 0, 0, np.clip(-yaw / ROTATION_SCALE, -1, 1), 1.0 if close else -1.0], np.float32
+        )
 
     def pixels(self):
-        """Image positions of the named object and plate: float32 (cameras, 2, 2), x right and y down, each in [-1, 1];
-        nan where the task names no plate or the point lies outside the picture."""
+        """Image positions of the named object and plate: float32 (cameras, 2, 2), x right and y down, each in
+        [-1, 1]; nan where the task names no plate or the point lies outside the picture."""
         x, y = TASKS[self.task][2:4]
         points = [self.data.xpos[self._object_bodies[x]]]
         points.append(self.data.mocap_pos[self._plate_mocap[y]] if y >= 0 else np.full(3, np.nan))
@@ -443,7 +496,8 @@ _VARIED = ("geom_rgba", "light_diffuse", "light_dir", "cam_pos")
 
 
 def _layout(rng):
-    """Positions (5, 2) in m of the three objects and two plates: no two overlap, and the open gripper fits between."""
+    """Positions (5, 2) in m of the three objects and two plates: no two overlap, and the open gripper fits
+    between."""
     radius = np.array([0.0375, 0.0375, 0.0375, 0.0475, 0.0475])
     while True:
         xy = rng.uniform([-0.12, -0.13], [0.12, 0.13], (5, 2))
@@ -480,7 +534,9 @@ def _demonstrate(job):
             if terminated or truncated:
                 break
         if info["success"]:  # a failed demonstration is dropped
-            episodes.append([np.stack(rows) for rows in (images, proprio, actions, executed, pixels)] + [env.task])
+            episodes.append(
+                [np.stack(rows) for rows in (images, proprio, actions, executed, pixels)] + [env.task]
+            )
     return episodes
 
 
@@ -511,14 +567,17 @@ def _in_parallel(function, seeds, num_workers, *rest):
 def demonstrations(num_episodes, seed, num_workers=None, noise=0.3, **env_kwargs):
     """Successful episodes of the scripted expert, on training layouts.
 
-    Returns flat arrays over all S steps: image uint8 (S, cameras, H, W, 3), proprio float32 (S, 8), actions float32
-    (S, 7) as labelled and `executed`, task int64 (S,), pixels float32 (S, cameras, 2, 2) (see `TabletopEnv.pixels`), episode_starts int64 (E,),
-    and instructions. `noise` is the standard deviation added to the executed action; the label stays clean.
+    Returns flat arrays over all S steps: image uint8 (S, cameras, H, W, 3), proprio float32 (S, 8), actions
+    float32 (S, 7) as labelled and `executed`, task int64 (S,), pixels float32 (S, cameras, 2, 2) (see
+    `TabletopEnv.pixels`), episode_starts int64 (E,), and instructions. `noise` is the standard deviation
+    added to the executed action; the label stays clean.
     """
     seeds = np.random.default_rng([1, seed]).integers(2**31, size=num_episodes)
     episodes = _in_parallel(_demonstrate, seeds, num_workers, noise, env_kwargs)
     if not episodes:
-        raise UserError(f"The expert succeeded in none of {num_episodes} episodes with noise {noise}; use less noise.")
+        raise UserError(
+            f"The expert succeeded in none of {num_episodes} episodes with noise {noise}; use less noise."
+        )
     lengths = np.array([len(episode[2]) for episode in episodes])
     image, proprio, actions, executed, pixels = (np.concatenate([e[k] for e in episodes]) for k in range(5))
     return {
@@ -534,7 +593,8 @@ def demonstrations(num_episodes, seed, num_workers=None, noise=0.3, **env_kwargs
 
 
 def scenes(num_scenes, seed, num_workers=None, **env_kwargs):
-    """Still pictures of training layouts with the place of what the instruction names: image, proprio, pixels, task."""
+    """Still pictures of training layouts with the place of what the instruction names: image, proprio,
+    pixels, task."""
     seeds = np.random.default_rng([2, seed]).integers(2**31, size=num_scenes)
     rows = _in_parallel(_ground, seeds, num_workers, env_kwargs)
     image, proprio, pixels, task = (np.stack([row[k] for row in rows]) for k in range(4))
