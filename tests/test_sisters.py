@@ -1,4 +1,4 @@
-"""What two single-file scripts share is identical to the letter, so that their diff shows the algorithms alone."""
+"""What two single-file scripts share is identical to the letter: their diff shows the algorithms alone."""
 
 import inspect
 
