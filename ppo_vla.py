@@ -612,7 +612,8 @@ def train(args):
             import wandb  # an optional package
 
             wandb.init(project="vla-rl", name=folder.name, config=results["args"], sync_tensorboard=True)
-        writer = SummaryWriter(folder)
+        # What a killed run logged after its last checkpoint is logged again.
+        writer = SummaryWriter(folder, purge_step=saved["counters"][0] + 1 if args.resume else None)
         stack.callback(writer.close)
         backbone = agent.backbone
         trained = [(name, p) for name, p in agent.named_parameters() if p.requires_grad]
@@ -670,7 +671,7 @@ def train(args):
             signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
 
         if initial is None:
-            initial = evaluate(agent, eval_envs, args, device)
+            initial = evaluate(agent, eval_envs, args, device, videos)  # what a video lacks shows now
             best = initial
             log_evaluation(initial)
             save("checkpoint.pt")

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import gymnasium
 import h5py
 import imageio_ffmpeg
 import numpy as np
@@ -813,6 +814,18 @@ def test_no_opengl_ends_in_one_sentence(tmp_path, monkeypatch):
     for workers in (0, 1):
         done = call(ppo_vla, PPO, f"--renderer gl --num-workers {workers} --output-dir {tmp_path}")
         assert done.code == 2 and done.err.count("\n") == 1 and "--renderer ray needs none" in done.err
+
+
+def test_a_video_without_its_package_ends_in_one_sentence_before_the_training(tmp_path, monkeypatch):
+    def refuse(self):
+        raise gymnasium.error.DependencyNotInstalled("pygame is not installed")
+
+    monkeypatch.setattr("gymnasium.envs.classic_control.cartpole.CartPoleEnv.render", refuse)
+    for workers in (0, 1):
+        flags = f"--capture-video --num-workers {workers} --output-dir {tmp_path} --run-name {workers}"
+        done = call(ppo_vla, CARTPOLE, flags)
+        assert done.code == 2 and done.err.count("\n") == 1 and "pygame is not installed" in done.err
+        assert not list(tmp_path.rglob("*.pt"))
 
 
 def test_a_missing_package_ends_in_one_sentence(tmp_path, monkeypatch):

@@ -198,7 +198,7 @@ def _map_arrays(spec, num_envs, chunk, fd):
 def _work(conn, parent_ends, parent_pid, *args):
     """The worker: answers (True, value), or (False, (UserError's sentence or None, traceback)) and ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # also of the whole process group (slurm, systemd)
     for end in parent_ends:  # inherited by fork; held open they would hide the parent's death
         end.close()
 
@@ -369,6 +369,9 @@ class Envs(gymnasium.vector.VectorEnv):
 
     def _restart(self, worker, death):
         """Rebuilds the environments of a dead worker and resets those that ran; `self._lost` tells them."""
+        if death.sentence:  # a UserError: it would come again
+            self.close()
+            raise UserError(death.sentence) from None
         rows = slice(worker.start, worker.stop)
         running = ~self._ended[rows]
         self._lost[rows] |= running

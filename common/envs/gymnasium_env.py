@@ -82,7 +82,10 @@ class GymnasiumEnv(gymnasium.Env):
         return self.observe(), reward, terminated, truncated, info
 
     def render(self):
-        return self.env.render()
+        try:
+            return self.env.render()
+        except gymnasium.error.DependencyNotInstalled as error:
+            raise UserError(f"--capture-video lacks a package: {' '.join(str(error).split())}") from error
 
     def close(self):
         self.env.close()
