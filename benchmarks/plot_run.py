@@ -48,15 +48,12 @@ def table(folders):
         first, last = result["initial"], result["final"]
         kinds = {}
         for text, part in last["per_task"].items():
-            kinds.setdefault(text.split()[0], []).append(
-                (part["success_rate"] * part["episodes"], part["episodes"])
-            )
-        by_kind = ", ".join(
-            f"{k} {sum(a for a, _ in v) / sum(b for _, b in v):.2f}" for k, v in kinds.items()
-        )
-        low, high = last["success_rate_ci95"]
+            good, total = kinds.get(text.split()[0], (0, 0))
+            kinds[text.split()[0]] = good + part["success_rate"] * part["episodes"], total + part["episodes"]
+        by_kind = ", ".join(f"{kind} {good / total:.2f}" for kind, (good, total) in kinds.items())
+        interval = "{:.2f} to {:.2f}".format(*last["success_rate_ci95"])
         print(
-            f"| {folder.name} | {first['success_rate']:.3f} | {last['success_rate']:.3f} ({low:.2f} to {high:.2f}) "
+            f"| {folder.name} | {first['success_rate']:.3f} | {last['success_rate']:.3f} ({interval}) "
             f"| {by_kind} | {result['environment_steps']:,} | {result['wall_seconds'] / 60:.1f} |"
         )
 
