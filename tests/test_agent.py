@@ -408,10 +408,7 @@ def test_value_gradient_enters_the_backbone_only_if_asked(detach):
 
 @pytest.mark.parametrize(
     ("head", "space", "sentence"),
-    [
-        ("tokens", DISCRETE, "use --head discrete"),
-        ("discrete", BOX, "use --head tokens or gaussian"),
-    ],
+    [("tokens", DISCRETE, "use --head discrete"), ("discrete", BOX, "use --head tokens or gaussian")],
 )
 def test_a_head_that_does_not_fit_the_actions_is_refused(head, space, sentence):
     backbone = load_backbone("mlp", chunk=1, action_dim=1, proprio_dim=4)

@@ -150,30 +150,17 @@ class RayRenderer:
         axes = d.cam_xmat[camera].reshape(3, 3)
         rays = self.rays[camera] @ axes.T
         mujoco.mj_multiRay(
-            m,
-            d,
-            d.cam_xpos[camera],
-            rays.ravel(),
-            None,
-            1,
-            -1,
-            self.geom,
-            self.distance,
-            self.normal,
-            self.n,
-            3.0,
-        )
+            m, d, d.cam_xpos[camera], rays.ravel(), None, 1, -1,
+            self.geom, self.distance, self.normal, self.n, 3.0,
+        )  # fmt: skip
         normal = self.normal.reshape(-1, 3)
         facing = np.maximum(normal @ -m.light_dir[0] / np.linalg.norm(m.light_dir[0]), 0)
         shade = m.vis.headlight.ambient[0] + m.light_diffuse[0, 0] * facing
         shade -= m.vis.headlight.diffuse[0] * np.einsum("ij,ij->i", normal, rays)
         palette = np.append(m.geom_rgba[:, :3], [[0.55, 0.62, 0.7]], 0) * 255  # geom -1 is the background
         shade[self.geom < 0] = 1
-        return (
-            np.minimum(palette[self.geom] * shade[:, None], 255)
-            .astype(np.uint8)
-            .reshape(self.size, self.size, 3)
-        )
+        picture = np.minimum(palette[self.geom] * shade[:, None], 255).astype(np.uint8)
+        return picture.reshape(self.size, self.size, 3)
 
     def close(self):
         pass
@@ -288,14 +275,8 @@ class TabletopEnv(gym.Env):
         positions = _layout(rng)
         for k, name in enumerate(OBJECTS):
             yaw = rng.uniform(-0.3, 0.3)
-            d.joint(m.body(name).jntadr[0]).qpos = [
-                *positions[k],
-                REST_HEIGHT[k],
-                np.cos(yaw / 2),
-                0,
-                0,
-                np.sin(yaw / 2),
-            ]
+            turn = [np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]
+            d.joint(m.body(name).jntadr[0]).qpos = [*positions[k], REST_HEIGHT[k], *turn]
         for k, mocap in enumerate(self._plate_mocap):
             d.mocap_pos[mocap] = [*positions[3 + k], 0.001]
         start = np.array([*rng.uniform(-0.05, 0.05, 2), rng.uniform(0.11, 0.15), 0.0])
@@ -332,9 +313,8 @@ class TabletopEnv(gym.Env):
         d.ctrl[3] = np.clip(d.qpos[-3] + ROTATION_SCALE * action[5], -1.5, 1.5)
         d.ctrl[4:] = OPEN if action[6] < 0 else -0.005  # past the pads' contact: a steady squeeze
         mujoco.mj_step(self.model, d, SUBSTEPS)
-        mujoco.mj_forward(
-            self.model, d
-        )  # poses and contacts of this very state, not of the last substep's start
+        # Poses and contacts of this very state, not of the last substep's start.
+        mujoco.mj_forward(self.model, d)
         self.steps += 1
         success = self._success()
         reward = float(success)
@@ -408,11 +388,9 @@ class TabletopEnv(gym.Env):
         kind = TASKS[self.task][1]
         position, height, pinched, _ = self._situation()
         reach = 1 - np.tanh(8 * np.linalg.norm(position - self.data.qpos[-6:-3]))
-        far = (
-            1 - np.tanh(8 * self._plate_distance(position))
-            if kind != "lift"
-            else np.clip(height / 0.05, 0, 1)
-        )
+        far = np.clip(height / 0.05, 0, 1)
+        if kind != "lift":
+            far = 1 - np.tanh(8 * self._plate_distance(position))
         return 0.3 * reach + 0.3 * pinched + 0.4 * far
 
     # --- privileged information: expert, pixels, exact state
@@ -443,12 +421,10 @@ class TabletopEnv(gym.Env):
             close = bool(error < 0.015 and hand[2] < grasp + 0.012)
             if not close and hand[2] < 0.045 and error > 0.025:
                 goal[:2] = hand[:2]  # low and off: rise before moving sideways
-        delta = np.clip(
-            1.3 * (goal - hand) / POSITION_SCALE, -1, 1
-        )  # 1.3: the servo covers some 3/4 of a command
-        return np.array(
-            [*delta, 0, 0, np.clip(-yaw / ROTATION_SCALE, -1, 1), 1.0 if close else -1.0], np.float32
-        )
+        # The servo covers some 3/4 of a command within a step, hence 1.3.
+        delta = np.clip(1.3 * (goal - hand) / POSITION_SCALE, -1, 1)
+        turn = np.clip(-yaw / ROTATION_SCALE, -1, 1)
+        return np.array([*delta, 0, 0, turn, 1.0 if close else -1.0], np.float32)
 
     def pixels(self):
         """Image positions of the named object and plate: float32 (cameras, 2, 2), x right and y down, each in
