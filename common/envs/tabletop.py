@@ -141,14 +141,17 @@ class RayRenderer:
             / np.sqrt((x * tan) ** 2 + (y * tan) ** 2 + 1).reshape(-1, 1)
             for tan in np.tan(np.deg2rad(model.cam_fovy) / 2)
         ]
+        self.axes, self.turned = np.zeros((model.ncam, 9)), [None] * model.ncam  # each camera's last ones
         self.geom = np.empty(self.n, np.int32)
         self.distance = np.empty(self.n)
         self.normal = np.empty(self.n * 3)
 
     def render(self, camera):
         m, d = self.model, self.data
-        axes = d.cam_xmat[camera].reshape(3, 3)
-        rays = self.rays[camera] @ axes.T
+        axes = d.cam_xmat[camera].copy()
+        if not np.array_equal(axes, self.axes[camera]):  # a fixed camera's rays are turned once
+            self.axes[camera], self.turned[camera] = axes, self.rays[camera] @ axes.reshape(3, 3).T
+        rays = self.turned[camera]
         mujoco.mj_multiRay(
             m, d, d.cam_xpos[camera], rays.ravel(), None, 1, -1,
             self.geom, self.distance, self.normal, self.n, 3.0,
