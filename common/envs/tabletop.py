@@ -157,12 +157,16 @@ class RayRenderer:
             self.geom, self.distance, self.normal, self.n, 3.0,
         )  # fmt: skip
         normal = self.normal.reshape(-1, 3)
-        facing = np.maximum(normal @ -m.light_dir[0] / np.linalg.norm(m.light_dir[0]), 0)
-        shade = m.vis.headlight.ambient[0] + m.light_diffuse[0, 0] * facing
+        shade = normal @ (-m.light_dir[0] / np.linalg.norm(m.light_dir[0]))
+        np.maximum(shade, 0, out=shade)
+        shade *= m.light_diffuse[0, 0]
+        shade += m.vis.headlight.ambient[0]
         shade -= m.vis.headlight.diffuse[0] * np.einsum("ij,ij->i", normal, rays)
-        palette = np.append(m.geom_rgba[:, :3], [[0.55, 0.62, 0.7]], 0) * 255  # geom -1 is the background
         shade[self.geom < 0] = 1
-        picture = np.minimum(palette[self.geom] * shade[:, None], 255).astype(np.uint8)
+        palette = np.append(m.geom_rgba[:, :3], [[0.55, 0.62, 0.7]], 0) * 255  # geom -1 is the background
+        picture = palette.take(self.geom, 0, mode="wrap")
+        picture *= shade[:, None]
+        picture = np.minimum(picture, 255, out=picture).astype(np.uint8)
         return picture.reshape(self.size, self.size, 3)
 
     def close(self):
@@ -477,11 +481,13 @@ _VARIED = ("geom_rgba", "light_diffuse", "light_dir", "cam_pos")
 def _layout(rng):
     """Positions (5, 2) in m of the three objects and two plates: no two overlap, and the open gripper fits
     between."""
-    radius = np.array([0.0375, 0.0375, 0.0375, 0.0475, 0.0475])
+    radius = (0.0375, 0.0375, 0.0375, 0.0475, 0.0475)
+    pairs = [(i, j, (radius[i] + radius[j]) ** 2) for i, j in itertools.combinations(range(5), 2)]
+    low, high = np.array([-0.12, -0.13]), np.array([0.12, 0.13])
     while True:
-        xy = rng.uniform([-0.12, -0.13], [0.12, 0.13], (5, 2))
-        distance = np.linalg.norm(xy[:, None] - xy[None], axis=-1)
-        if (distance >= (radius[:, None] + radius[None]) * (1 - np.eye(5))).all():
+        xy = low + (high - low) * rng.random((5, 2))
+        p = xy.tolist()  # some thirty tries a layout: plain floats are quicker than five-row arrays
+        if all((p[i][0] - p[j][0]) ** 2 + (p[i][1] - p[j][1]) ** 2 >= least for i, j, least in pairs):
             return xy
 
 
