@@ -93,13 +93,13 @@ class Args:
     """parallel environments of an evaluation"""
     eval_episodes: int = 200
     """episodes of an evaluation, on layouts that training never shows"""
-    eval_freq: int = 50
+    eval_freq: int = 25
     """iterations between evaluations; 0 for the first and the last only"""
     save_freq: int = 10
     """iterations between checkpoints"""
 
     # --- algorithm
-    total_timesteps: int = 650_000
+    total_timesteps: int = 1_000_000
     """environment steps to train for"""
     backbone: str = "tiny"
     """tiny or mlp, when no --checkpoint says which"""
@@ -116,7 +116,7 @@ class Args:
     """train the vision part too; frozen, its output is computed once and reused over the epochs"""
     group_size: int = 8
     """G, episodes from one task and one initial state"""
-    num_groups: int = 8
+    num_groups: int = 16
     """groups in a batch; uniform ones are dropped and others take their place"""
     max_refill: int = 8
     """an iteration ends after this many times num_groups groups, its batch full or not"""
@@ -132,7 +132,7 @@ class Args:
     """divide by the group's standard deviation; --no-std-normalisation is Dr. GRPO (Liu et al. 2025)"""
     leave_one_out: bool = False
     """compare with the mean of the other members only (RLOO, Ahmadian et al. 2024)"""
-    update_epochs: int = 2
+    update_epochs: int = 1
     """passes over an iteration's data"""
     minibatch_size: int = 128
     """decisions per optimizer step"""
@@ -145,7 +145,9 @@ class Args:
     ratio_level: Literal["token", "step", "chunk", "sequence"] = "step"
     """what one importance ratio covers: a token, the tokens of one environment step, the whole chunk, or the
     episode's geometric mean (GSPO, Zheng et al. 2025; one more forward pass)"""
-    aggregation: Literal["token-mean", "sequence-mean-token-mean", "constant-length"] = "token-mean"
+    aggregation: Literal["token-mean", "sequence-mean-token-mean", "constant-length"] = (
+        "sequence-mean-token-mean"
+    )
     """weights of the batch's terms: all alike (DAPO), every episode alike (GRPO), or the episode's sum
     divided by --constant-length decisions (Dr. GRPO)"""
     constant_length: int = 12
@@ -172,11 +174,14 @@ class Args:
 
 PLAIN = dict(
     backbone="mlp", chunk=1, num_envs=32, num_workers=0, eval_envs=20, eval_episodes=100, num_groups=4,
+    aggregation="token-mean",
     update_epochs=4, minibatch_size=512, micro_batch_size=512, learning_rate=1e-3, ratio_level="chunk",
     temperature=1.0, max_grad_norm=0.5, eval_freq=50, save_freq=50, total_timesteps=300_000,
 )  # fmt: skip
-PRESETS = {  # what differs from the defaults, which are tabletop's; flags on the command line win
-    "CartPole-v1": dict(PLAIN, head="discrete")
+PRESETS = {  # what differs from the defaults; flags on the command line win
+    # A late success counts less than an early one, which also gives groups of successes something to compare.
+    "tabletop": dict(verifier_gamma=0.9, accuracy_high=1.0, std_normalisation=False),
+    "CartPole-v1": dict(PLAIN, head="discrete"),
 }
 
 
@@ -473,9 +478,7 @@ def score(evaluation):
 def resolve_args(args):
     """Presets below the command line's flags; with --resume, the run's own arguments. UserError for values
     that cannot work."""
-    default = dataclasses.replace(
-        Args(), env=args.env, **PRESETS.get(args.env, {} if args.env == "tabletop" else PLAIN)
-    )
+    default = dataclasses.replace(Args(), env=args.env, **PRESETS.get(args.env, PLAIN))
     args = tyro.cli(Args, default=default)
     if args.resume:
         free = {"resume", "device", "num_workers", "capture_video", "track"}
