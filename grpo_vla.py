@@ -99,7 +99,7 @@ class Args:
     """iterations between checkpoints"""
 
     # --- algorithm
-    total_timesteps: int = 1_000_000
+    total_timesteps: int = 1_100_000
     """environment steps to train for"""
     backbone: str = "tiny"
     """tiny or mlp, when no --checkpoint says which"""
