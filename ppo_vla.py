@@ -571,7 +571,7 @@ def build_agent(args, envs, saved, device):
                     f"set {hints.get(name, '--' + name)} as it was."
                 )
         config = saved["backbone"]
-    backbone = load_backbone(**config)
+    backbone = load_backbone(**config, device=device)
     old_rank = saved["args"]["lora_rank"] if saved else 0
     if old_rank and args.lora_rank not in (0, old_rank):
         raise UserError(f"The checkpoint's adapters have rank {old_rank}; use --lora-rank {old_rank} or 0.")

@@ -330,7 +330,11 @@ def test_towers_equal_transformers_ones(checkpoints):
     for file in checkpoints["openvla"].glob("*.safetensors"):
         state |= {name: tensor.float() for name, tensor in load_file(file).items()}
     model = load(checkpoints, "openvla")
-    pixels = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    obs = observe(2)
+    pictures = obs["image"][:, 0].transpose(0, 3, 1, 2) / 255.0
+    means, stds = [np.reshape(x, (3, 1, 1)) for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
+    pixels = {"featurizer": (pictures - means) / stds, "fused_featurizer": pictures * 2 - 1}
+    vision = model.encode_vision(model.preprocess(obs, INSTRUCTIONS))[0].split([64, 72], -1)
     dino = transformers.Dinov2WithRegistersModel(
         transformers.Dinov2WithRegistersConfig(
             hidden_size=64, num_hidden_layers=2, num_attention_heads=1, mlp_ratio=2, image_size=28,
@@ -344,7 +348,8 @@ def test_towers_equal_transformers_ones(checkpoints):
             vision_use_head=False,
         )
     )  # fmt: skip
-    for name, theirs, depth, prefix in (("featurizer", dino, 2, 3), ("fused_featurizer", siglip, 3, 0)):
+    towers = (("featurizer", dino, 2, 3, vision[0]), ("fused_featurizer", siglip, 3, 0, vision[1]))
+    for name, theirs, depth, prefix, found in towers:
         ours = {k.removeprefix(f"vision_backbone.{name}."): v for k, v in state.items() if f".{name}." in k}
         own = dict(theirs.named_parameters())
         with torch.no_grad():
@@ -379,8 +384,8 @@ def test_towers_equal_transformers_ones(checkpoints):
             for key, tensor in fixed.items():
                 own.pop(key).copy_(tensor)
             assert all("norm" in key or "mask_token" in key for key in own), own.keys()
-            wanted = theirs(pixels, output_hidden_states=True).hidden_states[-1][:, prefix:]
-            found = model.vision_backbone[name](pixels, model._run)
+            seen = torch.tensor(pixels[name], dtype=torch.float32)
+            wanted = theirs(seen, output_hidden_states=True).hidden_states[-1][:, prefix:]
         close(found, wanted, 2e-5)
         assert found.std() > 0.1
 
@@ -555,6 +560,7 @@ def test_ratio_is_one_between_sampling_and_evaluation(checkpoints, family, head,
     model = load(checkpoints, family, dtype=dtype, lora_modules=("language_model", "projector"))
     add_lora(model, 4)
     randomize_lora(model)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     agent = make_agent(model, head)
     batch, draw = model.preprocess(observe(9), INSTRUCTIONS), torch.Generator().manual_seed(1)
     sampled, visions = [], []
@@ -604,6 +610,26 @@ def test_bfloat16_is_close_to_float32(checkpoints):
                 outputs.append(model.action_logits(hidden))
             assert hidden.dtype == outputs[-1].dtype == torch.float32
         assert (outputs[0] - outputs[1]).norm() < 0.03 * outputs[0].norm()
+
+
+def test_what_trains_gets_a_gradient_and_nothing_else(checkpoints):
+    model = load(checkpoints, "oft")
+    model.language_model.lm_head(
+        model(model.preprocess(observe(2), INSTRUCTIONS))[0]
+    ).square().mean().backward()
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trains == {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    rest = {name.rsplit(".", 2)[0] for name, _ in model.named_parameters()} - {
+        n.rsplit(".", 2)[0] for n in trains
+    }
+    assert any("blocks.2" in name for name in rest) and any("attn_pool" in name for name in rest)
+
+
+def test_proprioception_is_normalised(checkpoints):
+    model, obs = load(checkpoints, "l1"), observe(3)
+    found = model.preprocess(obs, INSTRUCTIONS)["proprio"]
+    close(found, np.clip(2 * (obs["proprio"] + 1) / 3 - 1, -1, 1), 1e-6)  # q01 -1, q99 2
+    assert found.abs().max() == 1 and "proprio" not in load(checkpoints, "oft").preprocess(obs, INSTRUCTIONS)
 
 
 def test_checkpointing_changes_no_gradient(checkpoints):
@@ -821,18 +847,19 @@ def truncate(folder):
             "no statistics of 'libero_goal' but of bridge_orig, fractal",
         ),
         ("openvla", None, dict(unnorm_key=None), "but of bridge_orig, fractal"),
-        ("l1", None, dict(family="openvla", chunk=1), "of OpenVLA-OFT, noise under openvla's causal mask"),
+        ("l1", None, dict(family="openvla", chunk=1), "of OpenVLA-OFT: noise under a causal mask"),
         ("openvla", None, dict(chunk=8), "use --chunk 1"),
         ("openvla", None, dict(head="gaussian"), "--head tokens"),
-        ("oft", None, dict(action_dim=14), "actions of other than 14"),
+        ("oft", None, dict(action_dim=14), "not for actions of 14"),
         ("oft", None, dict(load_in_4bit=True), "4 bits without bitsandbytes"),
         ("oft", None, dict(statistics="missing.json"), "missing.json cannot be read"),
         ("oft", lambda f: change(f, model_type="llama"), {}, "has the model_type 'llama'"),
         ("oft", lambda f: change(f, image_resize_strategy="letterbox"), {}, "only 'resize-naive' loads"),
         ("oft", lambda f: next(f.glob("*.safetensors")).unlink(), {}, r"lacks model-0000\d-of-00002"),
         ("oft", truncate, {}, "truncated or damaged"),
+        ("oft", lambda f: (f / "vision_backbone--1.pt").touch(), {}, "uses FiLM"),
         ("oft", drop_tensor, {}, "1 tensors that do not fit, such as projector.fc2"),
-        ("oft", lambda f: (f / "tokenizer.json").unlink(), {}, "incomplete, or not of openvla's layout"),
+        ("oft", lambda f: (f / "tokenizer.json").unlink(), {}, "incomplete, or not laid out as openvla-7b"),
         ("oft", lambda f: (f / "config.json").unlink(), {}, "has no config.json"),
     ],
 )

@@ -100,7 +100,8 @@ def load_adapter(backbone, folder):
         n not in base or not base[n].bfloat16().equal(tensor.bfloat16()) for n, tensor in copies.items()
     ):
         raise wrong
-    config.exclude_modules = r"(proprio_projector|action_head)\..*"  # not in the class that PEFT saw
+    if apart := [n for n in ("proprio_projector", "action_head") if getattr(backbone, n, None)]:
+        config.exclude_modules = rf"({'|'.join(apart)})\..*"  # no part of the class that PEFT saw
     try:
         inject_lora(backbone, config)
     except ValueError as error:  # no module of the names that it has

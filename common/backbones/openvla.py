@@ -444,9 +444,7 @@ class OpenVLA(nn.Module):
         files of its source, one shard in memory at a time."""
         source, folder = find_checkpoint(self.config["path"]), Path(folder)
         if folder.resolve() == source.resolve():
-            raise UserError(
-                f"The merged checkpoint would replace its own base {source}; give another folder."
-            )
+            raise UserError(f"The merged checkpoint would replace its own base {source}; name another.")
         folder.mkdir(parents=True, exist_ok=True)
         for file in source.iterdir():
             if file.is_file() and file.suffix in (".json", ".model", ".txt", ".py", ".md"):
@@ -602,6 +600,9 @@ def build(
         for name, value in known.items():
             if published.get(name) != value:
                 raise UserError(f"{path} has the {name} {published.get(name)!r}; only {value!r} loads here.")
+        for part, what in (("vision_backbone", "FiLM"), ("noisy_action_projector", "a diffusion head")):
+            if any(folder.glob(f"{part}--*.pt")):
+                raise UserError(f"{path} uses {what}, which is not built here; give one without.")
         loaded, extras = read_headers(folder), read_extras(folder)
         try:
             sizes = infer_sizes({name: shape for name, (_, shape) in loaded.items()}, published, extras)
@@ -611,10 +612,8 @@ def build(
                 means, stds = (json.loads(file.read_text())[name] for name in ("means", "stds"))
         except UserError:
             raise
-        except Exception as error:  # of the tokenizer, too: it knows no other class
-            raise UserError(
-                f"{path} is incomplete, or not of openvla's layout with two towers: {error!r}."
-            ) from error
+        except Exception as error:  # the tokenizer raises no other class
+            raise UserError(f"{path} is incomplete, or not laid out as openvla-7b: {error!r}.") from error
 
         def tokenize(text):
             return tokenizer.encode(text, add_special_tokens=False).ids
@@ -624,38 +623,25 @@ def build(
         oft = bool(extras) or code or "oft" in Path(path).name.lower()
     family = family or ("openvla-oft" if oft else "openvla")
     chunk = chunk or (8 if family == "openvla-oft" else 1)
-    numbers = {
-        action_dim,
-        sizes["action_head"] or action_dim,
-        len(stats["action"]["q01"]) if stats else action_dim,
-    }
+    dims = [sizes["action_head"], len(stats["action"]["q01"]) if stats else 0]
     for wrong, sentence in (
-        (
-            family == "openvla" and oft,
-            "is of OpenVLA-OFT, noise under openvla's causal mask; use openvla-oft.",
-        ),
-        (
-            family == "openvla" and (chunk > 1 or head == "gaussian"),
-            "emits one action, token after token; use --chunk 1 --head tokens, or the family openvla-oft if it "
-            "was trained for that.",
-        ),
-        (
-            head == "tokens" and "action_head" in extras,
-            "was trained with an L1 head: its tokens were not, and decode to noise (0 % success); use --head "
-            f"gaussian, or a token-trained checkpoint such as {LIBERO_CHECKPOINTS['libero_spatial']}.",
-        ),
-        (len(numbers) > 1, f"is for actions of other than {action_dim} numbers."),
-        (
-            load_in_4bit and not importlib.util.find_spec("bitsandbytes"),
-            "cannot be loaded in 4 bits without bitsandbytes; pip install it, or load 16 bits.",
-        ),
-    ):
+        (family == "openvla" and oft, "is of OpenVLA-OFT: noise under a causal mask; use openvla-oft."),
+        (family == "openvla" and (chunk > 1 or head == "gaussian"),
+         "emits one action, token after token; use --chunk 1 --head tokens, or the family openvla-oft if it "
+         "was trained for that."),
+        (head == "tokens" and "action_head" in extras,
+         "was trained with an L1 head: its tokens were not, and decode to noise (0 % success); use --head "
+         f"gaussian, or a token-trained checkpoint such as {LIBERO_CHECKPOINTS['libero_spatial']}."),
+        (any(dim not in (0, action_dim) for dim in dims), f"is not for actions of {action_dim} numbers."),
+        (load_in_4bit and not importlib.util.find_spec("bitsandbytes"),
+         "cannot be loaded in 4 bits without bitsandbytes; pip install it, or load 16 bits."),
+    ):  # fmt: skip
         if wrong:
             raise UserError(f"{path} {sentence}")
     config = dict(
-        name="openvla", path=str(path), family=family, chunk=chunk, action_dim=action_dim, unnorm_key=unnorm_key,
-        statistics=statistics, libero=libero, lora_modules=tuple(lora_modules), dtype=dtype,
-        load_in_4bit=load_in_4bit, sizes=sizes if path == "random" else None,
+        name="openvla", path=str(path), family=family, chunk=chunk, action_dim=action_dim,
+        unnorm_key=unnorm_key, statistics=statistics, libero=libero, lora_modules=tuple(lora_modules),
+        dtype=dtype, load_in_4bit=load_in_4bit, sizes=sizes if path == "random" else None,
     )  # fmt: skip
     with torch.device("meta"):
         model = OpenVLA(config, sizes, tokenize, stats)
