@@ -292,6 +292,12 @@ def test_published_adapter_fits_its_base_and_no_other(published):
     for name in names:
         ours = model._merge(name, None)
         assert (ours - theirs[name]).norm() <= 5e-3 * theirs[name].norm(), name
+    hidden = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(0))
+    wanted = model.language_model.lm_head(hidden)[..., 31744:32000]  # it has adapters, too
+    close(model.action_logits(hidden), wanted, 1e-6)
+    half = load_backbone(str(published / "tiny_openvla"), unnorm_key="none")
+    load_adapter(half, adapter)
+    close(half.action_logits(hidden), wanted, 0.2)
     with pytest.raises(UserError, match="belongs to another base"):
         load_adapter(merged, adapter)
 

@@ -318,7 +318,7 @@ class OpenVLA(nn.Module):
 
     def _run(self, module, x, **inputs):
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(module, x, use_reentrant=False, **inputs)
+            return checkpoint(module, x, use_reentrant=False, preserve_rng_state=False, **inputs)
         return module(x, **inputs)
 
     def encode_vision(self, batch):
@@ -370,11 +370,8 @@ class OpenVLA(nn.Module):
         if keep is None:
             return None
         mask = keep[:, None, None].expand(-1, 1, rows, -1)
-        return (
-            mask & mask[0, 0].new_ones(mask.shape[2:]).tril(keep.shape[1] - rows)
-            if self.autoregressive
-            else mask
-        )
+        past = mask[0, 0].new_ones(mask.shape[2:]).tril(keep.shape[1] - rows)
+        return mask & past if self.autoregressive else mask
 
     def _tail(self, ids, actions):
         """What follows the prompt, embedded: the actions' tokens, or OFT's zeros and stop token."""
@@ -418,7 +415,8 @@ class OpenVLA(nn.Module):
         """over the 256 action tokens alone; the head's other 31808 rows are not multiplied"""
         head, ids = self.language_model.lm_head, slice(self.first_id, self.first_id + BINS)
         if isinstance(head, BaseTunerLayer):  # published adapters have one here
-            return head(action_hidden.to(head.weight.dtype)).float()[..., ids]
+            with self._autocast():
+                return head(action_hidden.to(head.weight.dtype)).float()[..., ids]
         return F.linear(action_hidden, head.weight[ids].float())
 
     def action_mean(self, action_hidden):
@@ -459,7 +457,7 @@ class OpenVLA(nn.Module):
         for name, prefix in EXTRAS.items():
             if (module := getattr(self, name)) is not None:
                 state = {prefix + key: tensor.cpu() for key, tensor in module.state_dict().items()}
-                torch.save(state, folder / sorted(source.glob(f"{name}--*.pt"))[-1].name)
+                torch.save(state, folder / find_extra(source, name).name)
 
     def _merge(self, name, stored):
         """The published tensor `name` and its adapter's part; from the file where memory has 4 bits."""
@@ -516,11 +514,16 @@ def read_headers(folder):
     return found
 
 
+def find_extra(folder, name):
+    """OFT's `proprio_projector--N_checkpoint.pt` or `action_head--...`, of the largest N -> Path or None"""
+    return max(folder.glob(f"{name}--*.pt"), key=lambda file: (len(file.name), file.name), default=None)
+
+
 def read_extras(folder):
-    """OFT's `proprio_projector--*.pt` and `action_head--*.pt`, the newest of each -> {name: state dict}"""
+    """-> {name: state dict} of OFT's extra files that are there"""
     found = {}
     for name, prefix in EXTRAS.items():
-        for file in sorted(folder.glob(f"{name}--*.pt"), key=lambda file: (len(file.name), file.name)):
+        if file := find_extra(folder, name):
             state = torch.load(file, weights_only=True, map_location="cpu")
             found[name] = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
     return found
