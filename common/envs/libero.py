@@ -21,6 +21,7 @@ evaluation's 50, which `train_on_eval_states` reproduces.
 """
 
 import functools
+import gc
 import importlib.util
 import logging
 import multiprocessing
@@ -31,12 +32,25 @@ import weakref
 from pathlib import Path
 
 import gymnasium as gym
-import mujoco
 import numpy as np
 import psutil
 import torch
 
 from common import UserError
+
+
+def _no_gl(error):
+    what = " ".join("".join(traceback.format_exception_only(error)).split())
+    return UserError(
+        f"LIBERO needs OpenGL, which failed with {what}; install EGL (apt-get install libegl1 libgl1-mesa-dri"
+        "), choose a GPU with MUJOCO_EGL_DEVICE_ID, or set MUJOCO_GL=osmesa (apt-get install libosmesa6)."
+    )
+
+
+try:
+    import mujoco  # with the OpenGL that MUJOCO_GL names
+except (AttributeError, OSError, RuntimeError) as error:
+    raise _no_gl(error) from error
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 PROTOCOLS = {  # steps of an episode
@@ -49,18 +63,11 @@ NUM_STATES = 50  # initial states of a task
 SETTLE_STEPS, SETTLE_ACTION = 10, np.array([0.0, 0, 0, 0, 0, 0, -1])
 SUBSTEPS = 25  # of 2 ms: 20 Hz
 SEEN = 23  # the substep that robosuite's sensors, by their arithmetic, show for each of them
-WORKER_GB = 1.1  # what a worker process takes, with software rendering
+WORKER_GB, TASK_GB = 1.2, 0.4  # a worker process with one task, and a further task; with software rendering
 ASSETS = ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "textures")
 INSTALL = "pip install --no-deps -r requirements-libero.txt"
 STATE = mujoco.mjtState.mjSTATE_INTEGRATION
-
-
-def _no_gl(error):
-    what = " ".join("".join(traceback.format_exception_only(error)).split())
-    return UserError(
-        f"LIBERO needs OpenGL, which failed with {what}; install EGL (apt-get install libegl1 libgl1-mesa-dri),"
-        " choose a GPU with MUJOCO_EGL_DEVICE_ID, or set MUJOCO_GL=osmesa (apt-get install libosmesa6)."
-    )
+PLACED = ("body_pos", "body_quat", "site_rgba")  # of the model, different in every episode
 
 
 @functools.cache
@@ -84,7 +91,7 @@ def _libero():
     except Exception as error:  # PyOpenGL, mujoco and robosuite each raise their own kind
         raise _no_gl(error) from error
     finally:
-        del os.environ["LIBERO_CONFIG_PATH"]
+        os.environ.pop("LIBERO_CONFIG_PATH", None)
         os.environ |= {"LIBERO_CONFIG_PATH": config} if config else {}
     package._assets_path_cache = os.environ.get("LIBERO_ASSETS")
     assets = Path(package.get_assets_path())  # downloads without one
@@ -103,7 +110,8 @@ def _check_memory():
     for process in siblings:
         try:
             if process.cmdline() == me.cmdline():
-                growth.append(max(0, WORKER_GB - process.memory_full_info().uss / 1e9))
+                least = TASK_GB if process == me else 0
+                growth.append(max(least, WORKER_GB - process.memory_full_info().uss / 1e9))
         except psutil.Error:  # it has ended
             continue
     if sum(growth) > free:
@@ -119,6 +127,7 @@ class Simulation:
 
     def __init__(self, suite, task, size):
         libero = _libero()
+        gc.collect()  # robosuite's reference cycles keep the memory of the last one
         _check_memory()
         root, self.task = Path(libero.__file__).parent, list(libero.benchmark.task_maps[suite].values())[task]
         reconstruct = np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"
@@ -140,8 +149,8 @@ class Simulation:
         self.owner, self.size, self.renderer, self.seen = None, size, None, None
 
     def _place(self, random_state, resets=0, noise=0.0):
-        """robosuite's reset, but compiling nothing -> numpy's random state after it. A reset that compiles has
-        the fixtures at the origin and registers the drawers' and knobs' samplers once more: draws that count."""
+        """robosuite's reset, but compiling nothing -> numpy's random state after it. One that compiles has
+        the fixtures at the origin and registers the drawers' and knobs' samplers again: draws that count."""
         from robosuite.utils.errors import RandomizationError
 
         self.model.body_pos[self.fixtures], self.model.body_quat[self.fixtures] = 0, (1, 0, 0, 0)
@@ -187,8 +196,8 @@ class Simulation:
             self.step(SETTLE_ACTION)
 
     def step(self, action):
-        """One control step -> success. robosuite computes the dynamics three times in a substep; MuJoCo's step
-        in two halves around the controller gives the same bits in half the time."""
+        """One control step -> success. robosuite computes the dynamics three times in a substep; MuJoCo's two
+        half steps around the controller give the same bits in half the time."""
         self.env._post_process()  # the stove's flame, a step late as in robosuite
         self.env.sim.forward = lambda: None
         for substep in range(SUBSTEPS):
@@ -215,13 +224,17 @@ class Simulation:
 
     def _render(self, camera):
         if self.renderer is None:
+            if _renders_in and _renders_in != {os.getpid()}:
+                raise UserError(
+                    "LIBERO rendered before this worker was forked, which OpenGL does not survive; "
+                    "render in worker processes only, or with --num-workers 0 only."
+                )
+            _renders_in.add(os.getpid())
             try:
                 backend = importlib.import_module("mujoco." + os.environ["MUJOCO_GL"])  # robosuite's choice
                 mujoco.rendering.classic.gl_context.GLContext = backend.GLContext
-                buffer = self.model.vis.global_
-                buffer.offwidth, buffer.offheight = (
-                    max(x, self.size) for x in (buffer.offwidth, buffer.offheight)
-                )
+                self.model.vis.global_.offwidth = max(self.model.vis.global_.offwidth, self.size)
+                self.model.vis.global_.offheight = max(self.model.vis.global_.offheight, self.size)
                 self.renderer = mujoco.Renderer(self.model, self.size, self.size)
             except Exception as error:  # as above
                 raise _no_gl(error) from error
@@ -233,29 +246,19 @@ class Simulation:
     def save(self):
         physics = np.empty(mujoco.mj_stateSize(self.model, STATE))
         mujoco.mj_getState(self.model, self.data, physics, STATE)
-        m, arm = self.model, self.robot.controller
-        state = {
-            "body_pos": m.body_pos,
-            "body_quat": m.body_quat,
-            "site_rgba": m.site_rgba,
-            "physics": physics,
-        }
-        state |= {
-            "goal_pos": arm.goal_pos,
-            "goal_ori": arm.goal_ori,
-            "gripper": self.robot.gripper.current_action,
-        }
-        return {k: np.array(x) for k, x in (state | {"seen": self.seen[0], "fingers": self.seen[1]}).items()}
+        arm, (qpos, fingers) = self.robot.controller, self.seen
+        state = {name: getattr(self.model, name) for name in PLACED} | {"physics": physics, "qpos": qpos}
+        state |= {"fingers": fingers, "gripper": self.robot.gripper.current_action}
+        return {k: np.array(x) for k, x in (state | {"goal": arm.goal_pos, "turn": arm.goal_ori}).items()}
 
     def load(self, state):
         state = {k: np.array(x) for k, x in state.items()}
-        for name in ("body_pos", "body_quat", "site_rgba"):
+        for name in PLACED:
             getattr(self.model, name)[:] = state[name]
         mujoco.mj_setState(self.model, self.data, state["physics"], STATE)
-        arm = self.robot.controller
-        arm.goal_pos, arm.goal_ori, arm.new_update = state["goal_pos"], state["goal_ori"], True
+        arm, self.seen = self.robot.controller, (state["qpos"], state["fingers"])
+        arm.goal_pos, arm.goal_ori, arm.new_update = state["goal"], state["turn"], True
         self.robot.gripper.current_action = state["gripper"]
-        self.seen = state["seen"], state["fingers"]
 
     def __del__(self):
         if getattr(self, "renderer", None):
@@ -264,6 +267,7 @@ class Simulation:
 
 
 _simulations = weakref.WeakValueDictionary()  # of this process, kept by the environments that use them
+_renders_in = set()  # this process, or the one that it was forked from
 
 
 class LiberoEnv(gym.Env):
@@ -279,17 +283,8 @@ class LiberoEnv(gym.Env):
     has_success = True
     active_dims = np.ones(7, bool)
 
-    def __init__(
-        self,
-        suite="libero_spatial",
-        tasks=(),
-        split="train",
-        protocol="oft",
-        train_on_eval_states=False,
-        cameras=("agentview",),
-        size=256,
-        max_steps=None,
-    ):
+    def __init__(self, suite="libero_spatial", tasks=(), split="train", protocol="oft",
+                 train_on_eval_states=False, cameras=("agentview",), size=256, max_steps=None):  # fmt: skip
         for name, value, known in (
             ("suite", suite, SUITES),
             ("split", split, SPLITS),
@@ -306,9 +301,7 @@ class LiberoEnv(gym.Env):
         for task in tasks:
             if str(task) not in numbers:
                 last = len(self.instructions) - 1
-                raise UserError(
-                    f"{suite} has no task {task!r}; give numbers from 0 to {last}, or instructions."
-                )
+                raise UserError(f"{suite} has no task {task!r}; give numbers (0 to {last}) or instructions.")
         self.tasks = [numbers[str(task)] for task in tasks] or list(range(len(self.instructions)))
         self.suite, self.split, self.protocol, self.cameras, self.size = suite, split, protocol, cameras, size
         self.fixed = split == "eval" or train_on_eval_states
@@ -349,7 +342,8 @@ class LiberoEnv(gym.Env):
         pictures, position, quaternion, fingers = self._turn().look(self.cameras)
         proprio = np.concatenate([position, axis_angle(quaternion), fingers]).astype(np.float32)
         # OpenGL's picture is upside down; turned by 180 degrees it is upright and mirrored.
-        return {"image": pictures[:, :, ::-1], "proprio": proprio, "task": np.int64(self.task)}
+        image = np.ascontiguousarray(pictures[:, :, ::-1])
+        return {"image": image, "proprio": proprio, "task": np.int64(self.task)}
 
     def render(self):
         """Both cameras side by side, not mirrored, for a video: uint8 (size, 2 size, 3)."""
