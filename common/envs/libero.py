@@ -11,8 +11,8 @@ goal, 10, 90. "simplevla" is SimpleVLA-RL's: 512 steps, the fixtures of episode 
 
 Observation: `image` uint8 (cameras, size, size, 3), rendered and turned by 180 degrees; JPEG, Lanczos, crop
 and all normalisation are the model's. `proprio` float32 (8,): end effector's position 3 (m) and axis-angle 3
-(rad), fingers 2 (m). Action float32 (7,), LIBERO's own: delta position (1 = 5 cm) and rotation (1 = 0.5 rad),
-gripper by its sign (-1 opens, 1 closes; OpenVLA's 1 = open, 0 = closed is turned round where the model
+(rad), fingers 2 (m). Action float32 (7,), LIBERO's own: the set point's shift (1 = 5 cm) and rotation (1 = 0.5
+rad), gripper by its sign (-1 opens, 1 closes; OpenVLA's 1 = open, 0 = closed is turned round where the model
 un-normalises). 20 Hz. The reward is 1 at success, which ends the episode.
 
 Split "eval": reset(seed=k) is task k % T of T, initial state k // T % 50. Split "train": fresh draws from the
@@ -67,7 +67,8 @@ WORKER_GB, TASK_GB = 1.2, 0.4  # a worker process with one task, and a further t
 ASSETS = ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "textures")
 INSTALL = "pip install --no-deps -r requirements-libero.txt"
 STATE = mujoco.mjtState.mjSTATE_INTEGRATION
-PLACED = ("body_pos", "body_quat", "site_rgba")  # of the model, different in every episode
+PLACED = ("body_pos", "body_quat", "site_rgba")  # what an episode changes in the model
+CONTROLLED = ("goal_pos", "goal_ori", "initial_joint")  # and in the controller
 
 
 @functools.cache
@@ -246,19 +247,21 @@ class Simulation:
     def save(self):
         physics = np.empty(mujoco.mj_stateSize(self.model, STATE))
         mujoco.mj_getState(self.model, self.data, physics, STATE)
-        arm, (qpos, fingers) = self.robot.controller, self.seen
-        state = {name: getattr(self.model, name) for name in PLACED} | {"physics": physics, "qpos": qpos}
-        state |= {"fingers": fingers, "gripper": self.robot.gripper.current_action}
-        return {k: np.array(x) for k, x in (state | {"goal": arm.goal_pos, "turn": arm.goal_ori}).items()}
+        state = {name: getattr(self.model, name) for name in PLACED}
+        state |= {name: getattr(self.robot.controller, name) for name in CONTROLLED}
+        state |= {"physics": physics, "qpos": self.seen[0], "fingers": self.seen[1]}
+        return {k: np.array(x) for k, x in (state | {"gripper": self.robot.gripper.current_action}).items()}
 
     def load(self, state):
         state = {k: np.array(x) for k, x in state.items()}
         for name in PLACED:
             getattr(self.model, name)[:] = state[name]
-        mujoco.mj_setState(self.model, self.data, state["physics"], STATE)
-        arm, self.seen = self.robot.controller, (state["qpos"], state["fingers"])
-        arm.goal_pos, arm.goal_ori, arm.new_update = state["goal"], state["turn"], True
+        for name in CONTROLLED:
+            setattr(self.robot.controller, name, state[name])
+        self.robot.controller.new_update = True  # what it has cached is another episode's
         self.robot.gripper.current_action = state["gripper"]
+        mujoco.mj_setState(self.model, self.data, state["physics"], STATE)
+        self.seen = state["qpos"], state["fingers"]
 
     def __del__(self):
         if getattr(self, "renderer", None):
