@@ -1,8 +1,8 @@
 """Make .venv and install requirements.txt into it, with nothing but Python 3.11 or newer: python3
 common/install.py
 
-Debian's and Ubuntu's own Python comes without ensurepip. Then pip's installer is fetched, and its hash checked:
-such a system may have no certificates either.
+Debian's and Ubuntu's own Python comes without ensurepip. Then pip's installer is fetched, and its hash
+checked: such a system may have no certificates either.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ def fetch(url, sha256):
 
 
 def main():
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 (this file alone is met by older ones)
         sys.exit(f"error: Python 3.11 or newer is needed, this is {sys.version.split()[0]}.")
     has_pip = importlib.util.find_spec("ensurepip") is not None
     python = VENV / "bin" / "python"

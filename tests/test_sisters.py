@@ -13,8 +13,7 @@ ONLINE = "clipped_surrogate kl_k3 masked_mean DiscreteHead make_head".split()
 
 
 @pytest.mark.parametrize(
-    ("script", "name"),
-    [(bc_warmup, name) for name in ALL] + [(grpo_vla, name) for name in ALL + ONLINE],
+    ("script", "name"), [(bc_warmup, name) for name in ALL] + [(grpo_vla, name) for name in ALL + ONLINE]
 )
 def test_shared_blocks_are_identical(script, name):
     assert inspect.getsource(getattr(ppo_vla, name)) == inspect.getsource(getattr(script, name))
