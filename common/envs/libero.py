@@ -20,6 +20,7 @@ distribution that these states came from, so that none of them is trained on; el
 evaluation's 50, which `train_on_eval_states` reproduces.
 """
 
+import atexit
 import functools
 import gc
 import importlib.util
@@ -63,7 +64,7 @@ NUM_STATES = 50  # initial states of a task
 SETTLE_STEPS, SETTLE_ACTION = 10, np.array([0.0, 0, 0, 0, 0, 0, -1])
 SUBSTEPS = 25  # of 2 ms: 20 Hz
 SEEN = 23  # the substep that robosuite's sensors, by their arithmetic, show for each of them
-WORKER_GB, TASK_GB = 1.2, 0.4  # a worker process with one task, and a further task; with software rendering
+WORKER_GB, TASK_GB = 1.5, 0.4  # a worker process (spatial 1.1, 10 1.9), and each further task in it
 ASSETS = ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "textures")
 INSTALL = "pip install --no-deps -r requirements-libero.txt"
 STATE = mujoco.mjtState.mjSTATE_INTEGRATION
@@ -230,7 +231,6 @@ class Simulation:
                     "LIBERO rendered before this worker was forked, which OpenGL does not survive; "
                     "render in worker processes only, or with --num-workers 0 only."
                 )
-            _renders_in.add(os.getpid())
             try:
                 backend = importlib.import_module("mujoco." + os.environ["MUJOCO_GL"])  # robosuite's choice
                 mujoco.rendering.classic.gl_context.GLContext = backend.GLContext
@@ -239,6 +239,9 @@ class Simulation:
                 self.renderer = mujoco.Renderer(self.model, self.size, self.size)
             except Exception as error:  # as above
                 raise _no_gl(error) from error
+            if not _renders_in:  # at exit, before EGL ends itself, which it has just registered
+                atexit.register(lambda: [x.release() for x in list(_simulations.values())])
+            _renders_in.add(os.getpid())
             self.options = mujoco.MjvOption()
             self.options.geomgroup[0] = 0  # the collision shapes
         self.renderer.update_scene(self.data, camera, self.options)
@@ -263,10 +266,13 @@ class Simulation:
         mujoco.mj_setState(self.model, self.data, state["physics"], STATE)
         self.seen = state["qpos"], state["fingers"]
 
-    def __del__(self):
+    def release(self):
         if getattr(self, "renderer", None):
             self.renderer._gl_context.make_current()  # else it frees another simulation's textures
             self.renderer.close()
+            self.renderer = None
+
+    __del__ = release
 
 
 _simulations = weakref.WeakValueDictionary()  # of this process, kept by the environments that use them
