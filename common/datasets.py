@@ -377,7 +377,7 @@ def _blocks(found: h5py.Dataset | np.ndarray, key: str, where: str) -> Iterator[
                 block = np.asarray(found[start : start + step], np.float32)
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"{where} is damaged in '{key}' after row {start} ({error}); delete and download it again."
+                f"{where} is damaged in '{key}' from row {start} on ({error}); delete and download it again."
             ) from error
         bad = np.flatnonzero(~np.isfinite(block).reshape(len(block), -1).all(axis=1))
         if len(bad):

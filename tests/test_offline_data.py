@@ -328,7 +328,7 @@ def test_damaged_bytes_are_named(tmp_path, monkeypatch):
     whole = path.read_bytes()
     path.write_bytes(whole[:offset] + b"\xff" * 8 + whole[offset + 8 :])
     monkeypatch.setattr(datasets, "BLOCK", 6)  # blocks of 3 rows
-    assert_refused(path, "damaged in 'observations' after row 3")
+    assert_refused(path, "damaged in 'observations' from row 3 on")
     path.write_bytes(whole[:-200])
     assert_refused(path, "truncated")
     path.write_text("hello" * 100)
@@ -405,6 +405,8 @@ def test_minari(minari, monkeypatch):
     dataset = load_dataset("mujoco/hopper/mine-v0")
     check_whole(dataset, hopper)
     assert dataset.env_id == "Hopper-v5" and dataset.reference_scores == (-20.272305, 3234.3)
+    create("mujoco/hopper/other-v0", hopper, env=gymnasium.make("Hopper-v5", frame_skip=2))
+    assert load_dataset("mujoco/hopper/other-v0").env_id is None  # make("Hopper-v5") is another task
     box = functools.partial(gymnasium.spaces.Box, -9, 9, dtype=np.float32)
     create(
         "D4RL/door/mine-v2",
