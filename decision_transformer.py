@@ -1,0 +1,1 @@
+"""Decision Transformer, in one file: being written by a second helper."""
