@@ -229,6 +229,7 @@ def evaluate(agent, envs, device, references, video_folder=None):
         write_video(Path(video_folder) / f"episode_{i}.mp4", pictures, fps=30)
     mean_reward, mean_length = (float(info[f"episode_{key}"].mean()) for key in ("return", "length"))
     result = {"episodes": envs.num_envs, "mean_reward": mean_reward, "mean_length": mean_length}
+    agent.train()
     if references:
         result["normalized_score"] = 100 * (mean_reward - references[0]) / (references[1] - references[0])
     return result
@@ -547,10 +548,11 @@ def train(args):
             if updates:
                 means = (sums / updates).tolist()
                 if not np.isfinite(means).all():
+                    batch = rows.split(widths, -1)
+                    ranges = [f"{x.min().item():.3g} to {x.max().item():.3g}" for x in batch]
                     raise FloatingPointError(
                         f"step {step}: a loss is not finite ({dict(zip(METRICS, means, strict=True))}; the "
-                        f"last batch was in {rows.min().item():.3g} to {rows.max().item():.3g}); "
-                        f"{folder / 'checkpoint.pt'} is the last good state."
+                        f"last batch was in {ranges}); {folder / 'checkpoint.pt'} is the last good state."
                     )
                 scalars = dict(zip(METRICS, means, strict=True))
                 scalars["time/updates_per_second"] = updates / spent
