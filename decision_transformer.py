@@ -240,12 +240,13 @@ def evaluate(agent, envs, device, references, targets, args, video_folder=None):
     actions = np.zeros((envs.num_envs, 1, *envs.single_action_space.shape), np.float32)
     episodes = envs.num_envs // len(targets)
     obs = envs.reset(np.tile(np.arange(episodes), len(targets)))["proprio"]
-    wanted, context = np.repeat(targets, episodes), torch.empty(envs.num_envs, 0, 0, device=device)
-    step = 0
+    wanted, step = np.repeat(targets, episodes), 0
+    width = 1 + obs.shape[1] + actions.shape[2]
+    context = torch.empty(envs.num_envs, 0, width, device=device)  # the last steps, as `act` takes them
     while running.any():
         row = np.c_[wanted / args.return_scale, obs, np.zeros_like(actions[:, 0])].astype(np.float32)
         row = torch.as_tensor(row, device=device)[:, None]
-        context = torch.cat([context, row], 1)[:, -args.context_length :] if step else row
+        context = torch.cat([context, row], 1)[:, -args.context_length :]
         actions[running, 0] = agent.act(context[torch.as_tensor(running)], step).cpu().numpy()
         context[:, -1, -actions.shape[-1] :] = torch.as_tensor(actions[:, 0], device=device)
         obs, _, terminated, truncated, info = envs.step(actions, mask=running, record=record & running)
@@ -268,9 +269,8 @@ def evaluate(agent, envs, device, references, targets, args, video_folder=None):
         result = {"episodes": episodes, "mean_reward": mean_reward, "mean_length": mean_length}
         if references:
             result["normalized_score"] = 100 * (mean_reward - references[0]) / (references[1] - references[0])
-        per_target[f"{target:g}"] = result
-    best = max(per_target, key=lambda target: per_target[target]["mean_reward"])
-    return per_target[best] | {"target_return": float(best), "per_target": per_target}
+        per_target[f"{target:g}"] = result | {"target_return": target}
+    return max(per_target.values(), key=score) | {"per_target": per_target}
 
 
 def score(evaluation):
@@ -412,11 +412,8 @@ def train(args):
         saved = load_checkpoint(source, scripts=(SCRIPT,)) if source else None
         dataset = load_dataset(args.dataset)
         (_, action_dim), obs_dim = dataset.actions.shape, dataset.states.shape[1]
-        targets = args.target_returns
-        if not targets:
-            targets = (
-                float(np.add.reduceat(dataset.rewards, dataset.episode_starts, dtype=np.float64).max()),
-            )
+        returns = np.add.reduceat(dataset.rewards, dataset.episode_starts, dtype=np.float64)
+        targets = args.target_returns or (float(returns.max()),)
         eval_envs, bounds = None, None
         if args.eval_episodes:
             env_id = args.env or dataset.env_id
