@@ -131,7 +131,6 @@ PRESETS = {  # by a word of the data set's name
     )
 }  # fmt: skip
 SCRIPT, LOG_FREQ = Path(__file__).stem, 100
-METRICS = "loss/critic loss/penalty loss/policy policy/entropy policy/alpha value/q value/multiplier".split()
 
 
 # --- the mathematics: pure functions on tensors
@@ -514,8 +513,10 @@ def train(args):
                 optimizer.zero_grad()
 
             torch._foreach_lerp_(target_parameters, critic_parameters, args.tau)
-            metrics = [loss_critic, penalty.mean(), loss_policy, -log_prob.mean(), alpha, q[:, 0].mean()]
-            return torch.stack([*metrics, multiplier]).detach()
+            metrics = {"loss/critic": loss_critic, "loss/policy": loss_policy, "loss/penalty": penalty}
+            metrics |= {"policy/entropy": -log_prob, "policy/alpha": alpha, "value/q": q[:, 0]}
+            metrics["value/multiplier"] = multiplier
+            return {name: x.detach() for name, x in metrics.items()}
 
         if args.compile:
             update = torch.compile(update, mode="reduce-overhead" if device.type == "cuda" else None)
@@ -560,7 +561,7 @@ def train(args):
         if initial is None:
             initial = run_evaluation(videos)  # what a video lacks shows now
             save("checkpoint.pt")
-        sums, tick, tick_step = torch.zeros(len(METRICS), device=device), clock(), step
+        metrics, tick, tick_step = {}, clock(), step
         bar = tqdm(total=args.total_timesteps, initial=step, unit="update", disable=None, smoothing=0.1)
         while step < args.total_timesteps and not stop:
             batch = sample_batch(states, next_index, rest, args.batch_size, sampler)
@@ -568,20 +569,19 @@ def train(args):
             size = (args.cql_samples, args.batch_size, action_dim)
             uniform = torch.rand(size, generator=sampler, device=device) * 2 - 1
             noise = torch.randn(1 + 2 * size[0], *size[1:], generator=sampler, device=device)
-            sums += update(*batch, uniform, noise, step <= args.bc_steps)
+            metrics |= update(*batch, uniform, noise, step <= args.bc_steps)
             bar.update()
 
             # --- log, evaluate, save
             if not (due(LOG_FREQ) or due(args.eval_freq) or due(args.save_freq) or stop):
                 continue
-            means = (sums / (step - tick_step)).tolist()
-            if not np.isfinite(means).all():
+            scalars = {name: x.mean().item() for name, x in metrics.items()}
+            if not np.isfinite(list(scalars.values())).all():
                 ranges = [f"{x.min().item():.3g} to {x.max().item():.3g}" for x in batch]
                 raise FloatingPointError(
-                    f"update {step}: a loss is not finite ({dict(zip(METRICS, means, strict=True))}; the "
-                    f"last batch was in {ranges}); {folder / 'checkpoint.pt'} is the last good state."
+                    f"update {step}: a loss is not finite ({scalars}; the last batch was in {ranges}); "
+                    f"{folder / 'checkpoint.pt'} is the last good state."
                 )
-            scalars = dict(zip(METRICS, means, strict=True))
             scalars["time/updates_per_second"] = (step - tick_step) / (clock() - tick)
             if device.type == "cuda":
                 scalars["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -592,7 +592,6 @@ def train(args):
                 tqdm.write(f"{step} updates, {clock() - start:.0f} s: eval {found:.1f}")
             if due(args.save_freq) or stop:
                 save("checkpoint.pt")
-            sums.zero_()
             tick, tick_step = clock(), step
 
         bar.close()

@@ -124,7 +124,6 @@ PRESETS = {  # by a word of the data set's name
     "kitchen": HUMAN, "pen": HUMAN, "door": HUMAN, "hammer": HUMAN, "relocate": HUMAN,
 }  # fmt: skip
 SCRIPT, LOG_FREQ = Path(__file__).stem, 500
-METRICS = "loss/critic loss/value loss/policy value/q value/v policy/weight".split()
 
 
 # --- the mathematics: pure functions on tensors
@@ -451,8 +450,9 @@ def train(args):
             optimizer.zero_grad()
 
             torch._foreach_lerp_(target_parameters, critic_parameters, args.tau)
-            metrics = [loss_critic, loss_value, loss_policy, q.mean(), value.mean(), weights.mean()]
-            return torch.stack(metrics).detach()
+            metrics = {"loss/critic": loss_critic, "loss/value": loss_value, "loss/policy": loss_policy}
+            metrics |= {"value/q": q, "value/v": value, "policy/weight": weights}
+            return {name: x.detach() for name, x in metrics.items()}
 
         if args.compile:
             update = torch.compile(update, mode="reduce-overhead" if device.type == "cuda" else None)
@@ -497,27 +497,26 @@ def train(args):
         if initial is None:
             initial = run_evaluation(videos)  # what a video lacks shows now
             save("checkpoint.pt")
-        sums, tick, tick_step = torch.zeros(len(METRICS), device=device), clock(), step
+        metrics, tick, tick_step = {}, clock(), step
         bar = tqdm(total=args.total_timesteps, initial=step, unit="update", disable=None, smoothing=0.1)
         while step < args.total_timesteps and not stop:
             batch = sample_batch(states, next_index, rest, args.batch_size, sampler)
             step += 1
             cosine = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / args.total_timesteps)
             optimizer.param_groups[0]["lr"].fill_(args.learning_rate * cosine)
-            sums += update(*batch)
+            metrics |= update(*batch)
             bar.update()
 
             # --- log, evaluate, save
             if not (due(LOG_FREQ) or due(args.eval_freq) or due(args.save_freq) or stop):
                 continue
-            means = (sums / (step - tick_step)).tolist()
-            if not np.isfinite(means).all():
+            scalars = {name: x.mean().item() for name, x in metrics.items()}
+            if not np.isfinite(list(scalars.values())).all():
                 ranges = [f"{x.min().item():.3g} to {x.max().item():.3g}" for x in batch]
                 raise FloatingPointError(
-                    f"update {step}: a loss is not finite ({dict(zip(METRICS, means, strict=True))}; the "
-                    f"last batch was in {ranges}); {folder / 'checkpoint.pt'} is the last good state."
+                    f"update {step}: a loss is not finite ({scalars}; the last batch was in {ranges}); "
+                    f"{folder / 'checkpoint.pt'} is the last good state."
                 )
-            scalars = dict(zip(METRICS, means, strict=True))
             scalars["time/updates_per_second"] = (step - tick_step) / (clock() - tick)
             if device.type == "cuda":
                 scalars["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -528,7 +527,6 @@ def train(args):
                 tqdm.write(f"{step} updates, {clock() - start:.0f} s: eval {found:.1f}")
             if due(args.save_freq) or stop:
                 save("checkpoint.pt")
-            sums.zero_()
             tick, tick_step = clock(), step
 
         bar.close()

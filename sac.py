@@ -116,7 +116,6 @@ class Args:
 
 PRESETS = {"Pendulum-v1": dict(total_timesteps=20_000, learning_starts=1_000, eval_freq=5_000)}
 SCRIPT, LOG_FREQ = Path(__file__).stem, 1000
-METRICS = "loss/critic loss/policy loss/alpha policy/entropy policy/alpha value/q".split()
 
 
 # --- the mathematics: pure functions on tensors
@@ -457,9 +456,9 @@ def train(args):
             actor_optimizer.zero_grad()
 
             torch._foreach_lerp_(target_parameters, critic_parameters, args.tau)
-            return torch.stack(
-                [loss_critic, loss_policy, loss_alpha, -log_prob.mean(), alpha, q.mean()]
-            ).detach()
+            metrics = {"loss/critic": loss_critic, "loss/policy": loss_policy, "loss/alpha": loss_alpha}
+            metrics |= {"policy/entropy": -log_prob, "policy/alpha": alpha, "value/q": q}
+            return {name: x.detach() for name, x in metrics.items()}
 
         if args.compile:
             update = torch.compile(update, mode="reduce-overhead" if device.type == "cuda" else None)
@@ -515,7 +514,7 @@ def train(args):
             initial = run_evaluation(videos)  # what a video lacks shows now
             save("checkpoint.pt")
         row = np.empty((N, sum(widths)), np.float32)
-        sums, tick, tick_steps = torch.zeros(6, device=device), clock(), (step, gradient_steps)
+        metrics, tick, tick_steps = {}, clock(), (step, gradient_steps)
         bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None, smoothing=0.1)
         while step < args.total_timesteps and not stop:
             # --- act and store
@@ -537,42 +536,36 @@ def train(args):
                 index = torch.randint(filled, (args.batch_size,), generator=sampler, device=device)
                 rows = replay.view(T * N, -1).index_select(0, index)
                 noise = torch.randn(2, args.batch_size, action_dim, generator=sampler, device=device)
-                sums += update(rows, noise)
+                metrics |= update(rows, noise)
                 gradient_steps += 1
 
             # --- log, evaluate, save
             evaluation_due = due(args.eval_freq) and step < args.total_timesteps
             if not (due(LOG_FREQ) or due(args.save_freq) or evaluation_due or stop):
                 continue
-            updates, spent = gradient_steps - tick_steps[1], clock() - tick
-            if updates:
-                means = (sums / updates).tolist()
-                if not np.isfinite(means).all():
-                    batch = rows.split(widths, -1)
-                    ranges = [f"{x.min().item():.3g} to {x.max().item():.3g}" for x in batch]
-                    raise FloatingPointError(
-                        f"step {step}: a loss is not finite ({dict(zip(METRICS, means, strict=True))}; the "
-                        f"last batch was in {ranges}); {folder / 'checkpoint.pt'} is the last good state."
-                    )
-                scalars = dict(zip(METRICS, means, strict=True))
-                scalars["time/updates_per_second"] = updates / spent
-                scalars["time/env_steps_per_second"] = (step - tick_steps[0]) / spent
-                if device.type == "cuda":
-                    scalars["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-                for name, value in scalars.items():
-                    writer.add_scalar(name, value, step)
+            scalars = {name: x.mean().item() for name, x in metrics.items()}
+            if not np.isfinite(list(scalars.values())).all():
+                ranges = [f"{x.min().item():.3g} to {x.max().item():.3g}" for x in rows.split(widths, -1)]
+                raise FloatingPointError(
+                    f"step {step}: a loss is not finite ({scalars}; the last batch was in {ranges}); "
+                    f"{folder / 'checkpoint.pt'} is the last good state."
+                )
+            scalars["time/env_steps_per_second"] = (step - tick_steps[0]) / (clock() - tick)
+            scalars["time/updates_per_second"] = (gradient_steps - tick_steps[1]) / (clock() - tick)
+            if device.type == "cuda":
+                scalars["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
             if recent:
                 mean_reward, mean_length = np.mean(recent, 0)
-                writer.add_scalar("rollout/mean_reward", mean_reward, step)
-                writer.add_scalar("rollout/mean_length", mean_length, step)
+                scalars |= {"rollout/mean_reward": mean_reward, "rollout/mean_length": mean_length}
                 bar.set_postfix_str(f"return {mean_reward:.1f}")
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, step)
             bar.update(step - bar.n)
             if evaluation_due:
                 found = score(run_evaluation())
                 tqdm.write(f"{step} steps, {clock() - start:.0f} s: eval {found:.1f}")
             if due(args.save_freq) or stop:
                 save("checkpoint.pt")
-            sums.zero_()
             tick, tick_steps = clock(), (step, gradient_steps)
 
         bar.close()

@@ -117,7 +117,6 @@ class Args:
 
 PRESETS = {"antmaze": dict(reward_bias=-1.0, eval_episodes=100, eval_freq=100_000)}  # by a word of the name
 SCRIPT, LOG_FREQ = Path(__file__).stem, 500
-METRICS = "loss/critic loss/policy loss/bc value/q value/target".split()
 
 
 # --- the mathematics: pure functions on tensors
@@ -432,7 +431,7 @@ def train(args):
             critic_optimizer.step()
             critic_optimizer.zero_grad()
 
-            loss_policy = loss_bc = torch.zeros((), device=device)
+            metrics = {"loss/critic": loss_critic, "value/q": q, "value/target": target}
             if delayed:
                 policy_action = agent.actor(obs).tanh()
                 policy_q = agent.critic.q1(obs, policy_action)
@@ -441,10 +440,8 @@ def train(args):
                 actor_optimizer.step()
                 actor_optimizer.zero_grad()
                 torch._foreach_lerp_(targets, [*actor_parameters, *critic_parameters], args.tau)
-            scale = args.policy_delay  # what is logged is a mean over all updates
-            return torch.stack(
-                [loss_critic, scale * loss_policy, scale * loss_bc, q.mean(), target.mean()]
-            ).detach()
+                metrics |= {"loss/policy": loss_policy, "loss/bc": loss_bc}
+            return {name: x.detach() for name, x in metrics.items()}
 
         if args.compile:
             update = torch.compile(update, mode="reduce-overhead" if device.type == "cuda" else None)
@@ -489,26 +486,25 @@ def train(args):
         if initial is None:
             initial = run_evaluation(videos)  # what a video lacks shows now
             save("checkpoint.pt")
-        sums, tick, tick_step = torch.zeros(len(METRICS), device=device), clock(), step
+        metrics, tick, tick_step = {}, clock(), step
         bar = tqdm(total=args.total_timesteps, initial=step, unit="update", disable=None, smoothing=0.1)
         while step < args.total_timesteps and not stop:
             batch = sample_batch(states, next_index, rest, args.batch_size, sampler)
             step += 1
             noise = torch.randn(args.batch_size, action_dim, generator=sampler, device=device)
-            sums += update(*batch, noise, step % args.policy_delay == 0)
+            metrics |= update(*batch, noise, step % args.policy_delay == 0)
             bar.update()
 
             # --- log, evaluate, save
             if not (due(LOG_FREQ) or due(args.eval_freq) or due(args.save_freq) or stop):
                 continue
-            means = (sums / (step - tick_step)).tolist()
-            if not np.isfinite(means).all():
+            scalars = {name: x.mean().item() for name, x in metrics.items()}
+            if not np.isfinite(list(scalars.values())).all():
                 ranges = [f"{x.min().item():.3g} to {x.max().item():.3g}" for x in batch]
                 raise FloatingPointError(
-                    f"update {step}: a loss is not finite ({dict(zip(METRICS, means, strict=True))}; the "
-                    f"last batch was in {ranges}); {folder / 'checkpoint.pt'} is the last good state."
+                    f"update {step}: a loss is not finite ({scalars}; the last batch was in {ranges}); "
+                    f"{folder / 'checkpoint.pt'} is the last good state."
                 )
-            scalars = dict(zip(METRICS, means, strict=True))
             scalars["time/updates_per_second"] = (step - tick_step) / (clock() - tick)
             if device.type == "cuda":
                 scalars["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -519,7 +515,6 @@ def train(args):
                 tqdm.write(f"{step} updates, {clock() - start:.0f} s: eval {found:.1f}")
             if due(args.save_freq) or stop:
                 save("checkpoint.pt")
-            sums.zero_()
             tick, tick_step = clock(), step
 
         bar.close()
