@@ -123,7 +123,6 @@ PRESETS = {  # by a word of the data set's name
     "antmaze": dict(target_returns=(1.0, 0.5), return_scale=1.0),
 }
 SCRIPT, LOG_FREQ = Path(__file__).stem, 500
-METRICS = "loss/policy optim/grad_norm".split()
 
 
 # --- the mathematics: pure functions on tensors
@@ -486,7 +485,8 @@ def train(args):
             norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-            return torch.stack([loss, norm]).detach()
+            metrics = {"loss/policy": loss, "optim/grad_norm": norm}
+            return {name: x.detach() for name, x in metrics.items()}
 
         if args.compile:
             update = torch.compile(update, mode="reduce-overhead" if device.type == "cuda" else None)
@@ -533,27 +533,26 @@ def train(args):
         if initial is None:
             initial = run_evaluation(videos)  # what a video lacks shows now
             save("checkpoint.pt")
-        sums, tick, tick_step = torch.zeros(len(METRICS), device=device), clock(), step
+        metrics, tick, tick_step = {}, clock(), step
         bar = tqdm(total=args.total_timesteps, initial=step, unit="update", disable=None, smoothing=0.1)
         while step < args.total_timesteps and not stop:
             batch = sample_batch(states, rest, starts, args.batch_size, args.context_length, sampler)
             step += 1
             warmup = min(1.0, step / args.warmup_steps)
             optimizer.param_groups[0]["lr"].fill_(args.learning_rate * warmup)
-            sums += update(*batch)
+            metrics |= update(*batch)
             bar.update()
 
             # --- log, evaluate, save
             if not (due(LOG_FREQ) or due(args.eval_freq) or due(args.save_freq) or stop):
                 continue
-            means = (sums / (step - tick_step)).tolist()
-            if not np.isfinite(means).all():
+            scalars = {name: x.mean().item() for name, x in metrics.items()}
+            if not np.isfinite(list(scalars.values())).all():
                 ranges = [f"{x.min().item():.3g} to {x.max().item():.3g}" for x in batch]
                 raise FloatingPointError(
-                    f"update {step}: a loss is not finite ({dict(zip(METRICS, means, strict=True))}; the "
-                    f"last batch was in {ranges}); {folder / 'checkpoint.pt'} is the last good state."
+                    f"update {step}: a loss is not finite ({scalars}; the last batch was in {ranges}); "
+                    f"{folder / 'checkpoint.pt'} is the last good state."
                 )
-            scalars = dict(zip(METRICS, means, strict=True))
             scalars["time/updates_per_second"] = (step - tick_step) / (clock() - tick)
             if device.type == "cuda":
                 scalars["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -564,7 +563,6 @@ def train(args):
                 tqdm.write(f"{step} updates, {clock() - start:.0f} s: eval {found:.1f}")
             if due(args.save_freq) or stop:
                 save("checkpoint.pt")
-            sums.zero_()
             tick, tick_step = clock(), step
 
         bar.close()

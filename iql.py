@@ -431,7 +431,7 @@ def train(args):
         critic_parameters = list(agent.critic.parameters())
         target_parameters = list(agent.target_critic.parameters())
         groups = [
-            {"params": [*agent.actor.parameters(), agent.log_std], "lr": torch.tensor(args.learning_rate)},
+            {"params": [*agent.actor.parameters(), agent.log_std], "lr": torch.zeros((), device=device)},
             {"params": critic_parameters},
         ]
         value_optimizer = torch.optim.Adam(agent.value.parameters(), args.critic_learning_rate, fused=True)
@@ -469,8 +469,8 @@ def train(args):
 
         step, seconds, initial, best = 0, 0.0, None, None
         if args.resume:
-            for name, optimizer in optimizers.items():
-                optimizer.load_state_dict(saved["optimizers"][name])
+            for name, state in saved["optimizers"].items():
+                optimizers[name].load_state_dict(state)
             step, seconds = saved["counters"]
             initial, best = saved["initial"], saved["best"]
             set_rng_state(saved["rng"], {"sampler": sampler}, {})

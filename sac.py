@@ -476,8 +476,8 @@ def train(args):
         step, gradient_steps, seconds = 0, 0, 0.0
         initial, best, recent = None, None, []
         if args.resume:
-            for name, optimizer in optimizers.items():
-                optimizer.load_state_dict(saved["optimizers"][name])
+            for name, state in saved["optimizers"].items():
+                optimizers[name].load_state_dict(state)
             step, gradient_steps, seconds = saved["counters"]
             initial, best, recent = saved["initial"], saved["best"], saved["recent"]
             replay[: len(saved["replay"])] = saved["replay"].to(device)

@@ -458,8 +458,8 @@ def train(args):
 
         step, seconds, initial, best = 0, 0.0, None, None
         if args.resume:
-            for name, optimizer in optimizers.items():
-                optimizer.load_state_dict(saved["optimizers"][name])
+            for name, state in saved["optimizers"].items():
+                optimizers[name].load_state_dict(state)
             step, seconds = saved["counters"]
             initial, best = saved["initial"], saved["best"]
             set_rng_state(saved["rng"], {"sampler": sampler}, {})
