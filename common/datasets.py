@@ -1,13 +1,23 @@
-"""Data sets as flat arrays. Here: demonstrations in the HDF5 layout of RoboMimic and LIBERO."""
+"""Data sets as flat arrays: demonstrations with images (RoboMimic, LIBERO), and from "Offline RL" on
+transitions from states (D4RL, Minari, RoboMimic)."""
 
+import contextlib
+import difflib
+import fcntl
+import http.client
 import json
 import os
 import re
-from collections.abc import Iterable
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import h5py
 import numpy as np
+from tqdm import tqdm
 
 from common import UserError
 from common.checkpoint import atomic_path
@@ -198,3 +208,430 @@ def chunk_targets(
     end = np.repeat(starts + lengths, lengths)[:, None]  # (S, 1)
     index = np.arange(len(actions))[:, None] + np.arange(chunk)  # (S, K)
     return actions[np.minimum(index, end - 1)], index < end
+
+
+# --- Offline RL ---------------------------------------------------------------------------------------------
+
+# D4RL's tasks: Gymnasium id, sizes of observation and action, return of the random and of the expert policy
+# (d4rl/infos.py). The data come from Gym's v2 tasks. Hopper and HalfCheetah move in v5 as they did there;
+# Walker2d-v5 has another friction of the feet, so that v4 it is; Ant's observation of 111 is nobody's now.
+TASKS = {
+    "hopper": ("Hopper-v5", (11, 3), (-20.272305, 3234.3)),
+    "halfcheetah": ("HalfCheetah-v5", (17, 6), (-280.178953, 12135.0)),
+    "walker2d": ("Walker2d-v4", (17, 6), (1.629008, 4592.3)),
+    "ant": (None, (111, 8), (-325.6, 3879.7)),
+    "pen": (None, (45, 24), (96.262799, 3076.8331017826877)),
+    "hammer": (None, (46, 26), (-274.856578, 12794.134825156867)),
+    "door": (None, (39, 28), (-56.512833, 2880.5693087298737)),
+    "relocate": (None, (39, 30), (-6.425911, 4233.877797728884)),
+    "antmaze": (None, (29, 8), (0.0, 1.0)),
+    "kitchen": (None, (60, 9), (0.0, 4.0)),
+    "maze2d": (None, (4, 2), None),  # a score for each maze
+}
+MAZE2D = {
+    "maze2d-open-v0": (0.01, 20.66),
+    "maze2d-umaze-v1": (23.85, 161.86),
+    "maze2d-medium-v1": (13.13, 277.39),
+    "maze2d-large-v1": (6.7, 273.99),
+    "maze2d-open-dense-v0": (11.17817, 27.166538620695782),
+    "maze2d-umaze-dense-v1": (68.537689, 193.66285642381482),
+    "maze2d-medium-dense-v1": (44.264742, 297.4552547777125),
+    "maze2d-large-dense-v1": (30.569041, 303.4857382709002),
+}
+D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
+BLOCK = 2**21  # numbers read at once
+
+
+def _d4rl_files() -> dict[str, str]:
+    """D4RL's names -> their files below D4RL_URL (d4rl/infos.py)."""
+    files = {}
+    for task in ("hopper", "halfcheetah", "walker2d", "ant"):
+        for kind in ("random", "medium", "expert", "medium-expert", "medium-replay", "full-replay"):
+            stem = f"{task}_{kind.replace('-', '_')}"
+            files |= {f"{task}-{kind}-v{v}": f"gym_mujoco_v{v}/{stem}-v{v}.hdf5" for v in (1, 2)}
+            files[f"{task}-{kind}-v0"] = f"gym_mujoco/{stem.replace('medium_replay', 'mixed')}.hdf5"
+        del files[f"{task}-full-replay-v0"]
+    files["walker2d-medium-replay-v0"] = "gym_mujoco/walker_mixed.hdf5"
+    v0 = {"human": "v0_demos_clipped", "cloned": "demos-v0-bc-combined", "expert": "v0_expert_clipped"}
+    for task in ("pen", "hammer", "door", "relocate"):
+        for kind, old in v0.items():
+            files[f"{task}-{kind}-v0"] = f"hand_dapg/{task}-{old}.hdf5"
+            files[f"{task}-{kind}-v1"] = f"hand_dapg_v1/{task}-{kind}-v1.hdf5"
+    for maze, old in {"umaze": "u-maze", "medium": "big-maze", "large": "hardest-maze"}.items():
+        for diverse in (False, True):
+            kind = "-diverse" if diverse else "" if maze == "umaze" else "-play"
+            stem = f"Ant_maze_{old}_noisy_multistart_{kind != ''}_multigoal_{diverse}_sparse"
+            files[f"antmaze-{maze}{kind}-v0"] = f"ant_maze_new/{stem}.hdf5"
+            files[f"antmaze-{maze}{kind}-v2"] = f"ant_maze_v2/{stem}_fixed.hdf5"
+    for kind, tasks in {
+        "complete": "mini_kitchen_microwave_kettle_light_slider",
+        "partial": "kitchen_microwave_kettle_light_slider",
+        "mixed": "kitchen_microwave_kettle_bottomburner_light",
+    }.items():
+        files[f"kitchen-{kind}-v0"] = f"kitchen/{tasks}-v0.hdf5"
+    for name in MAZE2D:  # maze2d-umaze-v1 -> maze2d-umaze-sparse-v1
+        stem = name if "-dense" in name else re.sub(r"(-v\d)$", r"-sparse\1", name)
+        files[name] = f"maze2d/{stem.removesuffix('-v0')}.hdf5"
+    return files
+
+
+D4RL_FILES = _d4rl_files()
+
+
+@dataclass(frozen=True)
+class OfflineDataset:
+    """N transitions of E episodes, one after another in the order of time. No observation is held twice.
+
+    `states` holds the N observations and then F more that no transition starts from, the last ones of
+    episodes. Transition i goes from states[i] to states[next_index[i]]: a script moves both to its device
+    once. A termination whose next observation was not recorded has its own in its place: it is never
+    bootstrapped from. An episode ends with a termination, a time-out or the end of the recording.
+    """
+
+    name: str  # as asked for
+    env_id: str | None  # Gymnasium id to evaluate in
+    states: np.ndarray  # (N + F, S) float32
+    next_index: np.ndarray  # (N,) int64 into states
+    actions: np.ndarray  # (N, A) float32
+    rewards: np.ndarray  # (N,) float32
+    terminations: np.ndarray  # (N,) bool, no time-outs
+    episode_starts: np.ndarray  # (E,) int64, ascending from 0
+    reference_scores: tuple[float, float] | None  # return of the random and of the expert policy
+
+    @property
+    def observations(self) -> np.ndarray:
+        """(N, S) float32, a view of `states`."""
+        return self.states[: len(self.actions)]
+
+    @property
+    def next_observations(self) -> np.ndarray:
+        """(N, S) float32, a copy made by each access."""
+        return self.states[self.next_index]
+
+    def normalized_score(self, episode_return: float) -> float:
+        """100 (R - random) / (expert - random), D4RL's (arXiv:2004.07219); UserError without references."""
+        if self.reference_scores is None:
+            raise UserError(f"{self.name} has no reference scores; report the return itself.")
+        random, expert = self.reference_scores
+        return 100.0 * (episode_return - random) / (expert - random)
+
+
+def reference_scores(env_id: str) -> tuple[float, float] | None:
+    """Returns of D4RL's random and expert policy for a Gymnasium id or a D4RL name; None if it has none."""
+    return MAZE2D.get(env_id) or TASKS.get(env_id.split("-")[0].lower(), (None, None, None))[2]
+
+
+def load_dataset(name_or_path: str | os.PathLike) -> OfflineDataset:
+    """Read a data set for offline RL, downloading it if it is a name and not on this disk.
+
+    Takes a D4RL name (`hopper-medium-v2`; the file is in $D4RL_DATASET_DIR or ~/.d4rl/datasets), a file in
+    D4RL's or RoboMimic's low-dimensional HDF5 layout, or a Minari id (`mujoco/hopper/medium-v0`). A
+    RoboMimic or Minari observation of several parts is their concatenation in the order of their names.
+    Transitions whose next observation was not recorded are left out, unless they are terminations.
+    UserError naming file, key and row if something is missing, misshaped, not finite, or out of reach.
+    """
+    name = os.fspath(name_or_path)
+    path = Path(name).expanduser()
+    minari_id = re.fullmatch(r"[\w-]+(/[\w-]+)+-v\d+", name) and not path.exists()
+    if name in D4RL_FILES:
+        folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
+        path = folder / D4RL_FILES[name].rpartition("/")[2]
+        if not path.exists():
+            _download(D4RL_URL + D4RL_FILES[name], path)
+    elif not minari_id and not path.is_file():
+        near = difflib.get_close_matches(name, D4RL_FILES, n=3) or ["hopper-medium-v2"]
+        raise UserError(
+            f"{name} is not a file, nor a D4RL name (such as {', '.join(near)}), nor a Minari id (such as "
+            "mujoco/hopper/medium-v0)."
+        )
+    try:
+        if minari_id:
+            return _load_minari(name)
+        with h5py.File(path, "r") as file:
+            return (_load_robomimic if "data" in file else _load_d4rl)(file, str(path), name)
+    except (OSError, RuntimeError, KeyError) as error:  # what h5py raises for bytes that are no HDF5
+        raise UserError(
+            f"{path} is truncated or not HDF5 ({error}); delete and download it again."
+        ) from error
+
+
+def _checked(group: h5py.Group | Mapping, key: str, where: str, shape: tuple[int | None, ...]):
+    """The array `key` of a group or dict, unread; UserError unless numbers of `shape`, or (N, 1) for (N,)."""
+    found = group.get(key)
+    if not hasattr(found, "shape"):
+        raise UserError(f"{where} has no array '{key}'; it is in none of the layouts read here.")
+    actual = found.shape[:1] if len(shape) == 1 and found.shape[1:] == (1,) else found.shape
+    fits = len(actual) == len(shape) and all(b in (None, a) for a, b in zip(actual, shape, strict=True))
+    if not fits or 0 in actual or found.dtype.kind not in "biuf":
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise UserError(f"{where} has '{key}' {found.dtype} {found.shape}; it needs numbers ({wanted}).")
+    return found
+
+
+def _blocks(found: h5py.Dataset | np.ndarray, key: str, where: str) -> Iterator[tuple[slice, np.ndarray]]:
+    """Blocks of rows, as float32; UserError naming the row if they are not finite or unreadable."""
+    step = max(1, BLOCK // int(np.prod(found.shape[1:])))
+    for start in tqdm(range(0, len(found), step), desc=f"reading {key}", delay=2, leave=False, disable=None):
+        try:
+            with np.errstate(over="ignore"):
+                block = np.asarray(found[start : start + step], np.float32)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"{where} is damaged in '{key}' from row {start} on ({error}); delete and download it again."
+            ) from error
+        bad = np.flatnonzero(~np.isfinite(block).reshape(len(block), -1).all(axis=1))
+        if len(bad):
+            raise UserError(
+                f"{where} has NaN or infinity in '{key}', row {start + bad[0]}; repair it or take another."
+            )
+        yield slice(start, start + len(block)), block
+
+
+def _read(group, key: str, where: str, shape: tuple, position: np.ndarray | None = None, rows: int = 0):
+    """float32, row i of the file in row `position[i]`, of `rows` rows if those are more than the file's."""
+    found = _checked(group, key, where, shape)
+    array = np.empty((max(rows, len(found)), *found.shape[1:]), np.float32)
+    for to, block in _blocks(found, key, where):
+        array[to if position is None else position[to]] = block
+    return array.reshape(-1) if len(shape) == 1 else array
+
+
+def _load_d4rl(file: h5py.File, where: str, name: str) -> OfflineDataset:
+    terminations = _read(file, "terminals", where, (None,)) != 0
+    size, has_next = len(terminations), "next_observations" in file
+    widths = tuple(getattr(file.get(key), "shape", ())[1:] for key in ("observations", "actions"))
+    task, env_id, scores = _identify(file, where, name, sum(widths, ()))
+    if "timeouts" in file:
+        ends = terminations | (_read(file, "timeouts", where, (size,)) != 0)
+    elif has_next or task == "kitchen":  # kitchen's terminals mark every end
+        ends = terminations.copy()
+    else:
+        raise UserError(
+            f"{where} has neither 'timeouts' nor 'next_observations', so where episodes end is unknown; "
+            "add one of them."
+        )
+    if task == "antmaze":  # v0's time-outs miss the resets (D4RL#77); an ant makes less than 0.5 m in a step
+        moved = np.diff(file["observations"][:size, :2], axis=0)
+        ends[np.flatnonzero(np.linalg.norm(moved, axis=1) > 1.0)] = True
+    ends[-1] = True
+    # without `next_observations` the last row before a time-out is only the one before's next observation
+    keep = np.ones(size, bool) if has_next else terminations | ~ends
+    count = int(keep.sum())
+    if count == 0:
+        raise UserError(f"{where} has only episodes of one row, and so no transition; take another.")
+    if has_next:  # twice the rows for the worst case: memory that is never written is never taken
+        position, next_index, used = None, np.arange(1, size + 1), size
+        states = _read(file, "observations", where, (size, None), rows=2 * size)
+        found = _checked(file, "next_observations", where, (size, states.shape[1]))
+        for here, block in _blocks(found, "next_observations", where):
+            following = states[here.start + 1 : min(here.stop + 1, size)]
+            differs = np.ones(len(block), bool)
+            differs[: len(following)] = (block[: len(following)] != following).any(axis=1)
+            rows = here.start + np.flatnonzero(differs)
+            ends[rows] = True  # medium-replay's are not always marked (D4RL#162)
+            next_index[rows] = used + np.arange(len(rows))
+            states[used : used + len(rows)] = block[differs]
+            used += len(rows)
+        states = states[:used]
+    else:
+        position, rows = np.empty(size, np.int64), np.flatnonzero(keep)
+        position[keep], position[~keep] = np.arange(count), np.arange(count, size)
+        states = _read(file, "observations", where, (size, None), position)
+        next_index = position[rows + ~terminations[rows]]
+    firsts = np.append(True, ends[:-1])
+    return OfflineDataset(
+        name=name,
+        env_id=env_id,
+        states=states,
+        next_index=next_index,
+        actions=_read(file, "actions", where, (size, None), position)[:count],
+        rewards=_read(file, "rewards", where, (size,), position)[:count],
+        terminations=terminations[keep],
+        episode_starts=np.flatnonzero(firsts[keep]),
+        reference_scores=scores,
+    )
+
+
+def _identify(file: h5py.File, where: str, name: str, widths: tuple) -> tuple:
+    """Task, Gymnasium id and reference scores: from the attribute `env_id`, or D4RL's name of this file."""
+    if "env_id" in file.attrs:
+        env_id = str(file.attrs["env_id"])
+        return None, env_id, reference_scores(env_id)
+    path = Path(where)
+    published = {url.rpartition("/")[2]: known for known, url in D4RL_FILES.items()}
+    known = published.get(path.name, path.stem)
+    task = re.split("[-_]", known.lower())[0]
+    if task not in TASKS or TASKS[task][1] != widths:  # hopper-mine.hdf5 is Hopper's if it has its sizes
+        return None, None, None
+    return task, TASKS[task][0], reference_scores(known)
+
+
+def _load_robomimic(file: h5py.File, where: str, name: str) -> OfflineDataset:
+    data = file["data"]
+    numbers = sorted(int(key[5:]) for key in data if re.fullmatch(r"demo_\d+", key))
+    demos = {f"{where}, demo_{number}": data[f"demo_{number}"] for number in numbers}
+    lengths = [len(_checked(demo, "rewards", here, (None,))) for here, demo in demos.items()]
+    if not lengths:
+        raise UserError(f"{where} has no demonstrations, its group 'data' holds no 'demo_0'.")
+
+    def episodes() -> Iterator[tuple[str, dict]]:
+        for (here, demo), steps in zip(demos.items(), lengths, strict=True):
+            obs, next_obs = demo.get("obs", {}), demo.get("next_obs", {})
+            parts = []
+            for key in sorted(
+                key for key, value in obs.items() if getattr(value, "ndim", 4) < 4
+            ):  # no images
+                part = _read(obs, key, f"{here}, obs", (steps, None))
+                final = _read(next_obs, key, f"{here}, next_obs", part.shape)[-1:]
+                parts.append(np.concatenate([part, final]))
+            if not parts:
+                raise UserError(f"{here} has no low-dimensional observation in its group 'obs'.")
+            arrays = {key: demo.get(key) for key in ("actions", "rewards", "dones")}
+            yield here, {"obs": np.concatenate(parts, axis=1), **arrays}
+
+    return _from_episodes(name, None, None, episodes(), lengths)
+
+
+def _load_minari(name: str) -> OfflineDataset:
+    try:
+        import gymnasium
+        import minari  # here, since few need it
+
+        source = minari.load_dataset(name, download=True)
+    except Exception as error:  # of many types: no minari, no network, its own
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{name} cannot be loaded or downloaded ({reason}); run 'minari download {name}' where there is "
+            "a network and copy the folder to $MINARI_DATASETS_PATH or ~/.minari/datasets."
+        ) from error
+
+    def episodes() -> Iterator[tuple[str, dict]]:
+        for episode in source.iterate_episodes():
+            arrays = {key: getattr(episode, key) for key in ("actions", "rewards", "terminations")}
+            yield f"{name}, episode {episode.id}", {"observations": _flat(episode.observations), **arrays}
+
+    spec, registered = source.env_spec, gymnasium.registry.get(source.env_spec and source.env_spec.id)
+    plain = registered is not None and registered.kwargs == spec.kwargs  # what make(id) gives, unflattened
+    env_id = spec.id if plain and isinstance(source.observation_space, gymnasium.spaces.Box) else None
+    bounds = tuple(source.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max"))
+    scores = reference_scores(env_id or "") if None in bounds else bounds
+    metadata = source.storage.get_episode_metadata(source.episode_indices)
+    lengths = [int(episode["total_steps"]) for episode in metadata]
+    return _from_episodes(name, env_id, scores, episodes(), lengths)
+
+
+def _flat(value) -> np.ndarray:
+    """(T, S) of an observation that is a dict of arrays, as Gymnasium's FlattenObservation orders it."""
+    if isinstance(value, dict):
+        return np.concatenate([_flat(value[key]) for key in sorted(value)], axis=1)
+    return np.asarray(value)
+
+
+def _from_episodes(
+    name: str, env_id: str | None, scores: tuple | None, episodes: Iterable[tuple], lengths: list[int]
+) -> OfflineDataset:
+    """Each episode: where it is, and a dict of T + 1 observations, T actions, rewards and terminations."""
+    ends, count, width, action_width = np.cumsum(lengths), sum(lengths), None, None
+    rewards, terminations = np.empty(count, np.float32), np.empty(count, bool)
+    next_index = np.arange(1, count + 1)
+    bar = tqdm(episodes, desc="reading episodes", total=len(lengths), delay=2, disable=None)
+    for number, (where, episode) in enumerate(bar):
+        observation_key, action_key, reward_key, termination_key = episode
+        steps, final = lengths[number], count + number
+        rows = slice(ends[number] - steps, ends[number])
+        observation = _read(episode, observation_key, where, (steps + 1, width))
+        action = _read(episode, action_key, where, (steps, action_width))
+        if number == 0:
+            width, action_width = observation.shape[1], action.shape[1]
+            states = np.empty((count + len(lengths), width), np.float32)
+            actions = np.empty((count, action_width), np.float32)
+        states[rows], states[final], next_index[rows.stop - 1] = observation[:-1], observation[-1], final
+        actions[rows] = action
+        rewards[rows] = _read(episode, reward_key, where, (steps,))
+        terminations[rows] = _read(episode, termination_key, where, (steps,)) != 0
+    starts = ends - lengths
+    return OfflineDataset(name, env_id, states, next_index, actions, rewards, terminations, starts, scores)
+
+
+def save_d4rl(
+    path: str | os.PathLike,
+    observations: np.ndarray,
+    actions: np.ndarray,
+    rewards: np.ndarray,
+    next_observations: np.ndarray,
+    terminations: np.ndarray,
+    timeouts: np.ndarray,
+    env_id: str | None = None,
+) -> None:
+    """Write N transitions, one episode after another in the order of time, in D4RL's layout, atomically.
+
+    observations and next_observations (N, S), actions (N, A), rewards, terminations and timeouts (N,); any
+    last row ends its episode. `env_id` is the Gymnasium id to evaluate in. UserError if an array is
+    misshaped or not finite, CheckpointError if the disk refuses; a file that was there is then as it was.
+    """
+    arrays = {"rewards": rewards, "observations": observations, "next_observations": next_observations}
+    arrays |= {"actions": actions, "terminals": terminations, "timeouts": timeouts}
+    arrays = {key: np.asarray(array) for key, array in arrays.items()}
+    shapes = dict.fromkeys(arrays, (arrays["rewards"].size,))
+    shapes["observations"] = shapes["actions"] = (arrays["rewards"].size, None)
+    shapes["next_observations"] = arrays["observations"].shape
+    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+        for key, shape in shapes.items():
+            found = _checked(arrays, key, str(path), shape)
+            dtype = bool if key in ("terminals", "timeouts") else np.float32
+            written = file.create_dataset(key, found.shape, dtype)
+            for rows, block in _blocks(found, key, str(path)):
+                written[rows] = block.astype(dtype)
+        if env_id is not None:
+            file.attrs["env_id"] = env_id
+
+
+def _download(url: str, path: Path) -> None:
+    """Fetch `url` to `path` through `path`.part, where the next call goes on if this one breaks off."""
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # several seeds may start at once: the others wait here
+            if path.exists():
+                return
+            total = _fetch(url, file)
+            size = os.fstat(file.fileno()).st_size
+            if total is not None and size < total:
+                raise OSError(f"broke off after {size} of {total} bytes")
+            with contextlib.suppress(OSError), h5py.File(part, "r", locking=False) as found:
+                if size == (total or size) and {"observations", "actions", "rewards"} <= found.keys():
+                    os.replace(part, path)
+                    return
+            file.truncate(0)
+            raise OSError(f"its {size} bytes are no HDF5 file in D4RL's layout")
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(
+            f"{url} cannot be downloaded ({error}); run this again to go on where it stopped, or download it "
+            f"elsewhere and put it at {path}."
+        ) from error
+
+
+def _fetch(url: str, file: BinaryIO) -> int | None:
+    """Append to `file` what it lacks of `url`, to the disk; the whole size in bytes if the server says it."""
+    done = file.seek(0, os.SEEK_END)  # another process may have written while this one waited
+    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
+    try:
+        answer = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # nothing after these bytes: they are all, or of another file
+            raise
+        answer = error
+    with answer:
+        if answer.status == 200:  # a server without ranges starts over
+            done = file.truncate(0)
+        length = answer.headers.get("Content-Range") or answer.headers.get("Content-Length") or ""
+        length = length.rpartition("/")[2]  # bytes 100-199/200
+        total = int(length) if length.isdecimal() else None
+        name = Path(file.name).stem
+        with tqdm(desc=name, initial=done, total=total, unit="B", unit_scale=True, disable=None) as bar:
+            while answer.status != 416 and (block := answer.read(2**20)):
+                bar.update(file.write(block))
+    file.flush()
+    os.fsync(file.fileno())
+    return total
