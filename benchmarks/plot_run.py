@@ -1,7 +1,7 @@
 """The README's pictures and numbers: curves and a table from run folders, and a film strip of the tabletop.
 
-python benchmarks/plot_run.py benchmarks/curve.png runs/ppo_1 runs/ppo_2 runs/ppo_3      (pip install matplotlib)
-python benchmarks/plot_run.py table runs/ppo_1 runs/ppo_2 runs/ppo_3
+python benchmarks/plot_run.py benchmarks/curve.png runs/ppo_1 runs/ppo_2        (pip install matplotlib)
+python benchmarks/plot_run.py table runs/ppo_1 runs/ppo_2
 python benchmarks/plot_run.py benchmarks/tabletop.png
 """
 
