@@ -238,7 +238,7 @@ def test_a_worker_that_dies_does_not_end_the_run(tmp_path, warmup, monkeypatch):
     "flags",
     [
         "--ratio-level sequence --aggregation sequence-mean-token-mean --kl-coef 0.1 --lora-rank 2",
-        "--ratio-level token --aggregation constant-length --leave-one-out --no-std-normalisation",
+        "--num-groups 2 --num-envs 9 --ratio-level token --aggregation constant-length --leave-one-out",
         "--ratio-level chunk --kl-coef 0.1 --train-vision --verifier-gamma 0.9",
         "--ratio-level sequence --entropy-coef 0.01 --head gaussian",
     ],
@@ -256,6 +256,7 @@ def test_every_variant_goes_on_bit_identically(tmp_path, monkeypatch, flags):
     assert done.code == 128 + signal.SIGINT and "stopped at" in done.out and not done.err
     state = load_checkpoint(tmp_path / "stopped")
     assert episodes_of(state) and state["counters"][0] < found["environment_steps"]
+    assert "--num-groups 2" not in flags or len(state["rollout"][6]) == 1  # the third group waits
     monkeypatch.undo()
     assert call(grpo_vla, f"--resume {tmp_path}/stopped/checkpoint.pt").code == 0
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
