@@ -662,16 +662,29 @@ def build(
     return model.eval()
 
 
+def quantized(name, shape):
+    """Whether 4 bits are of use to the tensor: the matrices of Llama's layers."""
+    return name.startswith("language_model.model.layers.") and len(shape) == 2
+
+
+def memory_needed(shapes, dtype, load_in_4bit):
+    """Bytes of the weights {name: shape}; of 4 bits, with their blocks' scales, 0.52 bytes a number."""
+    return sum(
+        math.prod(shape) * (0.52 if load_in_4bit and quantized(name, shape) else dtype.itemsize)
+        for name, shape in shapes.items()
+    )
+
+
 @torch.no_grad()
 def fill(model, shapes, loaded, device):
     """Move every tensor from its shard to its place on the device, one at a time; random without `loaded`."""
     dtype, path, four = getattr(torch, model.config["dtype"]), model.config["path"], model.is_loaded_in_4bit
-    needed = sum(map(math.prod, shapes.values())) * (0.6 if four else dtype.itemsize)
+    needed = memory_needed(shapes, dtype, four)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > free:
         raise UserError(
             f"{path} needs {needed / 1e9:.1f} GB for its weights, and {device} has {free / 1e9:.1f} GB free; "
-            "use 4 bits, another device, or --backbone tiny."
+            f"use {'' if four else '4 bits, '}another device, or --backbone tiny."
         )
     digest, shards = hashlib.sha256(), {}
     for name in tqdm(shapes, desc=f"load {path}", unit="tensor", disable=None):
@@ -687,7 +700,7 @@ def fill(model, shapes, loaded, device):
         tensor = source.to(device, dtype, copy=device.type == "cpu")  # a copy has no tie to the file
         digest.update(tensor.flatten()[:8].float().cpu().bfloat16().view(torch.int16).numpy().tobytes())
         module, parameter = model.get_submodule(parent), nn.Parameter(tensor)
-        if four and tensor.ndim == 2 and parent.startswith("language_model.model.layers."):
+        if four and quantized(name, tensor.shape):
             import bitsandbytes as bnb  # an optional package
 
             kind = dict(compute_dtype=torch.bfloat16, quant_type="nf4", device="meta")
