@@ -384,8 +384,8 @@ def main(args):
         updates,
     )
     table(
-        f"Presets of the full size, LoRA rank {args.lora_rank}: estimated GB of an update. A rollout keeps the "
-        "vision features of its decisions, 1.1 MB each, on top.",
+        f"Presets of the full size, LoRA rank {args.lora_rank}: estimated GB of an update. A rollout keeps "
+        "the vision features of its decisions, 1.1 MB each, on top.",
         "GPU | micro-batch | checkpointing | bits | weights | adapters, AdamW | activations | sum | "
         "measured peak",
         preset_rows(args, device),

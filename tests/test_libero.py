@@ -7,7 +7,8 @@ import collections
 import importlib.util
 import json
 import os
-import tarfile
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -21,25 +22,7 @@ from common import UserError
 from common.datasets import load_demonstrations
 from common.envs import libero, make_envs
 
-ARCHIVE = Path(__file__).resolve().parents[2] / "shared" / "data" / "libero_assets.tar.xz"
 RNG = np.random.default_rng(0)
-
-
-@pytest.fixture(scope="module")
-def assets(tmp_path_factory):
-    if not all(importlib.util.find_spec(name) for name in ("robosuite", "libero", "bddl")):
-        pytest.skip("LIBERO IS NOT INSTALLED, ITS WORLD IS NOT TESTED: " + libero.INSTALL)
-    if not os.environ.get("LIBERO_ASSETS"):
-        if not ARCHIVE.is_file():
-            pytest.skip(f"LIBERO_ASSETS IS NOT SET AND {ARCHIVE} NOT THERE, LIBERO'S WORLD IS NOT TESTED")
-        folder = tmp_path_factory.mktemp("assets")
-        with tarfile.open(ARCHIVE) as archive:
-            archive.extractall(folder, filter="data")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("LIBERO_ASSETS", str(next(folder.glob("**/scenes")).parent))
-            yield
-    else:
-        yield
 
 
 def physics(env):
@@ -53,7 +36,7 @@ def same(a, b):
 # --- the protocol
 
 
-def test_in_a_worker_with_chunks(assets):
+def test_in_a_worker_with_chunks(libero_assets):
     """Two environments of two tasks in one process, chunks of actions, exact resume in another worker. The
     first test, since OpenGL does not survive a fork."""
     kwargs = dict(suite="libero_object", tasks=("0", "5"), split="eval", size=32, max_steps=6)
@@ -75,7 +58,7 @@ def test_in_a_worker_with_chunks(assets):
 
 
 @pytest.mark.parametrize("suite,task", [("libero_goal", 2), ("libero_spatial", 4)])
-def test_stock_loop_bit_for_bit(assets, suite, task):
+def test_stock_loop_bit_for_bit(libero_assets, suite, task):
     """openvla-oft's run_libero_eval.py with LIBERO's own OffScreenRenderEnv, and ours in another order;
     tasks with a stove, and with a bowl in a drawer."""
     package = libero._libero()
@@ -199,7 +182,7 @@ def test_training_draws(fake):
 
 
 @pytest.fixture(scope="module")
-def env(assets):
+def env(libero_assets):
     env = libero.make(suite="libero_object", tasks=(0,), size=48)
     env.reset(seed=0)
     yield env
@@ -265,7 +248,7 @@ def write_demonstration(path, env, seed):
     return bool(reward == 1 and info["success"] and terminated and not truncated), seen
 
 
-def test_expert_demonstrations_and_replay(assets, tmp_path):
+def test_expert_demonstrations_and_replay(libero_assets, tmp_path):
     env = libero.make(suite="libero_object", tasks=(0,), cameras=("agentview", "wrist"), size=32)
     solved, seen = write_demonstration(tmp_path / "soup_demo.hdf5", env, seed=3)
     assert solved and 90 < len(seen) < 200
@@ -387,7 +370,7 @@ def test_not_installed(monkeypatch):
         libero._libero.__wrapped__()
 
 
-def test_assets_missing(assets, monkeypatch, tmp_path):
+def test_assets_missing(libero_assets, monkeypatch, tmp_path):
     monkeypatch.setenv("LIBERO_ASSETS", str(tmp_path))
     monkeypatch.setenv("LIBERO_CONFIG_PATH", "/mine")
     package = libero._libero()
@@ -405,6 +388,19 @@ def test_no_gl(env, monkeypatch):
     monkeypatch.setattr(env.simulation, "renderer", None)
     with pytest.raises(UserError, match="no display; install EGL.*MUJOCO_EGL_DEVICE_ID.*MUJOCO_GL"):
         env.observe()
+
+
+def test_no_gl_at_import():
+    """Which mujoco loads, or fails to, in the first import of a process."""
+    code = "from common import envs; envs.make_envs('libero', 1, seed=0, num_workers=0)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], env=os.environ | {"MUJOCO_GL": "none"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    last = run.stderr.strip().splitlines()[-1]
+    assert (
+        last.startswith("common.UserError: LIBERO needs OpenGL, which failed with ") and "install EGL" in last
+    )
 
 
 def test_fork_after_rendering(env):

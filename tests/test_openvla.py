@@ -1,10 +1,12 @@
 """OpenVLA and OpenVLA-OFT: against the published code's outputs (where its tiny checkpoints are at hand) and,
 with small random checkpoints, against transformers' own towers and Llama, PIL, peft and scalar loops."""
 
+import http.server
 import json
 import math
 import shutil
 import tarfile
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -889,13 +891,54 @@ def test_hub_and_paths_that_are_not_there(monkeypatch):
         load_backbone("openvla/openvla-7b")
     with pytest.raises(UserError, match="does not exist"):
         load_backbone("./no/such/folder")
-    with pytest.raises(UserError, match="check the name"):
+    with pytest.raises(UserError, match="no such/name cannot be had.*check name and disk"):
         load_backbone("no such/name")
     with pytest.raises(UserError, match="Unknown backbone"):
         load_backbone("opnvla")
 
 
-def test_too_little_memory_is_said_before_loading(checkpoints, monkeypatch):
-    monkeypatch.setattr(openvla.psutil, "virtual_memory", lambda: SimpleNamespace(available=1_000_000))
-    with pytest.raises(UserError, match=r"needs 0.0 GB for its weights, and cpu has 0.0 GB free"):
-        load(checkpoints, "openvla")
+def test_the_hub_does_not_answer_or_has_no_such_name(monkeypatch, tmp_path):
+    class NotFound(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with http.server.HTTPServer(("127.0.0.1", 0), NotFound) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(UserError, match="^The hub has no openvla/openvla-8b, or not for you; [^\n]*$"):
+            load_backbone("openvla/openvla-8b")
+        server.shutdown()
+    with pytest.raises(UserError, match="^openvla/openvla-7b is neither .* hub cannot be reached; [^\n]*$"):
+        load_backbone("openvla/openvla-7b")  # nobody listens there any more
+
+
+def test_too_little_memory_is_said_before_loading(monkeypatch):
+    """On the host and on a GPU, in 16 and in 4 bits: 32 layers' 4 * 4096^2 + 3 * 4096 * 11008 numbers have
+    half a byte and their scales, the rest has two."""
+    model = load_backbone("openvla", path="random", device="meta")
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert openvla.memory_needed(shapes, torch.bfloat16, False) == 2 * 7_541_237_184
+    assert openvla.memory_needed(shapes, torch.float32, False) == 4 * 7_541_237_184
+    layers = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    four = openvla.memory_needed(shapes, torch.bfloat16, True)
+    assert four == pytest.approx(2 * (7_541_237_184 - layers) + layers * (0.5 + 1 / 64), rel=0.01)
+    gigabyte = 10**9
+    for device, free in (("cpu", 15), ("cuda", 15), ("cuda", 5)):
+        monkeypatch.setattr(
+            openvla.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free * gigabyte)
+        )
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free * gigabyte, 80 * gigabyte))
+        model.is_loaded_in_4bit = free == 5
+        needs, hint = ("5.5", "another") if free == 5 else ("15.1", "4 bits")
+        sentence = (
+            rf"^random needs {needs} GB for its weights, and {device} has {free}.0 GB free; use {hint}[^\n]*$"
+        )
+        with pytest.raises(UserError, match=sentence):
+            openvla.fill(model, shapes, {}, torch.device(device))

@@ -489,12 +489,16 @@ def find_checkpoint(path):
         return Path(huggingface_hub.snapshot_download(path, ignore_patterns=["*/*", "*.bin"]))
     except huggingface_hub.errors.LocalEntryNotFoundError as error:
         raise UserError(
-            f"{path} is neither a folder nor in the hub's cache, and the hub cannot be reached; download it "
-            f"where it can (hf download {path} --local-dir FOLDER), or use --backbone tiny."
+            f"{path} is neither a folder nor, complete, in the hub's cache, and the hub cannot be reached; "
+            f"download it where it can (hf download {path} --local-dir FOLDER), or use --backbone tiny."
+        ) from error
+    except huggingface_hub.errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"The hub has no {path}, or not for you; check the name, or log in (hf auth login)."
         ) from error
     except Exception as error:  # the hub's many ways to say no
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{path} cannot be had from the hub ({reason}); check the name.") from error
+        raise UserError(f"{path} cannot be had from the hub ({reason}); check name and disk.") from error
 
 
 def read_headers(folder):
