@@ -620,6 +620,41 @@ def test_bfloat16_is_close_to_float32(checkpoints):
         assert (outputs[0] - outputs[1]).norm() < 0.03 * outputs[0].norm()
 
 
+def test_four_bits(checkpoints):
+    """Against 16 bits with the same rounded weights; adapters train; the size is memory_needed's."""
+    if not torch.cuda.is_available():
+        pytest.skip("4 BITS ARE NOT TESTED: there is no GPU")
+    bnb = pytest.importorskip("bitsandbytes", reason="4 BITS ARE NOT TESTED: pip install bitsandbytes")
+    sizes, models = SIZES | dict(text=SIZES["text"] | dict(hidden_size=128, intermediate_size=256)), []
+    for four in (False, True):
+        torch.manual_seed(0)
+        config = dict(path="random", chunk=2, sizes=sizes, device="cuda", load_in_4bit=four)
+        models.append(load_backbone("openvla", **config))
+    for name, weight in models[1].named_parameters():
+        assert isinstance(weight, bnb.nn.Params4bit) == openvla.quantized(
+            name, models[0].state_dict()[name].shape
+        )
+        if isinstance(weight, bnb.nn.Params4bit):
+            rounded, parent = (
+                bnb.functional.dequantize_4bit(weight, weight.quant_state),
+                name.rpartition(".")[0],
+            )
+            exact = models[0].get_submodule(parent).weight
+            assert 0.02 < (rounded - exact).norm() / exact.norm() < 0.15
+            exact.data = rounded.to(exact.dtype)
+    state = models[1].language_model.model.layers[0].mlp.up_proj.weight.quant_state
+    scales = state.absmax.nbytes + state.state2.absmax.nbytes
+    assert 0.5 + scales / (128 * 256) == pytest.approx(0.52, abs=0.01)
+    batch = models[0].preprocess(observe(3), INSTRUCTIONS)
+    with torch.no_grad():
+        wanted, found = (model(batch)[0] for model in models)
+    assert (found - wanted).norm() < 0.03 * wanted.norm()
+    add_lora(models[1], 4)
+    models[1].train()
+    models[1].action_logits(models[1](batch)[0]).square().mean().backward()
+    assert all(p.grad.abs().max() > 0 for n, p in models[1].named_parameters() if "lora_B" in n)
+
+
 def test_what_trains_gets_a_gradient_and_nothing_else(checkpoints):
     model = load(checkpoints, "oft")
     model.language_model.lm_head(
@@ -860,6 +895,7 @@ def truncate(folder):
         ("openvla", None, dict(head="gaussian"), "--head tokens"),
         ("oft", None, dict(action_dim=14), "not for actions of 14"),
         ("oft", None, dict(load_in_4bit=True), "4 bits without bitsandbytes"),
+        ("oft", None, dict(load_in_4bit="here"), "4 bits on a GPU only"),
         ("oft", None, dict(statistics="missing.json"), "missing.json cannot be read"),
         ("oft", lambda f: change(f, model_type="llama"), {}, "has the model_type 'llama'"),
         ("oft", lambda f: change(f, image_resize_strategy="letterbox"), {}, "only 'resize-naive' loads"),
@@ -874,7 +910,8 @@ def truncate(folder):
 def test_errors_are_one_sentence(checkpoints, tmp_path, monkeypatch, family, spoil, config, message):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     if config.get("load_in_4bit"):
-        monkeypatch.setattr(openvla.importlib.util, "find_spec", lambda name: None)
+        found = {True: None, "here": "bitsandbytes"}[config["load_in_4bit"]]
+        monkeypatch.setattr(openvla.importlib.util, "find_spec", lambda name: found)
     folder = checkpoints[family]
     if spoil:
         folder = tmp_path / folder.name

@@ -642,6 +642,8 @@ def build(
         (any(dim not in (0, action_dim) for dim in dims), f"is not for actions of {action_dim} numbers."),
         (load_in_4bit and not importlib.util.find_spec("bitsandbytes"),
          "cannot be loaded in 4 bits without bitsandbytes; pip install it, or load 16 bits."),
+        (load_in_4bit and device.type == "cpu",  # there its layers lose their gradients after an evaluation
+         "can be loaded in 4 bits on a GPU only; load 16 bits."),
     ):  # fmt: skip
         if wrong:
             raise UserError(f"{path} {sentence}")
