@@ -620,7 +620,7 @@ def test_bfloat16_is_close_to_float32(checkpoints):
         assert (outputs[0] - outputs[1]).norm() < 0.03 * outputs[0].norm()
 
 
-def test_four_bits(checkpoints):
+def test_four_bits():
     """Against 16 bits with the same rounded weights; adapters train; the size is memory_needed's."""
     if not torch.cuda.is_available():
         pytest.skip("4 BITS ARE NOT TESTED: there is no GPU")
@@ -630,16 +630,12 @@ def test_four_bits(checkpoints):
         torch.manual_seed(0)
         config = dict(path="random", chunk=2, sizes=sizes, device="cuda", load_in_4bit=four)
         models.append(load_backbone("openvla", **config))
+    shapes = {name: tensor.shape for name, tensor in models[0].named_parameters()}
     for name, weight in models[1].named_parameters():
-        assert isinstance(weight, bnb.nn.Params4bit) == openvla.quantized(
-            name, models[0].state_dict()[name].shape
-        )
-        if isinstance(weight, bnb.nn.Params4bit):
-            rounded, parent = (
-                bnb.functional.dequantize_4bit(weight, weight.quant_state),
-                name.rpartition(".")[0],
-            )
-            exact = models[0].get_submodule(parent).weight
+        assert isinstance(weight, bnb.nn.Params4bit) == openvla.quantized(name, shapes[name])
+        if openvla.quantized(name, shapes[name]):
+            exact = models[0].get_parameter(name)
+            rounded = bnb.functional.dequantize_4bit(weight, weight.quant_state)
             assert 0.02 < (rounded - exact).norm() / exact.norm() < 0.15
             exact.data = rounded.to(exact.dtype)
     state = models[1].language_model.model.layers[0].mlp.up_proj.weight.quant_state
