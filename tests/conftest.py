@@ -11,7 +11,7 @@ ARCHIVE = Path(__file__).resolve().parents[2] / "shared" / "data" / "libero_asse
 
 
 @pytest.fixture(scope="session")
-def libero_assets(tmp_path_factory):
+def assets(tmp_path_factory):
     """LIBERO is installed, and LIBERO_ASSETS names its assets: the user's, or the unpacked archive."""
     if not all(importlib.util.find_spec(name) for name in ("robosuite", "libero", "bddl")):
         pytest.skip("LIBERO IS NOT INSTALLED, ITS WORLD IS NOT TESTED: python3 common/install.py --libero")

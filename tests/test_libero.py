@@ -36,7 +36,7 @@ def same(a, b):
 # --- the protocol
 
 
-def test_in_a_worker_with_chunks(libero_assets):
+def test_in_a_worker_with_chunks(assets):
     """Two environments of two tasks in one process, chunks of actions, exact resume in another worker. The
     first test, since OpenGL does not survive a fork."""
     kwargs = dict(suite="libero_object", tasks=("0", "5"), split="eval", size=32, max_steps=6)
@@ -58,7 +58,7 @@ def test_in_a_worker_with_chunks(libero_assets):
 
 
 @pytest.mark.parametrize("suite,task", [("libero_goal", 2), ("libero_spatial", 4)])
-def test_stock_loop_bit_for_bit(libero_assets, suite, task):
+def test_stock_loop_bit_for_bit(assets, suite, task):
     """openvla-oft's run_libero_eval.py with LIBERO's own OffScreenRenderEnv, and ours in another order;
     tasks with a stove, and with a bowl in a drawer."""
     package = libero._libero()
@@ -182,7 +182,7 @@ def test_training_draws(fake):
 
 
 @pytest.fixture(scope="module")
-def env(libero_assets):
+def env(assets):
     env = libero.make(suite="libero_object", tasks=(0,), size=48)
     env.reset(seed=0)
     yield env
@@ -248,7 +248,7 @@ def write_demonstration(path, env, seed):
     return bool(reward == 1 and info["success"] and terminated and not truncated), seen
 
 
-def test_expert_demonstrations_and_replay(libero_assets, tmp_path):
+def test_expert_demonstrations_and_replay(assets, tmp_path):
     env = libero.make(suite="libero_object", tasks=(0,), cameras=("agentview", "wrist"), size=32)
     solved, seen = write_demonstration(tmp_path / "soup_demo.hdf5", env, seed=3)
     assert solved and 90 < len(seen) < 200
@@ -370,7 +370,7 @@ def test_not_installed(monkeypatch):
         libero._libero.__wrapped__()
 
 
-def test_assets_missing(libero_assets, monkeypatch, tmp_path):
+def test_assets_missing(assets, monkeypatch, tmp_path):
     monkeypatch.setenv("LIBERO_ASSETS", str(tmp_path))
     monkeypatch.setenv("LIBERO_CONFIG_PATH", "/mine")
     package = libero._libero()
