@@ -70,7 +70,7 @@ class Args:
     """decisions per optimizer step of the update"""
     lora_rank: int = 32
     """rank of the adapters on the language model"""
-    seconds: float = 3.0
+    seconds: float = 2.0
     """each figure is the mean over at least this long, with --tiny a tenth of it"""
     peak_tflops: float = 989.0
     """what MFU divides by: the GPU's dense bf16 peak (H100 and H200 989, A100 312, RTX 4090 165)"""
@@ -125,14 +125,13 @@ def count_flops(work):
 def count(agent, batch, actions, train=False):
     """FLOPs of vision and projector, and of the language model, with `train` forward and backward; of causal
     attention, of which the kernel skips what nobody sees, half."""
-    model = agent.backbone
+    model, features = agent.backbone, []
     with torch.no_grad():
-        features = model.encode_vision(batch)[0]
-        vision = count_flops(lambda: model.projector(model.encode_vision(batch)[0]))
-        projector = count_flops(lambda: model.projector(features))
+        towers = count_flops(lambda: features.append(model.encode_vision(batch)[0]))
+        projector = count_flops(lambda: model.projector(features[0]))
     with torch.set_grad_enabled(train):
-        rest = count_flops(lambda: losses(agent, batch, actions, features)) - projector
-    return vision[0], rest[0] - rest[1] / 2 * model.autoregressive
+        rest = count_flops(lambda: losses(agent, batch, actions, features[0])) - projector
+    return (towers + projector)[0], rest[0] - rest[1] / 2 * model.autoregressive
 
 
 def count_memory(agent, batch, actions):
@@ -280,12 +279,12 @@ def update_rows(name, agent, flops, args, device):
 
 def preset_rows(args, device):
     """The full size's estimates and, where the GPU is large enough, the peak of an update."""
+    agent = make_agent(8, "meta", rank=args.lora_rank)
+    shapes = {name: p.shape for name, p in agent.backbone.named_parameters() if "lora_" not in name}
+    trained = sum(p.numel() for p in agent.parameters() if p.requires_grad)
     for size, preset in PRESETS.items():
         four, micro = preset["load_in_4bit"], preset["micro_batch_size"]
-        agent = make_agent(8, "meta", rank=args.lora_rank)
         agent.backbone.checkpointing = preset["gradient_checkpointing"]
-        shapes = {name: p.shape for name, p in agent.backbone.named_parameters() if "lora_" not in name}
-        trained = sum(p.numel() for p in agent.parameters() if p.requires_grad)
         actions = torch.empty(micro, 56, dtype=torch.long, device="meta")
         estimate = (
             memory_needed(shapes, torch.bfloat16, four),
@@ -296,13 +295,13 @@ def preset_rows(args, device):
         if device.type == "cuda" and not args.tiny:
             measured = "does not fit here"
             with contextlib.suppress(torch.OutOfMemoryError, UserError):
-                agent = make_agent(8, device, rank=args.lora_rank, load_in_4bit=four)
-                agent.backbone.checkpointing = preset["gradient_checkpointing"]
-                measured = gigabytes(measure(make_update(agent, 2 * micro, micro), device, 0)[1])
+                real = make_agent(8, device, rank=args.lora_rank, load_in_4bit=four)
+                real.backbone.checkpointing = preset["gradient_checkpointing"]
+                measured = gigabytes(measure(make_update(real, 2 * micro, micro), device, 0)[1])
+            real = None
+            release()
         sums = (f"{x / 1e9:.1f}" for x in (*estimate, sum(estimate)))
         yield size, micro, on(preset["gradient_checkpointing"]), 4 if four else 16, *sums, measured
-        agent = None
-        release()
 
 
 def release():
