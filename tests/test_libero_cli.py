@@ -29,31 +29,39 @@ def base(assets, checkpoints, tmp_path_factory):  # noqa: F811
     return f"{LIBERO} --checkpoint {checkpoints['oft']} --statistics {file}"
 
 
-def test_ppo_trains_stops_resumes_evaluates_two_tasks_and_shows_them(tmp_path, monkeypatch, base):
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Episodes of 40 steps, and a success made up: a random policy has none, and without any nothing is
+    learned."""
+    step = libero.Simulation.step
+    monkeypatch.setattr(
+        libero.Simulation, "step", lambda self, action: step(self, action) or action[0] > 0.45
+    )
+    monkeypatch.setitem(libero.PROTOCOLS["oft"], "libero_object", 40)
+
+
+def test_ppo_trains_stops_resumes_evaluates_two_tasks_and_shows_them(tmp_path, base):
     flags = f"{base} {EVAL} --num-envs 2 --num-steps 2 --total-timesteps 64 --minibatch-size 4 --save-freq 1"
-    stopped_by(monkeypatch, ppo_vla, "clipped_surrogate", 1)
-    done = call(ppo_vla, flags, f"--output-dir {tmp_path} --run-name run --critic-warmup 0 --capture-video")
+    with pytest.MonkeyPatch.context() as patch:
+        stopped_by(patch, ppo_vla, "clipped_surrogate", 1)
+        done = call(ppo_vla, flags, f"--output-dir {tmp_path} --run-name run --critic-warmup 0")
     assert done.code == 130, done
-    monkeypatch.undo()
     before = load_checkpoint(tmp_path / "run")
-    assert before["counters"][:3] == [32, 1, 1]  # 2 environments, 2 decisions of 8 steps
+    assert before["counters"][1:3] == [1, 1] and 4 <= before["counters"][0] <= 32  # 2 x 2 chunks of 8 steps
     run(ppo_vla, f"--resume {tmp_path}/run --capture-video")
     found, after = results(tmp_path / "run"), load_checkpoint(tmp_path / "run")
-    assert found["environment_steps"] == 64 and after["counters"][1] == 2
+    assert found["environment_steps"] >= 64 and after["counters"][1] >= 2
     final = found["final"]
     assert final["episodes"] == 2 and len(final["per_task"]) == 2 and "success_rate_ci95" in final
-    assert 0 < final["mean_length"] <= libero.PROTOCOLS["oft"]["libero_object"] == 280
+    assert 0 < final["mean_length"] <= 40
     moved = [n for n in after["agent"] if not torch.equal(after["agent"][n], before["agent"][n])]
     assert any("lora_B" in name for name in moved) and not any("vision" in name for name in after["agent"])
-    assert scalars(tmp_path / "run")["policy/first_ratio_error"][0] < 1e-4
+    assert scalars(tmp_path / "run")["policy/first_ratio_error"][0][1] < 1e-4
     (width, height), count = frames(tmp_path / "run" / "videos" / "episode_1.mp4")
-    assert width >= 512 and height >= 256 and count > 200
+    assert width >= 512 and height >= 256 and count > 10
 
 
-def test_grpo_trains_one_iteration_on_one_task(tmp_path, monkeypatch, base):
-    """Success is made up here: a random policy has none, and uniform groups are dropped."""
-    step = libero.Simulation.step
-    monkeypatch.setattr(libero.Simulation, "step", lambda self, action: step(self, action) or action[0] > 0.4)
+def test_grpo_trains_one_iteration_on_one_task(tmp_path, base):
     flags = f"{base} --tasks 5 --eval-episodes 1 --eval-envs 1 --num-envs 2 --group-size 2 --num-groups 1"
     flags += " --max-decisions 2 --total-timesteps 60 --save-freq 1"
     run(grpo_vla, flags, f"--output-dir {tmp_path} --run-name run --accuracy-low 0 --accuracy-high 1")
@@ -63,7 +71,7 @@ def test_grpo_trains_one_iteration_on_one_task(tmp_path, monkeypatch, base):
 
 
 def test_imitation_of_liberos_own_files(tmp_path, base):
-    env = libero.make(suite="libero_object", tasks=(0,), size=32)
+    env = libero.make(suite="libero_object", tasks=(0,), cameras=("agentview", "wrist"), size=32)
     (tmp_path / "demos").mkdir()
     env.reset(seed=3)
     write_demonstration(tmp_path / "demos" / "soup_demo.hdf5", env, seed=3)
@@ -71,7 +79,7 @@ def test_imitation_of_liberos_own_files(tmp_path, base):
     flags = f"{base} --tasks 0 --eval-episodes 1 --eval-envs 1 --demos {tmp_path}/demos --gradient-steps 4"
     run(bc_warmup, flags, f"--batch-size 8 --warmup-steps 1 --output-dir {tmp_path} --run-name run")
     losses = scalars(tmp_path / "run")["loss/policy"]
-    assert len(losses) >= 1 and all(x == x for x in losses)
+    assert len(losses) >= 1 and all(x == x for _, x in losses)
     assert results(tmp_path / "run")["gradient_steps"] == 4
 
 

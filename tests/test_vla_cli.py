@@ -1,4 +1,4 @@
-"""The scripts with OpenVLA's backbone, through their command lines: small random checkpoints, the tabletop."""
+"""The scripts with OpenVLA's backbone through their command lines: small random checkpoints, tabletop."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from test_cli import (
     scalars,
     stopped_by,
 )
-from test_openvla import checkpoints  # noqa: F401 (a fixture)
+from test_openvla import checkpoints, write_checkpoint  # noqa: F401 (a fixture)
 
 import bc_warmup
 import grpo_vla
@@ -61,7 +61,7 @@ def test_a_checkpoint_holds_what_was_trained_and_no_more(warmup, trained):
 
 
 def test_ratio_is_one_on_the_first_minibatch(trained):
-    assert scalars(trained)["policy/first_ratio_error"][0] < 1e-4
+    assert scalars(trained)["policy/first_ratio_error"][0][1] < 1e-4
 
 
 @pytest.mark.parametrize("flags", ["--checkpoint {run}", "--checkpoint {run}/../merged --lora-rank 0",
@@ -94,7 +94,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, warmup, tra
 def test_tokens_one_after_another(tmp_path, checkpoints):  # noqa: F811
     flags = f"--backbone {checkpoints['openvla']} --chunk 1 --train-vision --gradient-checkpointing"
     run(ppo_vla, PPO, f"{flags} --output-dir {tmp_path} --run-name ar")
-    assert scalars(tmp_path / "ar")["policy/first_ratio_error"][0] < 1e-4
+    assert scalars(tmp_path / "ar")["policy/first_ratio_error"][0][1] < 1e-4
     names = [name for name in load_checkpoint(tmp_path / "ar")["agent"] if "lora_" in name]
     assert any("vision_backbone" in name for name in names)
 
@@ -111,7 +111,7 @@ def test_the_l1_head_as_the_mean_of_a_gaussian(tmp_path, checkpoints):  # noqa: 
         (ppo_vla, "--backbone tiny --adapter somewhere --chunk 4", "--adapter"),
         (grpo_vla, "--backbone tiny --gradient-checkpointing --chunk 4", "--gradient-checkpointing"),
         (ppo_vla, "--backbone {base} --adapter {tmp}/none", "adapter_model.safetensors"),
-        (ppo_vla, "--backbone {other} --chunk 1 --adapter {run}/adapter", "another base"),
+        (ppo_vla, "--backbone {stranger} --adapter {run}/adapter", "another base"),
         (ppo_vla, "--backbone {l1}", "noise"),
         (ppo_vla, "--backbone {base} --unnorm-key bridge", "bridge_orig"),
         (ppo_vla, "--backbone {other} --chunk 2", "--chunk 1"),
@@ -122,6 +122,9 @@ def test_the_l1_head_as_the_mean_of_a_gaussian(tmp_path, checkpoints):  # noqa: 
 )
 def test_wrong_input_ends_in_one_sentence(tmp_path, trained, checkpoints, script, flags, said):  # noqa: F811
     base = {ppo_vla: PPO, grpo_vla: GRPO, bc_warmup: BC}[script]
+    if "stranger" in flags:
+        write_checkpoint(tmp_path / "oft-stranger", "oft", seed=1)
+    flags = flags.replace("{stranger}", f"{tmp_path}/oft-stranger")
     names = dict(base=checkpoints["oft"], other=checkpoints["openvla"], l1=checkpoints["l1"], run=trained)
     done = call(script, base, flags.format(**names, tmp=tmp_path), f"--output-dir {tmp_path} --run-name bad")
     assert done.code == 2 and said in done.err and done.err.count("\n") == 1, done

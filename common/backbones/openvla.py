@@ -457,6 +457,8 @@ class OpenVLA(nn.Module):
         for file in source.iterdir():
             if file.is_file() and file.suffix in (".json", ".model", ".txt", ".py", ".md"):
                 shutil.copyfile(file, folder / file.name)
+        published = json.loads((source / "config.json").read_text()) | {"family": self.config["family"]}
+        (folder / "config.json").write_text(json.dumps(published, indent=2))
         shards = {}
         for name, (file, _) in read_headers(source).items():
             shards.setdefault(file, []).append(name)
@@ -590,7 +592,8 @@ def build(
     *, path, family=None, chunk=None, action_dim=7, head=None, unnorm_key=None, statistics=None, libero=False,
     lora_modules=("language_model",), dtype="bfloat16", load_in_4bit=False, sizes=None, device="cpu", **_,
 ):  # fmt: skip
-    """Load a checkpoint straight onto `device`. path: a folder, a hub id, or "random" for random weights.
+    """Load a checkpoint straight onto `device`. path: a folder, a hub id, a suite of `LIBERO_CHECKPOINTS`, or
+    "random" for random weights.
 
     family: openvla or openvla-oft; None looks for OFT's traces. chunk: None for 1 or 8. head: "tokens" is
     refused where an L1 head was trained instead, "gaussian" where tokens come one after another.
@@ -599,7 +602,7 @@ def build(
     processor. lora_modules: of language_model, projector, vision. dtype: bfloat16, float32. sizes: for
     "random", what differs from `SIZES`. device "meta" loads nothing. Raises UserError.
     """
-    device, loaded, extras = torch.device(device), {}, {}
+    device, loaded, extras, path = torch.device(device), {}, {}, LIBERO_CHECKPOINTS.get(path, path)
     means, stds = [[0.485, 0.456, 0.406], [0.5] * 3], [[0.229, 0.224, 0.225], [0.5] * 3]
     if path == "random":
         sizes, stats, oft = SIZES | (sizes or {}), None, chunk != 1
@@ -631,9 +634,10 @@ def build(
         def tokenize(text):
             return tokenizer.encode(text, add_special_tokens=False).ids
 
-        # The families share one config.json. OFT shows in its heads, in the code beside it, or in the name.
+        # The families share one config.json, but where `save_merged` wrote it. OFT shows in its heads, in the
+        # code beside it, or in the name.
         code = any(b"NUM_ACTIONS_CHUNK" in file.read_bytes() for file in folder.glob("*.py"))
-        oft = bool(extras) or code or "oft" in Path(path).name.lower()
+        oft = bool(extras) or code or "oft" in published.get("family", Path(path).name.lower())
     family = family or ("openvla-oft" if oft else "openvla")
     chunk = chunk or (8 if family == "openvla-oft" else 1)
     dims = [sizes["action_head"], len(stats["action"]["q01"]) if stats else 0]
