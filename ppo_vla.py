@@ -310,14 +310,19 @@ class GaussianHead(nn.Module):
     def __init__(self, backbone, args):
         super().__init__()
         self.shape = (backbone.chunk, backbone.action_dim)
-        self.mean = nn.Linear(backbone.hidden_size, 1)
-        nn.init.orthogonal_(self.mean.weight, 0.01)
-        nn.init.zeros_(self.mean.bias)
+        self.mean = None  # the backbone has a trained head of its own (OFT's L1 head)
+        if getattr(backbone, "action_head", None) is None:
+            self.mean = nn.Linear(backbone.hidden_size, 1)
+            nn.init.orthogonal_(self.mean.weight, 0.01)
+            nn.init.zeros_(self.mean.bias)
         log_std = torch.full((backbone.action_dim,), float(np.log(args.init_std)))
         self.log_std = nn.Parameter(log_std, requires_grad=args.learn_std)
 
     def forward(self, backbone, action_hidden):
-        mean = self.mean(action_hidden).squeeze(-1).float()  # (B, K*A)
+        if self.mean is None:
+            mean = backbone.action_mean(action_hidden)
+        else:
+            mean = self.mean(action_hidden).squeeze(-1).float()  # (B, K*A)
         return torch.distributions.Normal(mean, self.log_std.exp().repeat(self.shape[0]).expand_as(mean))
 
     def sample(self, normal, deterministic, generator):
@@ -333,7 +338,8 @@ class GaussianHead(nn.Module):
         return normal.entropy()
 
     def to_env(self, actions):
-        return actions.unflatten(1, self.shape).clamp(-1, 1).cpu().numpy()
+        actions = actions.unflatten(1, self.shape)
+        return (actions if self.mean is None else actions.clamp(-1, 1)).cpu().numpy()  # L1: as published
 
 
 def make_head(backbone, args, envs):
@@ -378,14 +384,22 @@ class Agent(nn.Module):
 
     def get_action_and_value(self, batch, vision=None, deterministic=False, generator=None):
         """-> actions and their log-probs (B, K*A), value (B,)"""
-        action_hidden, prompt_hidden = self.backbone(batch, vision)
-        distribution = self.head(self.backbone, action_hidden)
-        actions = self.head.sample(distribution, deterministic, generator)
+        if self.backbone.autoregressive:  # a token needs those before it
+
+            def draw(hidden):
+                return self.head.sample(self.head(self.backbone, hidden), deterministic, generator)
+
+            actions, action_hidden, prompt_hidden = self.backbone.generate(batch, draw, vision)
+            distribution = self.head(self.backbone, action_hidden)
+        else:
+            action_hidden, prompt_hidden = self.backbone(batch, vision)
+            distribution = self.head(self.backbone, action_hidden)
+            actions = self.head.sample(distribution, deterministic, generator)
         return actions, self.head.log_prob(distribution, actions), self.value(prompt_hidden)
 
     def evaluate_actions(self, batch, actions, vision=None):
         """-> log-probs and entropies (B, K*A), value (B,)"""
-        action_hidden, prompt_hidden = self.backbone(batch, vision)
+        action_hidden, prompt_hidden = self.backbone(batch, vision, actions)
         distribution = self.head(self.backbone, action_hidden)
         return (
             self.head.log_prob(distribution, actions),
@@ -439,7 +453,7 @@ def evaluate(agent, envs, args, device, video_folder=None):
         rows = np.flatnonzero(running)
         batch = agent.backbone.preprocess({key: x[rows] for key, x in obs.items()}, envs.instructions)
         action, _, value = agent.get_action_and_value(batch, None, args.deterministic, generator)
-        action = agent.head.to_env(action)
+        action = agent.backbone.to_env(agent.head.to_env(action))
         actions = np.zeros((size, *action.shape[1:]), action.dtype)
         actions[rows] = action
         record = np.isin(seeds, list(frames)) & running
@@ -557,7 +571,7 @@ def build_agent(args, envs, saved, device):
                     f"set {hints.get(name, '--' + name)} as it was."
                 )
         config = saved["backbone"]
-    backbone = load_backbone(**config)
+    backbone = load_backbone(**config, device=device)
     old_rank = saved["args"]["lora_rank"] if saved else 0
     if old_rank and args.lora_rank not in (0, old_rank):
         raise UserError(f"The checkpoint's adapters have rank {old_rank}; use --lora-rank {old_rank} or 0.")
@@ -710,7 +724,7 @@ def train(args):
                     action, log_prob, value = agent.get_action_and_value(batch, vision, generator=sampler)
                 if cache_vision:
                     batch.pop("image", None)
-                env_action = agent.head.to_env(action)
+                env_action = backbone.to_env(agent.head.to_env(action))
                 tock = clock()
                 obs, rewards[t], terminated[t], truncated[t], info = envs.step(env_action)
                 seconds_policy, seconds_env = seconds_policy + tock - tick, seconds_env + clock() - tock

@@ -1,7 +1,8 @@
 """The README's pictures and numbers: curves and a table from run folders, and a film strip of the tabletop.
 
-python benchmarks/plot_run.py benchmarks/curve.png runs/ppo_1 runs/ppo_2 runs/ppo_3      (pip install
-matplotlib) python benchmarks/plot_run.py benchmarks/tabletop.png
+python benchmarks/plot_run.py benchmarks/curve.png runs/ppo_1 runs/ppo_2        (pip install matplotlib)
+python benchmarks/plot_run.py table runs/ppo_1 runs/ppo_2
+python benchmarks/plot_run.py benchmarks/tabletop.png
 """
 
 import json
@@ -17,23 +18,22 @@ SEEDS = (8, 4, 6)  # a lift, a put and a move
 
 
 def curve(path, folders):
+    """Greedy success over environment steps; a run that went on from another one starts where that ended."""
     import matplotlib.pyplot as plt
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     figure, axis = plt.subplots(figsize=(7, 3.6), dpi=130)
-    for folder in folders:
-        events = EventAccumulator(folder)
+    for folder in map(Path, folders):
+        events = EventAccumulator(str(folder))
         events.Reload()
         points = events.Scalars("eval/success_rate")
-        minutes = [(point.wall_time - points[0].wall_time) / 60 for point in points]
-        axis.plot(
-            minutes,
-            [100 * point.value for point in points],
-            marker="o",
-            markersize=3,
-            label=Path(folder).name,
-        )
-    axis.set(xlabel="minutes of training, evaluations included", ylabel="greedy success, %", ylim=(0, 100))
+        source = Path(json.loads((folder / "args.json").read_text())["checkpoint"] or "") / "results.json"
+        before = json.loads(source.read_text())["environment_steps"] if source.is_file() else 0
+        steps = [(before + point.step) / 1e6 for point in points]
+        style = ":" if before else "--" if folder.name.startswith("grpo") else "-"
+        success = [100 * point.value for point in points]
+        axis.plot(steps, success, style, marker="o", markersize=3, label=folder.name)
+    axis.set(xlabel="million environment steps", ylabel="greedy success, %", ylim=(0, 100))
     axis.grid(alpha=0.3)
     axis.legend()
     figure.tight_layout()

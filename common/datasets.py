@@ -347,7 +347,7 @@ def load_dataset(name_or_path: str | os.PathLike) -> OfflineDataset:
     try:
         if minari_id:
             return _load_minari(name)
-        with h5py.File(path, "r") as file:
+        with h5py.File(path, "r", locking=False) as file:  # who downloaded it may hold its lock yet
             return (_load_robomimic if "data" in file else _load_d4rl)(file, str(path), name)
     except (OSError, RuntimeError, KeyError) as error:  # what h5py raises for bytes that are no HDF5
         raise UserError(
@@ -594,6 +594,7 @@ def _download(url: str, path: Path) -> None:
         with open(part, "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # several seeds may start at once: the others wait here
             if path.exists():
+                part.unlink(missing_ok=True)  # made by the line above, after the other's became `path`
                 return
             total = _fetch(url, file)
             size = os.fstat(file.fileno()).st_size

@@ -672,7 +672,10 @@ def tree(folder):
 
 
 WRONG_PPO = [
-    ("--env NoSuchWorld-v1", "unknown environment 'NoSuchWorld-v1': known are tabletop and a Gymnasium id"),
+    (
+        "--env NoSuchWorld-v1",
+        "unknown environment 'NoSuchWorld-v1': known are tabletop, libero and a Gymnasium id",
+    ),
     ("--env no_such_module:World-v1", "unknown environment"),
     ("--env FrozenLake-v1", "not a vector"),
     ("--tasks dance", "Unknown task 'dance'"),

@@ -412,7 +412,7 @@ def running(pid):
         ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
         ({"bad": "the table is missing: install a table"}, "the table is missing: install a table"),
         ({"colour": 1}, "'fake' does not take these arguments: .*colour"),
-        ({"env_id": "NoSuchWorld-v0"}, "unknown environment 'NoSuchWorld-v0': known are tabletop"),
+        ({"env_id": "NoSuchWorld-v0"}, "unknown environment 'NoSuchWorld-v0': known are tabletop, libero"),
         ({"env_id": "FrozenLake-v1"}, "a Gymnasium id with vector observations"),
         ({"env_id": "CartPole-v1", "colour": 1}, "cannot be made with .*colour"),
         ({"env_id": "CartPole-v1", "action_history": 1}, "action_history needs continuous actions"),

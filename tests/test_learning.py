@@ -42,6 +42,13 @@ def test_ppo_learns_pendulum(tmp_path):
     assert scalars(tmp_path / "run", "value/explained_variance")[-1] > 0.6
 
 
+def test_grpo_learns_cartpole(tmp_path):
+    flags = "--env CartPole-v1 --total-timesteps 20000 --eval-freq 0 --eval-episodes 20".split()
+    results = run(tmp_path, "grpo_vla.py", *flags)
+    assert results["initial"]["mean_reward"] < 60
+    assert results["final"]["mean_reward"] > 150
+
+
 def test_warmup_learns_to_point_and_to_imitate(tmp_path):
     flags = "--num-demos 60 --grounding-scenes 1000 --grounding-steps 100 --gradient-steps 100".split()
     run(tmp_path, "bc_warmup.py", *flags, *"--batch-size 64 --eval-episodes 4 --eval-envs 4".split())
@@ -59,6 +66,14 @@ def test_main_job(tmp_path):
     ppo = run(tmp_path, "ppo_vla.py", "--checkpoint", str(tmp_path / "warmup"), name="ppo")
     assert ppo["initial"]["success_rate"] == warmup["final"]["success_rate"]
     assert ppo["final"]["success_rate"] >= 0.85  # 0.90 is the median's bar; a single seed's error is 0.02
+
+
+@pytest.mark.slow
+def test_grpo_main_job(tmp_path):
+    """The README's job of grpo_vla.py at one seed: 20 minutes on 2 idle cores."""
+    run(tmp_path, "bc_warmup.py", name="warmup")
+    grpo = run(tmp_path, "grpo_vla.py", "--checkpoint", str(tmp_path / "warmup"), name="grpo")
+    assert grpo["final"]["success_rate"] >= grpo["initial"]["success_rate"] + 0.25
 
 
 @pytest.mark.slow

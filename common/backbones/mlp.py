@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 
-def build(**config):
-    return MLP(**config)
+def build(device="cpu", **config):
+    return MLP(**config).to(device)
 
 
 def _trunk(inputs, width):
@@ -22,6 +22,7 @@ class MLP(nn.Module):
     """proprio (B, P) -> action hidden (B, K*A, width) from the actor, prompt hidden (B, width) from the
     critic."""
 
+    autoregressive = False
     lora_targets = None
 
     def __init__(self, *, chunk, action_dim, proprio_dim, width=64, **_):
@@ -44,5 +45,8 @@ class MLP(nn.Module):
     def vision_parameters(self):
         return []
 
-    def forward(self, batch, vision=None):
+    def forward(self, batch, vision=None, actions=None):
         return self.actor(batch["proprio"])[:, None] + self.slots, self.critic(batch["proprio"])
+
+    def to_env(self, actions):
+        return actions

@@ -21,8 +21,8 @@ BOS, END, PAD, UNKNOWN = range(4)
 FREQUENCIES = 4  # sin/cos octaves of positions: lets a linear layer resolve millimetres
 
 
-def build(**config):
-    return TinyVLA(**config)
+def build(device="cpu", **config):
+    return TinyVLA(**config).to(device)
 
 
 def fourier(x):
@@ -37,6 +37,7 @@ class TinyVLA(nn.Module):
     Raises UserError for an image size that is not a multiple of 4 or for observations without images.
     """
 
+    autoregressive = False
     lora_targets = r"language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 
     def __init__(
@@ -152,7 +153,7 @@ class TinyVLA(nn.Module):
         seen = torch.cat([weights @ self.value(features), weights @ self.grid], -1)
         return seen.flatten(1, 2), attention
 
-    def forward(self, batch, vision=None):
+    def forward(self, batch, vision=None, actions=None):
         if vision is None:
             vision, _ = self.encode_vision(batch)
         ids = batch["input_ids"]
@@ -180,3 +181,6 @@ class TinyVLA(nn.Module):
 
     def action_logits(self, action_hidden):
         return self.lm_head(action_hidden)
+
+    def to_env(self, actions):
+        return actions

@@ -28,7 +28,7 @@ import numpy as np
 
 from common import UserError
 
-WORLDS = {"tabletop": "common.envs.tabletop"}
+WORLDS = {"tabletop": "common.envs.tabletop", "libero": "common.envs.libero"}
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 MAX_DEATHS, GOOD_STEPS = 3, 100  # a worker may die 3 times; 100 good steps clear its record
 OUTCOME = {"rewards": np.float32, "terminated": bool, "truncated": bool, "success": bool, "steps": np.int64}

@@ -1,0 +1,962 @@
+"""GRPO for vision-language-action policies, in one file: the critic-free sister of ppo_vla.py.
+
+    python bc_warmup.py --run-name warmup                              # stage 1: imitation, a few minutes
+    python grpo_vla.py --checkpoint runs/warmup/checkpoint.pt          # stage 2: this file
+    python grpo_vla.py --env CartPole-v1                               # the sanity check
+
+Group-relative policy optimisation (Shao et al. 2024): G episodes from one task and one initial state; an
+episode's advantage is its outcome less its group's mean, so that nothing has to be learned but the policy.
+Groups whose outcomes are all alike teach nothing: they are dropped and others take their place until the
+batch is full (DAPO, Yu et al. 2025). Rollouts never wait: an environment whose episode ends starts the next
+member of a group at once, a running episode outlives an update (every chunk keeps the log-probs of the policy
+that sampled it), and complete groups too many wait for the next batch. So no forward pass is spent after an
+episode's end, and the update sees valid chunks only. @@EXPECT@@
+"""
+
+import contextlib
+import copy
+import dataclasses
+import importlib.util
+import json
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from common import UserError
+from common.action_tokenizer import ActionTokenizer
+from common.backbones import adapters_disabled, add_lora, load_backbone
+from common.checkpoint import (
+    CheckpointError,
+    hardware,
+    load_checkpoint,
+    rng_state,
+    run_folder,
+    save_checkpoint,
+    set_rng_state,
+    versions,
+    write_results,
+)
+from common.envs import make_envs
+from common.video import annotate, write_video
+
+
+@dataclass
+class Args:
+    # --- experiment
+    env: str = "tabletop"
+    """the world: tabletop, or a Gymnasium id with vector observations"""
+    tasks: tuple[str, ...] = ()
+    """tabletop: kinds of task (lift, put, move) or instructions; empty for all"""
+    cameras: tuple[str, ...] = ("agentview",)
+    """tabletop: the pictures that the policy sees (agentview, wrist)"""
+    renderer: Literal["ray", "gl"] = "ray"
+    """tabletop: MuJoCo's ray caster, which needs no GL, or mujoco.Renderer"""
+    reward: Literal["sparse", "shaped"] = "sparse"
+    """tabletop: 1 at success, or with a difference of potentials added"""
+    eval_split: str = "eval"
+    """tabletop: eval, or a held-out variation (vision, semantics, execution)"""
+    seed: int = 1
+    """fixes environments, sampling, initial states and minibatch order"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the policy runs"""
+    checkpoint: str | None = None
+    """start from these weights: a file, or a run's folder"""
+    resume: str | None = None
+    """continue this run (its folder) exactly where its last checkpoint stands, with its own arguments"""
+    evaluate: bool = False
+    """no training: evaluate --checkpoint and write results.json"""
+    deterministic: bool = True
+    """evaluate greedily; --no-deterministic samples at the training temperature"""
+    capture_video: bool = False
+    """write annotated videos of the first evaluation episodes"""
+    track: bool = False
+    """log to Weights & Biases beside TensorBoard"""
+    output_dir: str = "runs"
+    """where run folders are made"""
+    run_name: str | None = None
+    """the run folder's name; default <env>__<script>__<seed>__<time>"""
+    num_envs: int = 64
+    """parallel environments"""
+    num_workers: int | None = None
+    """processes that hold them; default one a core, 0 for none"""
+    eval_envs: int = 100
+    """parallel environments of an evaluation"""
+    eval_episodes: int = 200
+    """episodes of an evaluation, on layouts that training never shows"""
+    eval_freq: int = 25
+    """iterations between evaluations; 0 for the first and the last only"""
+    save_freq: int = 10
+    """iterations between checkpoints"""
+
+    # --- algorithm
+    total_timesteps: int = 1_100_000
+    """environment steps to train for"""
+    backbone: str = "tiny"
+    """tiny or mlp, when no --checkpoint says which"""
+    head: Literal["tokens", "gaussian", "discrete"] = "tokens"
+    """256-bin action tokens, a Gaussian on the continuous chunk, or a categorical over gymnasium's
+    Discrete"""
+    chunk: int = 4
+    """K, actions a decision, executed open loop"""
+    action_history: int = 0
+    """the last n executed actions as an input"""
+    lora_rank: int = 0
+    """rank of the adapters; 0 trains every weight"""
+    train_vision: bool = False
+    """train the vision part too; frozen, its output is computed once and reused over the epochs"""
+    group_size: int = 8
+    """G, episodes from one task and one initial state"""
+    num_groups: int = 16
+    """groups in a batch; uniform ones are dropped and others take their place"""
+    max_refill: int = 8
+    """an iteration ends after this many times num_groups groups, its batch full or not"""
+    max_decisions: int = 0
+    """end an episode after this many decisions: 1 compares G actions for one state; 0 for no bound"""
+    accuracy_low: float = 0.1
+    """drop a group whose success rate is below this"""
+    accuracy_high: float = 0.9
+    """or above this (DAPO's dynamic sampling)"""
+    verifier_gamma: float = 1.0
+    """discount per decision of an episode's outcome: below 1 a late success counts less"""
+    std_normalisation: bool = True
+    """divide by the group's standard deviation; --no-std-normalisation is Dr. GRPO (Liu et al. 2025)"""
+    leave_one_out: bool = False
+    """compare with the mean of the other members only (RLOO, Ahmadian et al. 2024)"""
+    update_epochs: int = 1
+    """passes over an iteration's data"""
+    minibatch_size: int = 128
+    """decisions per optimizer step"""
+    micro_batch_size: int = 128
+    """decisions per backward pass; smaller fits less memory and gives the same gradient"""
+    learning_rate: float = 1e-4
+    """AdamW, policy"""
+    anneal_lr: bool = True
+    """linear decay of the learning rate to zero"""
+    ratio_level: Literal["token", "step", "chunk", "sequence"] = "step"
+    """what one importance ratio covers: a token, the tokens of one environment step, the whole chunk, or the
+    episode's geometric mean (GSPO, Zheng et al. 2025; one more forward pass)"""
+    aggregation: Literal["token-mean", "sequence-mean-token-mean", "constant-length"] = (
+        "sequence-mean-token-mean"
+    )
+    """weights of the batch's terms: all alike (DAPO), every episode alike (GRPO), or the episode's sum
+    divided by --constant-length decisions (Dr. GRPO)"""
+    constant_length: int = 12
+    """decisions that constant-length divides an episode by"""
+    clip_low: float = 0.2
+    """the ratio is clipped to [1 - clip_low, 1 + clip_high]"""
+    clip_high: float = 0.28
+    """a wider upper bound keeps exploration alive (DAPO, Yu et al. 2025)"""
+    temperature: float = 0.35
+    """divides the logits, in sampling and in every log-prob alike"""
+    entropy_coef: float = 0.0
+    """weight of the entropy bonus"""
+    kl_coef: float = 0.0
+    """weight of the k3 estimate of KL(policy || initial policy)"""
+    target_kl: float | None = None
+    """end the iteration's update once approx_kl of a minibatch exceeds it"""
+    max_grad_norm: float = 1.0
+    """global gradient norm clip"""
+    init_std: float = 0.2
+    """gaussian head: initial standard deviation, actions being in [-1, 1]"""
+    learn_std: bool = True
+    """gaussian head: train the standard deviation, one per action dimension"""
+
+
+PLAIN = dict(
+    backbone="mlp", chunk=1, num_envs=32, num_workers=0, eval_envs=20, eval_episodes=100, num_groups=4,
+    aggregation="token-mean",
+    update_epochs=4, minibatch_size=512, micro_batch_size=512, learning_rate=1e-3, ratio_level="chunk",
+    temperature=1.0, max_grad_norm=0.5, eval_freq=50, save_freq=50, total_timesteps=300_000,
+)  # fmt: skip
+PRESETS = {  # what differs from the defaults; flags on the command line win
+    # A late success counts less than an early one, which also gives groups of successes something to compare.
+    "tabletop": dict(verifier_gamma=0.9, accuracy_high=1.0, std_normalisation=False),
+    "CartPole-v1": dict(PLAIN, head="discrete"),
+}
+
+
+# --- the mathematics: pure functions on tensors
+
+
+def discounted_outcome(rewards, gamma):
+    """sum_t gamma^t r_t of an episode's rewards per decision: gamma^(n-1) for a success at the n-th."""
+    return sum(reward * gamma**t for t, reward in enumerate(rewards))
+
+
+def informative(outcomes, successes, low, high):
+    """Is there anything to compare in a group? outcomes (G,) floats, successes (G,) bools, or None where the
+    world has none. False for equal outcomes, and for a success rate outside [low, high]."""
+    if min(outcomes) == max(outcomes):
+        return False
+    return successes is None or low <= sum(successes) / len(successes) <= high
+
+
+def grpo_advantages(outcomes, std_normalisation, leave_one_out, eps=1e-6):
+    """A = (R - mean) / (std + eps) within each group (Shao et al. 2024, section 4.1.2), std unbiased.
+
+    outcomes (M, G) float32 -> advantages (M, G); exactly 0 in a uniform group. Without std_normalisation it
+    is R - mean (Dr. GRPO); leave_one_out takes the mean of the G - 1 others.
+    """
+    centred = outcomes - outcomes.mean(1, keepdim=True)
+    if leave_one_out:  # R_i - mean of the others = G / (G - 1) (R_i - mean)
+        centred = centred * outcomes.shape[1] / (outcomes.shape[1] - 1)
+    if std_normalisation:
+        centred = centred / (outcomes.std(1, keepdim=True) + eps)
+    uniform = outcomes.amin(1, keepdim=True) == outcomes.amax(1, keepdim=True)
+    return torch.where(uniform, 0.0, centred)  # a mean's rounding must not become an advantage
+
+
+def aggregation_weights(counts, episode, num_episodes, aggregation, constant):
+    """The weight of each term of the batch's loss, one a chunk.
+
+    counts (B,) terms of each chunk, episode (B,) int64 in [0, num_episodes) -> (B,) float32. "token-mean":
+    1 / all terms; "sequence-mean-token-mean": 1 / (episodes * terms of its episode); "constant-length": 1 /
+    (episodes * constant). But for the last, weights times counts add up to 1.
+    """
+    if aggregation == "token-mean":
+        return torch.full(counts.shape, 1.0, device=counts.device) / counts.sum()
+    if aggregation == "constant-length":
+        return torch.full(counts.shape, 1.0 / (num_episodes * constant), device=counts.device)
+    terms = torch.zeros(num_episodes, device=counts.device).index_add(0, episode, counts.float())
+    return 1.0 / (num_episodes * terms[episode])
+
+
+def sequence_log_ratio(log_ratio, mask, episode, num_episodes):
+    """GSPO's ratio (Zheng et al. 2025, eq. 7): the mean log-ratio of an episode's tokens.
+
+    log_ratio, mask (B, K*A), episode (B,) -> (num_episodes,); 0 for an episode that is not among them.
+    """
+    sums, counts = (
+        torch.zeros(num_episodes, device=log_ratio.device).index_add(0, episode, x.sum(1))
+        for x in (torch.where(mask, log_ratio, 0.0), mask.float())
+    )
+    return sums / counts.clamp(min=1)
+
+
+def merge_tokens(x, mask, level, chunk):
+    """Sum token log-probs (B, K*A) over what one ratio covers, leaving masked tokens out.
+
+    -> sums (B, G), any valid token (B, G) bool; G = K*A for "token" and "sequence", K for "step", 1 for
+    "chunk".
+    """
+    x = torch.where(mask, x, 0.0)
+    if level in ("token", "sequence"):
+        return x, mask
+    groups = chunk if level == "step" else 1
+    return x.unflatten(1, (groups, -1)).sum(-1), mask.unflatten(1, (groups, -1)).any(-1)
+
+
+def clipped_surrogate(log_ratio, advantages, clip_low, clip_high):
+    """-min(rho A, clip(rho, 1 - low, 1 + high) A) elementwise (Schulman et al. 2017, eq. 7).
+
+    log_ratio (B, G), advantages (B,) -> loss (B, G)
+    """
+    ratio = log_ratio.exp()
+    advantages = advantages[:, None]
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+
+
+def kl_k3(log_ratio):
+    """Schulman's k3 estimate of KL(p || q) from samples of p, with log_ratio = log q - log p: exp(x) - 1 - x
+    >= 0."""
+    return log_ratio.exp() - 1 - log_ratio
+
+
+def masked_mean(x, mask, total=None):
+    """Sum of x over mask divided by `total` (default: the mask's own count). Dividing micro-batches by their
+    minibatch's total makes their gradients add up to the minibatch's."""
+    return torch.where(mask, x, 0.0).sum() / (mask.sum() if total is None else total).clamp(min=1)
+
+
+# --- heads and agent
+
+
+class TokenHead(nn.Module):
+    """Action tokens: a categorical over 256 bins for each of the K*A numbers. Actions are slice indices (B,
+    K*A)."""
+
+    def __init__(self, backbone, args):
+        super().__init__()
+        self.temperature, self.tokenizer = args.temperature, ActionTokenizer()
+        self.shape = (backbone.chunk, backbone.action_dim)
+
+    def forward(self, backbone, action_hidden):
+        return backbone.action_logits(action_hidden).float() / self.temperature  # (B, K*A, 256)
+
+    def sample(self, logits, deterministic, generator):
+        if deterministic:
+            return logits.argmax(-1)
+        # argmax(p / Exp(1)) is a draw from p, without multinomial's synchronisation
+        return (logits.softmax(-1) / torch.empty_like(logits).exponential_(generator=generator)).argmax(-1)
+
+    def log_prob(self, logits, actions):
+        return logits.log_softmax(-1).gather(-1, actions[..., None])[..., 0]  # (B, K*A)
+
+    def entropy(self, logits):
+        log_probs = logits.log_softmax(-1)
+        return -(log_probs.exp() * log_probs).sum(-1)
+
+    def to_env(self, actions):
+        return self.tokenizer.decode_bins(actions).unflatten(1, self.shape).cpu().numpy()
+
+
+class DiscreteHead(TokenHead):
+    """A categorical over gymnasium's Discrete(n) for each action of the chunk. Actions are ints (B, K)."""
+
+    def __init__(self, backbone, args, num_actions):
+        super().__init__(backbone, args)
+        self.logits = nn.Linear(backbone.hidden_size, num_actions)
+        nn.init.orthogonal_(self.logits.weight, 0.01)
+        nn.init.zeros_(self.logits.bias)
+
+    def forward(self, backbone, action_hidden):
+        return self.logits(action_hidden).float() / self.temperature  # (B, K, n)
+
+    def to_env(self, actions):
+        return actions.cpu().numpy()
+
+
+class GaussianHead(nn.Module):
+    """A Gaussian per number of the continuous chunk: means from the hidden states, one standard deviation per
+    action dimension. Actions are floats (B, K*A); the environment clips them, the log-prob is of the
+    unclipped ones."""
+
+    def __init__(self, backbone, args):
+        super().__init__()
+        self.shape = (backbone.chunk, backbone.action_dim)
+        self.mean = None  # the backbone has a trained head of its own (OFT's L1 head)
+        if getattr(backbone, "action_head", None) is None:
+            self.mean = nn.Linear(backbone.hidden_size, 1)
+            nn.init.orthogonal_(self.mean.weight, 0.01)
+            nn.init.zeros_(self.mean.bias)
+        log_std = torch.full((backbone.action_dim,), float(np.log(args.init_std)))
+        self.log_std = nn.Parameter(log_std, requires_grad=args.learn_std)
+
+    def forward(self, backbone, action_hidden):
+        if self.mean is None:
+            mean = backbone.action_mean(action_hidden)
+        else:
+            mean = self.mean(action_hidden).squeeze(-1).float()  # (B, K*A)
+        return torch.distributions.Normal(mean, self.log_std.exp().repeat(self.shape[0]).expand_as(mean))
+
+    def sample(self, normal, deterministic, generator):
+        if deterministic:
+            return normal.mean
+        noise = torch.empty_like(normal.mean).normal_(generator=generator)
+        return normal.mean + normal.stddev * noise
+
+    def log_prob(self, normal, actions):
+        return normal.log_prob(actions)
+
+    def entropy(self, normal):
+        return normal.entropy()
+
+    def to_env(self, actions):
+        actions = actions.unflatten(1, self.shape)
+        return (actions if self.mean is None else actions.clamp(-1, 1)).cpu().numpy()  # L1: as published
+
+
+def make_head(backbone, args, envs):
+    discrete = hasattr(envs.single_action_space, "n")
+    if discrete != (args.head == "discrete"):
+        wanted = "discrete" if discrete else "tokens or gaussian"
+        raise UserError(f"--env {args.env} has {envs.single_action_space} actions; use --head {wanted}.")
+    if args.head == "tokens" and not hasattr(backbone, "action_logits"):
+        raise UserError(
+            f"The backbone {backbone.config['name']!r} has no action tokens; use --head gaussian."
+        )
+    if discrete:
+        return DiscreteHead(backbone, args, int(envs.single_action_space.n))
+    return TokenHead(backbone, args) if args.head == "tokens" else GaussianHead(backbone, args)
+
+
+class Agent(nn.Module):
+    """Backbone and action head. `batch` is what `backbone.preprocess` returns."""
+
+    def __init__(self, backbone, args, envs):
+        super().__init__()
+        self.backbone, self.head = backbone, make_head(backbone, args, envs)
+
+    def get_action_and_value(self, batch, vision=None, deterministic=False, generator=None):
+        """-> actions and their log-probs (B, K*A), no value"""
+        if self.backbone.autoregressive:  # a token needs those before it
+
+            def draw(hidden):
+                return self.head.sample(self.head(self.backbone, hidden), deterministic, generator)
+
+            actions, action_hidden, _ = self.backbone.generate(batch, draw, vision)
+            distribution = self.head(self.backbone, action_hidden)
+        else:
+            distribution = self.head(self.backbone, self.backbone(batch, vision)[0])
+            actions = self.head.sample(distribution, deterministic, generator)
+        return actions, self.head.log_prob(distribution, actions), None
+
+    def evaluate_actions(self, batch, actions, vision=None):
+        """-> log-probs and entropies (B, K*A)"""
+        distribution = self.head(self.backbone, self.backbone(batch, vision, actions)[0])
+        return self.head.log_prob(distribution, actions), self.head.entropy(distribution)
+
+
+# --- evaluation
+
+
+def wilson_interval(successes, episodes, z=1.96):
+    """95 % confidence interval of a success rate (Wilson 1927); sound near 0 and 1, unlike p +- 2 sigma."""
+    p, n = successes / episodes, episodes
+    centre, spread = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+    return [float(max(low, 0)), float(min(high, 1))]  # else -1e-17 by rounding
+
+
+def summarize(outcomes, has_success, instructions):
+    """outcomes: rows (success, return, length, task) -> the evaluation's dict of the run folder's
+    contract."""
+    success, reward, length, task = np.asarray(outcomes, dtype=float).T
+    result = {"episodes": len(outcomes)}
+    if has_success:
+        result["success_rate"] = float(success.mean())
+        result["success_rate_ci95"] = wilson_interval(success.sum(), len(outcomes))
+    result |= {"mean_reward": float(reward.mean()), "mean_length": float(length.mean())}
+    if len(instructions) > 1:
+        groups = {instructions[int(i)]: [row for row in outcomes if row[3] == i] for i in np.unique(task)}
+        result["per_task"] = {name: summarize(rows, has_success, ()) for name, rows in groups.items()}
+    return result
+
+
+@torch.no_grad()
+def evaluate(agent, envs, args, device, video_folder=None):
+    """`--eval-episodes` episodes with seeds 0, 1, 2, ... of the evaluation split -> the evaluation's dict.
+
+    Nothing is computed for finished environments, and neither the training's generators nor its environments
+    move.
+    """
+    agent.eval()
+    generator = torch.Generator(device).manual_seed(args.seed)
+    total, size = args.eval_episodes, envs.num_envs
+    seeds = np.arange(size)  # the episode that each environment plays
+    running = seeds < total
+    obs = envs.reset(seeds, running)
+    outcomes, frames = [None] * total, {i: [] for i in range(min(6, total, size) if video_folder else 0)}
+    started = len(outcomes[:size])
+    while running.any():
+        rows = np.flatnonzero(running)
+        batch = agent.backbone.preprocess({key: x[rows] for key, x in obs.items()}, envs.instructions)
+        action, _, value = agent.get_action_and_value(batch, None, args.deterministic, generator)
+        action = agent.backbone.to_env(agent.head.to_env(action))
+        actions = np.zeros((size, *action.shape[1:]), action.dtype)
+        actions[rows] = action
+        record = np.isin(seeds, list(frames)) & running
+        tasks = obs.get("task", np.zeros(size, int))
+        obs, _, terminated, truncated, info = envs.step(actions, mask=running, record=record)
+        for i in np.flatnonzero(record):
+            for k, frame in enumerate(info["frames"][i]):
+                step = info["episode_length"][i] - info["steps"][i] + k + 1
+                last = (terminated | truncated)[i] and k + 1 == info["steps"][i]
+                text = f"step {step}"
+                text += f"   value {value[rows == i].item():.2f}" if value is not None else ""
+                text += f"   {'success' if info['success'][i] else 'failure'}" if last else ""
+                frames[seeds[i]].append(annotate(frame, [envs.instructions[tasks[i]], text]))
+        again = info["lost"] & running  # the worker died: the same episode once more
+        for i in np.flatnonzero(again & record):
+            frames[seeds[i]] = []
+        for i in np.flatnonzero((terminated | truncated) & running):
+            row = [info[key][i] for key in ("success", "episode_return", "episode_length")]
+            outcomes[seeds[i]] = (*row, tasks[i])
+            seeds[i], started = started, started + 1
+            again[i] = running[i] = seeds[i] < total
+        if again.any():
+            obs = envs.reset(seeds, again)
+    for i, pictures in frames.items():
+        last = pictures[-1]
+        write_video(Path(video_folder) / f"episode_{i}.mp4", pictures + [last] * 10, fps=20)
+    return summarize(outcomes, envs.has_success, envs.instructions)
+
+
+def score(evaluation):
+    return evaluation.get("success_rate", evaluation["mean_reward"])
+
+
+# --- set-up
+
+
+def resolve_args(args):
+    """Presets below the command line's flags; with --resume, the run's own arguments. UserError for values
+    that cannot work."""
+    default = dataclasses.replace(Args(), env=args.env, **PRESETS.get(args.env, PLAIN))
+    args = tyro.cli(Args, default=default)
+    if args.resume:
+        free = {"resume", "device", "num_workers", "capture_video", "track"}
+        saved = load_checkpoint(args.resume, scripts=("grpo_vla",))["args"]
+        if other := saved.keys() ^ {f.name for f in dataclasses.fields(Args)}:
+            raise UserError(
+                f"{args.resume} is of another version of this script, which differs in "
+                f"{', '.join(sorted(other))}; resume it with that version, or use --checkpoint instead."
+            )
+        args = tyro.cli(Args, default=Args(**saved))
+        clash = [name for name in saved if name not in free and getattr(args, name) != saved[name]]
+        if clash:
+            flags = ", ".join("--" + name.replace("_", "-") for name in clash)
+            raise UserError(
+                f"--resume goes on with the run's own arguments; drop {flags}, or use --checkpoint instead."
+            )
+    positive = "num_envs eval_envs eval_episodes save_freq total_timesteps chunk num_groups max_refill "
+    positive += "update_epochs minibatch_size micro_batch_size constant_length temperature init_std "
+    for name in (positive + "max_grad_norm").split():
+        if not getattr(args, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}.")
+    nonnegative = "lora_rank action_history eval_freq learning_rate kl_coef clip_high max_decisions"
+    for name in nonnegative.split():
+        if not getattr(args, name) >= 0:
+            raise UserError(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}.")
+    if args.target_kl is not None and not args.target_kl > 0:
+        raise UserError(f"--target-kl must be positive, not {args.target_kl}.")
+    for name in ("verifier_gamma", "accuracy_low", "accuracy_high", "clip_low"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name.replace('_', '-')} must be in [0, 1], not {getattr(args, name)}.")
+    if args.group_size < 2:
+        raise UserError(f"--group-size must be at least 2, not {args.group_size}: one episode has no rival.")
+    if args.accuracy_low > args.accuracy_high:
+        raise UserError(f"--accuracy-low {args.accuracy_low} is above --accuracy-high {args.accuracy_high}.")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed must be in [0, 2**63), not {args.seed}.")
+    if args.track and not importlib.util.find_spec("wandb"):
+        raise UserError("--track needs Weights & Biases; pip install wandb, or drop --track.")
+    if args.evaluate and not args.checkpoint:
+        raise UserError("--evaluate needs --checkpoint, the weights to evaluate.")
+    return args
+
+
+def choose_device(name):
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but PyTorch finds no CUDA GPU here; use --device cpu.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def build_envs(args, split, num_envs, autoreset):
+    world = {name: getattr(args, name) for name in ("tasks", "cameras", "renderer", "reward")} | {
+        "split": split
+    }
+    return make_envs(
+        args.env, num_envs, seed=args.seed, chunk=args.chunk, num_workers=args.num_workers,
+        autoreset=autoreset, action_history=args.action_history, **(world if args.env == "tabletop" else {}),
+    )  # fmt: skip
+
+
+def build_agent(args, envs, saved, device):
+    """The agent of `saved` (a checkpoint of bc_warmup.py, ppo_vla.py or grpo_vla.py), or a randomly
+    initialised one."""
+    image = envs.single_observation_space.get("image")
+    config = dict(
+        name=args.backbone, chunk=args.chunk, action_dim=len(envs.active_dims),
+        proprio_dim=envs.single_observation_space["proprio"].shape[0], cameras=image.shape[0] if image else 0,
+        image_size=image.shape[1] if image else 0, instructions=envs.instructions,
+    )  # fmt: skip
+    if saved:
+        if saved["args"]["head"] != args.head:
+            raise UserError(
+                f"The checkpoint has the head {saved['args']['head']!r}, not {args.head!r}; set --head."
+            )
+        for name, value in saved["backbone"].items():
+            if name in config and name != "name" and config[name] != value:
+                hints = {"proprio_dim": "--action-history or --env", "action_dim": "--env"}
+                raise UserError(
+                    f"The checkpoint's {name} is {value}, but this run's is {config[name]}; "
+                    f"set {hints.get(name, '--' + name)} as it was."
+                )
+        config = saved["backbone"]
+    backbone = load_backbone(**config, device=device)
+    old_rank = saved["args"]["lora_rank"] if saved else 0
+    if old_rank and args.lora_rank not in (0, old_rank):
+        raise UserError(f"The checkpoint's adapters have rank {old_rank}; use --lora-rank {old_rank} or 0.")
+    if old_rank:
+        add_lora(backbone, old_rank)
+        args.lora_rank = old_rank  # what this run's own checkpoints hold
+    agent = Agent(backbone, args, envs)
+    if saved:
+        weights = {name: x for name, x in saved["agent"].items() if not name.startswith("value_head")}
+        missing, unexpected = agent.load_state_dict(weights, strict=False)
+        if unexpected or missing:
+            raise UserError(
+                "The checkpoint's tensors do not fit this agent: " + ", ".join((*missing, *unexpected)[:4])
+            )
+    if args.lora_rank and not old_rank:
+        add_lora(backbone, args.lora_rank)
+    if not args.train_vision:
+        for parameter in backbone.vision_parameters():
+            parameter.requires_grad_(False)
+    return agent.to(device)
+
+
+# --- training
+
+
+def map_tensors(function, value):
+    """`function` of every tensor in nested dicts and lists."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: map_tensors(function, item) for key, item in value.items()}
+    return [map_tensors(function, item) for item in value] if isinstance(value, list) else value
+
+
+def train(args):
+    """One process, top to bottom: collect groups with the current policy, compare within them, update,
+    repeat."""
+    clock = time.perf_counter
+    with contextlib.ExitStack() as stack:
+        device = choose_device(args.device)
+        torch.manual_seed(args.seed)
+        source = args.resume or args.checkpoint
+        saved = load_checkpoint(source, scripts=("grpo_vla", "ppo_vla", "bc_warmup")) if source else None
+        eval_envs = build_envs(args, args.eval_split, args.eval_envs, autoreset=False)
+        stack.callback(eval_envs.close)
+        agent = build_agent(args, eval_envs, saved, device)
+        results = {"args": dataclasses.asdict(args), "versions": versions(), "hardware": hardware()}
+        if args.resume:
+            folder = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
+        else:
+            name = args.run_name or f"{args.env}__grpo_vla__{args.seed}__{int(time.time())}"
+            folder = run_folder(args.output_dir, name)
+            (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+        videos = folder / "videos" if args.capture_video else None
+        if args.evaluate:
+            final = evaluate(agent, eval_envs, args, device, videos)
+            write_results(folder / "results.json", {"final": final} | results)
+            print(f"evaluated {args.checkpoint}: {score(final):.3f} ({folder / 'results.json'})")
+            return
+
+        envs = build_envs(args, "train", args.num_envs, autoreset=False)
+        stack.callback(envs.close)
+        if args.track:
+            import wandb  # an optional package
+
+            wandb.init(project="vla-rl", name=folder.name, config=results["args"], sync_tensorboard=True)
+        # What a killed run logged after its last checkpoint is logged again.
+        writer = SummaryWriter(folder, purge_step=saved["counters"][0] + 1 if args.resume else None)
+        stack.callback(writer.close)
+        backbone = agent.backbone
+        trained = [p for p in agent.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
+        cache_vision = not any(p.requires_grad for p in backbone.vision_parameters())
+        # The reference of the KL: adapters off where they alone are trained and were added here, else a copy.
+        adapters_off = (
+            args.head == "tokens" and args.lora_rank > 0 and not (saved and saved["args"]["lora_rank"])
+        )
+        if args.resume:
+            adapters_off = saved["reference"] is None
+        reference = None
+        if args.kl_coef > 0 and not adapters_off:
+            reference = copy.deepcopy(agent).requires_grad_(False)
+        sampler = torch.Generator(device).manual_seed(args.seed)
+        shuffler = torch.Generator().manual_seed(args.seed)
+        generators = {"sampler": sampler, "shuffler": shuffler}
+
+        step, iteration, gradient_steps, seconds = 0, 0, 0, 0.0
+        initial, best, recent = None, None, []
+        N, G = args.num_envs, args.group_size
+        jobs, next_group = [], 0  # the groups of the episodes that are still to be started
+        playing = [None] * N  # the running episodes' groups, chunks and rewards
+        chunks, rewards = [[] for _ in range(N)], [[] for _ in range(N)]
+        groups, ready = {}, []  # finished episodes of incomplete groups; complete groups that wait to be used
+        tally = {"groups": 0, "chunks": 0}  # finished groups and computed chunks since the last update
+        if args.resume:
+            optimizer.load_state_dict(saved["optimizer"])
+            step, iteration, gradient_steps, seconds = saved["counters"]
+            initial, best, recent = saved["initial"], saved["best"], saved["recent"]
+            jobs, next_group, playing, chunks, rewards, groups, ready, tally = map_tensors(
+                lambda x: x.to(device), saved["rollout"]
+            )
+            if reference is not None:
+                reference.load_state_dict(saved["reference"])
+            obs = envs.set_state(saved["envs"])
+            set_rng_state(saved["rng"], generators, {})
+        start = clock() - seconds
+
+        def save(name):
+            counters = [step, iteration, gradient_steps, clock() - start]
+            rollout = [jobs, next_group, playing, chunks, rewards, groups, ready, tally]
+            rollout = map_tensors(torch.clone, rollout)  # a view would take its whole batch along
+            state = dict(
+                args=dataclasses.asdict(args), backbone=backbone.config, agent=agent.state_dict(),
+                optimizer=optimizer.state_dict(), envs=envs.get_state(), rng=rng_state(generators, {}),
+                reference=reference.state_dict() if reference is not None else None, counters=counters,
+                initial=initial, best=best, recent=recent, rollout=rollout,
+            )  # fmt: skip
+            save_checkpoint(folder / name, script="grpo_vla", state=state)
+
+        def log_evaluation(evaluation):
+            for key in ("success_rate", "mean_reward", "mean_length"):
+                if key in evaluation:
+                    writer.add_scalar(f"eval/{key}", evaluation[key], step)
+
+        stop = []  # a signal asks for a checkpoint and an orderly end; a second one ends at once
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
+
+        if initial is None:
+            initial = evaluate(agent, eval_envs, args, device, videos)  # what a video lacks shows now
+            best = initial
+            log_evaluation(initial)
+            save("checkpoint.pt")
+            save("best.pt")
+        latest = initial
+        active = torch.as_tensor(envs.active_dims, device=device)
+        if args.head == "discrete":
+            active = active[:1]
+        order_in_chunk = torch.arange(args.chunk, device=device)
+        clips = (args.clip_low, args.clip_high)
+        bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None, smoothing=0.1)
+
+        while step < args.total_timesteps:
+            seconds_env = seconds_policy = 0.0
+            first_step = step
+
+            # --- collect until the batch is full; every environment always plays an unfinished episode
+            agent.eval()
+            limit = args.max_refill * args.num_groups
+            while len(ready) < args.num_groups and tally["groups"] < limit and step < args.total_timesteps:
+                if stop:
+                    break
+                tick = clock()
+                if None in playing:  # the next member of a group starts at once
+                    idle, seeds = np.array([group is None for group in playing]), np.zeros(N, np.int64)
+                    for n in np.flatnonzero(idle):
+                        if not jobs:
+                            jobs, next_group = [next_group] * G, next_group + 1
+                        playing[n], chunks[n], rewards[n] = jobs.pop(), [], []
+                        # a reset with a seed fixes task, layout and all that the simulator draws
+                        seeds[n] = np.random.SeedSequence([args.seed, playing[n]]).generate_state(1)[0]
+                    obs = envs.reset(seeds, idle)
+                tock = clock()
+                with torch.no_grad():
+                    batch = backbone.preprocess(obs, envs.instructions)
+                    vision = backbone.encode_vision(batch)[0] if cache_vision else None
+                    action, log_prob, _ = agent.get_action_and_value(batch, vision, generator=sampler)
+                if cache_vision:
+                    batch.pop("image", None)
+                env_action = backbone.to_env(agent.head.to_env(action))
+                tuck = clock()
+                obs, reward, terminated, truncated, info = envs.step(env_action)
+                seconds_policy += tuck - tock
+                seconds_env += clock() - tuck + tock - tick
+                # Tokens that the environment never saw (after the end, or of a joint it lacks) teach nothing.
+                executed = torch.as_tensor(info["steps"], device=device)[:, None] > order_in_chunk
+                columns = batch | {"actions": action, "log_probs": log_prob}
+                columns["masks"] = (executed[..., None] & active).flatten(1)
+                columns["version"] = torch.full((N,), iteration, device=device)
+                if vision is not None:
+                    columns["vision"] = vision
+                step += int(info["steps"].sum())
+                tally["chunks"] += N
+                for n, row in enumerate(zip(*(x.unbind() for x in columns.values()), strict=True)):
+                    group = playing[n]
+                    if info["lost"][n]:  # its worker died: this member once more
+                        jobs.append(group)
+                        playing[n] = None
+                        continue
+                    chunks[n].append(dict(zip(columns, row, strict=True)))
+                    rewards[n].append(float(reward[n]))
+                    if not (terminated[n] or truncated[n] or len(chunks[n]) == args.max_decisions):
+                        continue
+                    row = [info[x][n] for x in ("success", "episode_return", "episode_length")]
+                    recent.append([float(x) for x in row])
+                    playing[n] = None
+                    outcome = discounted_outcome(rewards[n], args.verifier_gamma)
+                    episode = {"chunks": chunks[n], "outcome": outcome, "success": bool(info["success"][n])}
+                    members = groups.setdefault(group, [])
+                    members.append(episode)
+                    if len(members) == G:
+                        outcomes = [episode["outcome"] for episode in members]
+                        successes = [episode["success"] for episode in members] if envs.has_success else None
+                        tally["groups"] += 1
+                        if informative(outcomes, successes, args.accuracy_low, args.accuracy_high):
+                            ready.append(members)
+                        del groups[group]
+            if stop:
+                break
+            recent = recent[-200:]
+            bar.update(step - first_step)
+            if not ready:  # every group was uniform
+                tally = dict.fromkeys(tally, 0)
+                continue
+            iteration += 1
+            fraction = max(0.0, 1 - step / args.total_timesteps) if args.anneal_lr else 1.0
+            optimizer.param_groups[0]["lr"] = args.learning_rate * fraction
+
+            # --- advantages
+            batch, ready = ready[: args.num_groups], ready[args.num_groups :]  # too many wait for the next
+            outcomes = torch.tensor([[e["outcome"] for e in members] for members in batch], device=device)
+            advantages = grpo_advantages(outcomes, args.std_normalisation, args.leave_one_out).flatten()
+            episodes = [e["chunks"] for members in batch for e in members]
+            lengths = torch.tensor([len(each) for each in episodes], device=device)
+            episode = torch.arange(len(episodes), device=device).repeat_interleave(lengths)
+
+            # --- flatten: valid chunks only, one after another
+            rows = [chunk for each in episodes for chunk in each]
+            data = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+            actions, log_probs, masks = (data.pop(key) for key in ("actions", "log_probs", "masks"))
+            vision, fresh = data.pop("vision", None), data.pop("version") == iteration - 1
+            advantages = advantages[episode]
+            old_log_probs, covered = merge_tokens(log_probs, masks, args.ratio_level, args.chunk)
+            constant = args.constant_length * (covered.shape[1] // args.chunk if covered.shape[1] > 1 else 1)
+            weights = aggregation_weights(covered.sum(1), episode, len(episodes), args.aggregation, constant)
+            if args.kl_coef > 0:
+                off = adapters_disabled(backbone) if reference is None else contextlib.nullcontext()
+                with torch.no_grad(), off:
+                    frozen, parts = reference or agent, []
+                    for index in torch.arange(len(rows), device=device).split(args.micro_batch_size):
+                        part = {key: x[index] for key, x in data.items()}
+                        seen = vision[index] if vision is not None else None  # frozen: the reference's too
+                        parts.append(frozen.evaluate_actions(part, actions[index], seen)[0])
+                    reference_log_probs = torch.cat(parts)
+
+            # --- update
+            tick = clock()
+            agent.train()
+            metrics, kl_stop = [], False
+            # What is shuffled: chunks, or whole episodes where a ratio covers one.
+            units = episode if args.ratio_level == "sequence" else torch.arange(len(rows), device=device)
+            num_units = len(episodes) if args.ratio_level == "sequence" else len(rows)
+            size = max(1, args.minibatch_size * num_units // len(rows))
+            for _ in range(args.update_epochs):
+                order = torch.randperm(num_units, generator=shuffler).to(device)
+                for drawn in order.split(size):
+                    minibatch = torch.isin(units, drawn).nonzero().squeeze(1)
+                    scale = num_units / len(drawn)  # the minibatches' losses average to the batch's
+                    # What the means divide by is the minibatch's, so that micro-batches add up to it exactly.
+                    totals = (covered[minibatch].sum(), masks[minibatch].sum())
+                    total_fresh = (covered[minibatch] & fresh[minibatch, None]).sum()
+                    if args.ratio_level == "sequence":  # all of an episode's chunks make its ratio
+                        parts = []
+                        with torch.no_grad():
+                            for index in minibatch.split(args.micro_batch_size):
+                                part = {key: x[index] for key, x in data.items()}
+                                seen = vision[index] if vision is not None else None
+                                parts.append(agent.evaluate_actions(part, actions[index], seen)[0])
+                        drift = torch.cat(parts) - log_probs[minibatch]
+                        drift = sequence_log_ratio(drift, masks[minibatch], episode[minibatch], len(episodes))
+                    sums = torch.zeros(6, device=device)
+                    for index in minibatch.split(args.micro_batch_size):
+                        part = {key: x[index] for key, x in data.items()}
+                        seen = vision[index] if vision is not None else None
+                        new_log_prob, entropy = agent.evaluate_actions(part, actions[index], seen)
+                        merged, group = merge_tokens(new_log_prob, masks[index], args.ratio_level, args.chunk)
+                        log_ratio = merged - old_log_probs[index]
+                        if args.ratio_level == "sequence":  # the episode's value, each token's own gradient
+                            log_ratio = drift[episode[index], None] + merged - merged.detach()
+                        surrogate = clipped_surrogate(log_ratio, advantages[index], *clips)
+                        surrogate = torch.where(group, surrogate, 0.0).sum(1)
+                        policy_loss = (surrogate * weights[index]).sum() * scale
+                        entropy = masked_mean(entropy, masks[index], totals[1])
+                        loss = policy_loss - args.entropy_coef * entropy
+                        if args.kl_coef > 0:
+                            kl = kl_k3(reference_log_probs[index] - new_log_prob)
+                            loss = loss + args.kl_coef * masked_mean(kl, masks[index], totals[1])
+                        loss.backward()
+                        with torch.no_grad():
+                            ratio = log_ratio.exp()
+                            clipped = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
+                            approx_kl = masked_mean(kl_k3(log_ratio), group, totals[0])
+                            clipped = masked_mean(clipped.float(), group, totals[0])
+                            error = masked_mean((ratio - 1).abs(), group & fresh[index, None], total_fresh)
+                            terms = [policy_loss, entropy, approx_kl, clipped, error, loss]
+                            sums += torch.stack(terms)
+                    if args.target_kl is not None and sums[2] > args.target_kl:
+                        optimizer.zero_grad()
+                        kl_stop = True
+                        break
+                    norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                    if not torch.isfinite(norm + sums.sum()):
+                        raise FloatingPointError(
+                            f"iteration {iteration}: a loss or its gradient is not finite (policy, entropy, "
+                            f"approx_kl, clip fraction, |ratio - 1|, total = {sums.tolist()}, norm "
+                            f"{norm.item()}, outcomes {outcomes.min().item():.3g} to {outcomes.max():.3g}); "
+                            f"{folder / 'checkpoint.pt'} is the last good state."
+                        )
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    gradient_steps += 1
+                    metrics.append(torch.cat([sums, norm[None]]))
+                if kl_stop:
+                    break
+
+            # --- log, evaluate, save
+            seconds_update = clock() - tick
+            means = torch.stack(metrics).mean(0).tolist() if metrics else [float("nan")] * 7
+            spent = seconds_env + seconds_policy + seconds_update
+            success, reward, length = np.mean(np.asarray(recent, float), 0)
+            scalars = {
+                "loss/policy": means[0], "loss/total": means[5],
+                "policy/entropy": means[1], "policy/approx_kl": means[2], "policy/clip_fraction": means[3],
+                "optim/grad_norm": means[6],
+                "policy/first_ratio_error": metrics[0][4].item() if metrics else 0.0,
+                "policy/stale_share": 1 - fresh.float().mean().item(),
+                "optim/learning_rate": args.learning_rate * fraction,
+                "rollout/mean_reward": reward, "rollout/mean_length": length,
+                "rollout/groups_kept": len(batch) + len(ready), "rollout/groups_waiting": len(ready),
+                "rollout/refill_factor": tally["groups"] / len(batch),
+                "rollout/trained_share": len(rows) / max(tally["chunks"], 1),
+                "rollout/lost_episodes": envs.lost_episodes,
+                "time/chunks_per_second": tally["chunks"] / spent,
+                "time/env_steps_per_second": (step - first_step) / spent,
+                "time/samples_per_second": len(rows) * args.update_epochs / seconds_update,
+                "time/env_share": seconds_env / spent, "time/policy_share": seconds_policy / spent,
+                "time/update_share": seconds_update / spent,
+            }  # fmt: skip
+            if envs.has_success:
+                scalars["rollout/success_rate"] = success
+            bar.set_postfix_str(f"success {success:.2f}" if envs.has_success else f"return {reward:.1f}")
+            tally = dict.fromkeys(tally, 0)
+            if device.type == "cuda":
+                scalars["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, step)
+            if args.eval_freq and iteration % args.eval_freq == 0 and step < args.total_timesteps:
+                latest = evaluate(agent, eval_envs, args, device)
+                log_evaluation(latest)
+                tqdm.write(f"{step} steps, {clock() - start:.0f} s: eval {score(latest):.3f}")
+                if score(latest) > score(best):
+                    best = latest
+                    save("best.pt")
+            if iteration % args.save_freq == 0 or step >= args.total_timesteps:
+                save("checkpoint.pt")
+
+        bar.close()
+        if stop and step < args.total_timesteps:
+            save("checkpoint.pt")
+            print(f"stopped at {step} steps; go on with: python grpo_vla.py --resume {folder}")
+            sys.exit(128 + stop[0])
+        final = evaluate(agent, eval_envs, args, device, videos)
+        log_evaluation(final)
+        if score(final) > score(best):
+            best = final
+            save("best.pt")
+        save("checkpoint.pt")
+        numbers = dict(environment_steps=step, gradient_steps=gradient_steps, wall_seconds=clock() - start)
+        write_results(
+            folder / "results.json", dict(initial=initial, final=final, best=best) | numbers | results
+        )
+        what, minutes = "success" if envs.has_success else "return", (clock() - start) / 60
+        print(f"{what} {score(initial):.3f} -> {score(final):.3f} in {minutes:.1f} minutes ({folder})")
+
+
+def main():
+    try:
+        train(resolve_args(tyro.cli(Args)))
+    except (UserError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
