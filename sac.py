@@ -61,6 +61,8 @@ class Args:
     """where the networks and the replay are"""
     compile: bool = False
     """torch.compile the update; with CUDA graphs on a GPU"""
+    bf16: bool = False
+    """matrix products of the critics in bfloat16, but for the last layer's"""
     checkpoint: str | None = None
     """start from these weights: a file, or a run's folder"""
     resume: str | None = None
@@ -159,8 +161,9 @@ def temperature_loss(log_alpha, log_prob, target_entropy):
 class TwinCritic(nn.Module):
     """Q1 and Q2 as one network of batched matrices: obs (B, S), action (B, A) -> (2, B)."""
 
-    def __init__(self, obs_dim, action_dim, width, depth):
+    def __init__(self, obs_dim, action_dim, width, depth, bf16=False):
         super().__init__()
+        self.bf16 = bf16
         sizes = [obs_dim + action_dim, *[width] * depth, 1]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):  # nn.Linear's initialisation
@@ -170,8 +173,9 @@ class TwinCritic(nn.Module):
     def forward(self, obs, action):
         x = torch.cat([obs, action], -1).expand(2, -1, -1)
         *hidden, (weight, bias) = zip(self.weights, self.biases, strict=True)
-        for w, b in hidden:
-            x = torch.baddbmm(b, x, w).relu_()  # (2, B, width)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            for w, b in hidden:
+                x = torch.baddbmm(b, x, w).relu_()  # (2, B, width)
         return (x * weight.mT).sum(-1) + bias[..., 0]  # faster than a product with one column
 
 
@@ -188,7 +192,7 @@ class Agent(nn.Module):
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         self.actor = mlp(obs_dim, 2 * action_dim, args.width, args.depth)
-        self.critic = TwinCritic(obs_dim, action_dim, args.width, args.depth)
+        self.critic = TwinCritic(obs_dim, action_dim, args.width, args.depth, args.bf16)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.zeros(()))
 

@@ -60,6 +60,8 @@ class Args:
     """where the networks and the data are"""
     compile: bool = False
     """torch.compile the update; with CUDA graphs on a GPU"""
+    bf16: bool = False
+    """matrix products of the critics in bfloat16, but for the last layer's"""
     checkpoint: str | None = None
     """start from these weights: a file, or a run's folder"""
     resume: str | None = None
@@ -152,8 +154,9 @@ def policy_loss(q, policy_action, action, alpha):
 class TwinCritic(nn.Module):
     """Q1 and Q2 as one network of batched matrices: obs (B, S), action (B, A) -> (2, B)."""
 
-    def __init__(self, obs_dim, action_dim, width, depth):
+    def __init__(self, obs_dim, action_dim, width, depth, bf16=False):
         super().__init__()
+        self.bf16 = bf16
         sizes = [obs_dim + action_dim, *[width] * depth, 1]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):  # nn.Linear's initialisation
@@ -163,16 +166,18 @@ class TwinCritic(nn.Module):
     def forward(self, obs, action):
         x = torch.cat([obs, action], -1).expand(2, -1, -1)
         *hidden, (weight, bias) = zip(self.weights, self.biases, strict=True)
-        for w, b in hidden:
-            x = torch.baddbmm(b, x, w).relu_()  # (2, B, width)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            for w, b in hidden:
+                x = torch.baddbmm(b, x, w).relu_()  # (2, B, width)
         return (x * weight.mT).sum(-1) + bias[..., 0]  # faster than a product with one column
 
     def q1(self, obs, action):
         """Q1 alone: (B,)"""
         x = torch.cat([obs, action], -1)
         *hidden, (weight, bias) = zip(self.weights, self.biases, strict=True)
-        for w, b in hidden:
-            x = torch.addmm(b[0], x, w[0]).relu_()  # (B, width)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            for w, b in hidden:
+                x = torch.addmm(b[0], x, w[0]).relu_()  # (B, width)
         return (x * weight[0].T).sum(-1) + bias[0, :, 0]
 
 
@@ -192,7 +197,7 @@ class Agent(nn.Module):
         self.register_buffer("obs_mean", torch.zeros(obs_dim))
         self.register_buffer("obs_std", torch.ones(obs_dim))
         self.actor = mlp(obs_dim, action_dim, args.width, args.depth)
-        self.critic = TwinCritic(obs_dim, action_dim, args.width, args.depth)
+        self.critic = TwinCritic(obs_dim, action_dim, args.width, args.depth, args.bf16)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
 
@@ -345,9 +350,10 @@ def prepare_data(dataset, args, bounds):
         actions = 2 * (actions - bounds[0]) / (bounds[1] - bounds[0]) - 1
     if args.normalize_rewards:
         returns = np.add.reduceat(rewards, dataset.episode_starts, dtype=np.float64)
-        if returns.max() == returns.min():
-            raise UserError(f"{dataset.name} has equal returns alone; use --no-normalize-rewards.")
-        rewards = rewards * (1000 / (returns.max() - returns.min()))
+        span = returns.max() - returns.min()
+        if span <= 0.01 * np.abs(returns).max():  # as of a few demonstrations: rewards would become huge
+            raise UserError(f"{dataset.name} has nearly equal returns alone; use --no-normalize-rewards.")
+        rewards = rewards * (1000 / span)
     rewards = args.reward_scale * rewards + args.reward_bias
     actions = np.clip(actions, -1, 1)  # as the environment did
     rest = np.c_[actions, rewards, dataset.terminations].astype(np.float32)

@@ -264,6 +264,21 @@ def test_the_critics_are_two_separate_networks(script):
         close(critic.q1(obs, action), q[0].detach())
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_critics_in_bfloat16_are_the_same_to_three_digits(script):
+    torch.manual_seed(0)
+    critic, obs, action = script.TwinCritic(4, A, 64, 2), torch.randn(B, 4), torch.randn(B, A)
+    found = []
+    for critic.bf16 in (False, True):
+        values = [critic(obs, action)] + ([critic.q1(obs, action)] if script is td3_bc else [])
+        sum(q.sum() for q in values).backward()
+        found.append([*values, critic.weights[0].grad, critic.weights[-1].grad])
+        critic.zero_grad()
+    for exact, half in zip(*found, strict=True):
+        assert half.dtype == torch.float32 and not torch.equal(exact, half)
+        assert (exact - half).norm() < 0.02 * exact.norm()
+
+
 def test_orthogonal_initialisation():
     for network in (cql.TwinCritic(4, A, 16, 2), cql.mlp(4, 2, 16, 2)):
         weights = [p for name, p in cql.orthogonal(network).named_parameters() if "weight" in name]
@@ -321,10 +336,11 @@ def test_data_in_the_policys_units(script):
     rest = script.prepare_data(make_dataset(), args, None)[2]
     close(rest[:, 1], np.array([1, 2, 3, 4, 5, 0]) * 1000 / 9 - 1, 1e-6)  # returns 6, 9, 0
     close(rest[:, 0], [-1, 0, 1, 1, 1, -1])
-    even = make_dataset()
-    even.rewards[:] = 0
-    with pytest.raises(UserError, match="equal returns alone; use --no-normalize-rewards"):
-        script.prepare_data(even, args, None)
+    for rewards in ([0, 0, 0, 0, 0, 0], [10, 20, 30, 40, 20.5, 60]):  # returns 60, 60.5, 60
+        even = make_dataset()
+        even.rewards[:] = rewards
+        with pytest.raises(UserError, match="nearly equal returns alone; use --no-normalize-rewards"):
+            script.prepare_data(even, args, None)
 
 
 @pytest.mark.parametrize("script", [iql, cql, td3_bc])
