@@ -445,6 +445,16 @@ def test_a_signal_within_an_update(tmp_path, whole, monkeypatch, flags):
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
+@pytest.mark.slow
+def test_compiled_updates_are_the_same(tmp_path, whole):
+    for name in ("eager", "compile"):
+        flags = f"{whole[0]} --dropout 0 --eval-episodes 0 --total-timesteps 3 --output-dir {tmp_path}"
+        assert call(flags, f"--run-name {name}", "--compile" if name == "compile" else "").code == 0
+    a, b = (load_checkpoint(tmp_path / name)["agent"] for name in ("eager", "compile"))
+    for key, x in a.items():
+        torch.testing.assert_close(x, b[key], rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
