@@ -301,11 +301,11 @@ class OpenVLA(nn.Module):
             if self.statistics:
                 q01, q99 = (self.statistics["proprio"][q] for q in ("q01", "q99"))
                 batch["proprio"] = normalize(batch["proprio"], q01, q99, [True] * len(q01))
-        image, size = obs["image"], self.image_size
+        image, size = obs["image"], self.image_size  # in the host's memory where it is `stored`
         stored = self.config["libero"] and image.shape[2:4] != (size, size)  # as the training data were
         if stored:
             with ThreadPoolExecutor() as pool:
-                flat = list(pool.map(jpeg, image.reshape(-1, *image.shape[2:])))
+                flat = list(pool.map(jpeg, np.asarray(image).reshape(-1, *image.shape[2:])))
             image = np.stack(flat).reshape(image.shape)
         image = torch.as_tensor(image, device=device).permute(0, 1, 4, 2, 3)
         image = (resize_lanczos if stored else resize_bicubic)(image, size)
@@ -434,6 +434,16 @@ class OpenVLA(nn.Module):
             actions = unnormalize(torch.as_tensor(actions), q["q01"], q["q99"], mask, eps).numpy()
         if self.config["libero"]:  # the model has 0 for closed and 1 for open, LIBERO +1 and -1
             actions = np.concatenate([actions[..., :-1], -np.sign(2 * actions[..., -1:] - 1)], -1)
+        return actions
+
+    def from_env(self, actions):
+        """The way back: numpy (..., A) in the environment's units -> in [-1, 1], for imitation."""
+        if self.config["libero"]:
+            actions = np.concatenate([actions[..., :-1], (1 - actions[..., -1:]) / 2], -1)
+        if self.statistics:
+            q = self.statistics["action"]
+            mask = q.get("mask", [True] * (self.action_dim - 1) + [False])
+            actions = normalize(torch.as_tensor(actions), q["q01"], q["q99"], mask).numpy()
         return actions
 
     @torch.no_grad()
