@@ -69,12 +69,12 @@ gymnasium.register("Aim-v0", entry_point=Aim)
 gymnasium.register("AimCut-v0", entry_point=Aim, max_episode_steps=3)
 
 
-def write_aim(path, steps=4000):
-    """A behaviour that does the opposite of what is right, with much noise: a = -0.2 x +- 0.8."""
+def write_aim(path, gain=-0.2, noise=0.8, steps=4000):
+    """A behaviour that does the opposite of what is right, with much noise: a = gain x +- noise."""
     rng, env, rows = np.random.default_rng(0), Aim(), []
     obs, _ = env.reset(seed=0)
     for _ in range(steps):
-        action = 2 * np.float32([np.clip(-0.2 * env.x + rng.uniform(-0.8, 0.8), -1, 1)])
+        action = 2 * np.float32([np.clip(gain * env.x + rng.uniform(-noise, noise), -1, 1)])
         after, reward, ended, _, _ = env.step(action)
         rows.append((obs, action, reward, after, ended, False))
         obs = env.reset()[0] if ended else after
@@ -321,9 +321,9 @@ LEARNING = """--width 64 --batch-size 64 --learning-rate 3e-3 --critic-learning-
     --tau 0.02 --eval-episodes 40 --eval-freq 0 --seed 1 --device cpu"""
 
 
-def learn(script, home, name, flags):
+def learn(script, home, name, flags, data="aim"):
     flags = f"{LEARNING} {flags} --output-dir {home} --run-name {name}"
-    run(script, flags, "" if script is sac else f"--dataset {home}/aim.hdf5")
+    run(script, flags, "" if script is sac else f"--dataset {home}/{data}.hdf5")
     return results(home / name)["final"]["mean_reward"]
 
 
@@ -339,6 +339,13 @@ def learn(script, home, name, flags):
 def test_learning_what_the_data_do_not_show(home, script, flags):
     """The behaviour's return is -2.7, its imitation's 1.6, the best 4."""
     assert learn(script, home, f"learned_{script.__name__}", flags) > 3.2
+
+
+def test_cql_stays_where_there_are_data(home):
+    """The best actions and few others: a penalty of the other sign makes unknown ones look better."""
+    write_aim(home / "narrow.hdf5", gain=0.4, noise=0.3)
+    flags = "--total-timesteps 200 --cql-alpha 5 --cql-samples 4 --depth 2 --critic-depth 2"
+    assert learn(cql, home, "narrow", flags, "narrow") > 3.2
 
 
 @pytest.mark.parametrize(
