@@ -116,7 +116,7 @@ def test_common_flags_are_in_one_order_and_mean_the_same(script):
     assert list(here) == [field.name for field in dataclasses.fields(script.Args)]
     common = [name for name in here if name in model and name != "dropout"]  # the transformer's is another
     assert common == [name for name in model if name in here and name != "dropout"]
-    same = "checkpoint resume evaluate capture_video track output_dir"
+    same = "resume evaluate capture_video track output_dir"
     assert {name: here[name] for name in same.split()} == {name: model[name] for name in same.split()}
     if script in (iql, cql, td3_bc):
         same = """dataset env seed device compile bf16 eval_episodes eval_freq save_freq total_timesteps
