@@ -1,5 +1,6 @@
-"""Make .venv and install requirements.txt into it, with nothing but Python 3.11 or newer: python3
-common/install.py
+"""Make .venv and install requirements.txt into it, with nothing but Python 3.11 or newer.
+
+    python3 common/install.py [--libero]        # with it, requirements-libero.txt too
 
 Debian's and Ubuntu's own Python comes without ensurepip. Then pip's installer is fetched, and its hash
 checked: such a system may have no certificates either.
@@ -30,7 +31,9 @@ def fetch(url, sha256):
     return content
 
 
-def main():
+def main(options):
+    if options not in ([], ["--libero"]):
+        sys.exit(f"error: common/install.py takes --libero or nothing, not {' '.join(options)}.")
     if sys.version_info < (3, 11):  # noqa: UP036 (this file alone is met by older ones)
         sys.exit(f"error: Python 3.11 or newer is needed, this is {sys.version.split()[0]}.")
     has_pip = importlib.util.find_spec("ensurepip") is not None
@@ -40,7 +43,10 @@ def main():
         script = ROOT / ".get-pip.py"
         script.write_bytes(fetch(GET_PIP, SHA256))
         steps.append([str(python), str(script), "--quiet"])
-    steps.append([str(python), "-m", "pip", "install", "--quiet", "-r", str(ROOT / "requirements.txt")])
+    pip = [str(python), "-m", "pip", "install", "--quiet"]
+    steps.append([*pip, "-r", str(ROOT / "requirements.txt")])
+    if "--libero" in options:
+        steps.append([*pip, "--no-deps", "-r", str(ROOT / "requirements-libero.txt")])
     try:
         for step in steps:
             if code := subprocess.run(step, check=False).returncode:
@@ -50,4 +56,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

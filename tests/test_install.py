@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -40,10 +41,24 @@ def test_an_old_python_and_a_failing_step_end_in_one_sentence(tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(install.sys, "version_info", (3, 10, 0))
         with pytest.raises(SystemExit, match="Python 3.11 or newer is needed"):
-            install.main()
+            install.main([])
     monkeypatch.setattr(install.sys, "executable", "false")
     monkeypatch.setattr(install, "ROOT", tmp_path)
     monkeypatch.setattr(install, "VENV", tmp_path / ".venv")
     with pytest.raises(SystemExit, match="failed with exit code 1; its message stands above"):
-        install.main()
+        install.main([])
     assert not list(tmp_path.iterdir())
+
+
+def test_libero_comes_without_its_own_dependencies(tmp_path, monkeypatch):
+    commands, done = [], install.subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(install.subprocess, "run", lambda step, check: commands.append(step) or done)
+    monkeypatch.setattr(install, "VENV", tmp_path)
+    install.main([])
+    plain = len(commands)
+    install.main(["--libero"])
+    assert commands[plain:-1] == commands[:plain]
+    wanted = ["install", "--quiet", "--no-deps", "-r", str(install.ROOT / "requirements-libero.txt")]
+    assert commands[-1][-5:] == wanted and Path(wanted[-1]).is_file()
+    with pytest.raises(SystemExit, match="takes --libero or nothing, not --liber"):
+        install.main(["--liber"])

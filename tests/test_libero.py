@@ -7,7 +7,8 @@ import collections
 import importlib.util
 import json
 import os
-import tarfile
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -21,25 +22,7 @@ from common import UserError
 from common.datasets import load_demonstrations
 from common.envs import libero, make_envs
 
-ARCHIVE = Path(__file__).resolve().parents[2] / "shared" / "data" / "libero_assets.tar.xz"
 RNG = np.random.default_rng(0)
-
-
-@pytest.fixture(scope="module")
-def assets(tmp_path_factory):
-    if not all(importlib.util.find_spec(name) for name in ("robosuite", "libero", "bddl")):
-        pytest.skip("LIBERO IS NOT INSTALLED, ITS WORLD IS NOT TESTED: " + libero.INSTALL)
-    if not os.environ.get("LIBERO_ASSETS"):
-        if not ARCHIVE.is_file():
-            pytest.skip(f"LIBERO_ASSETS IS NOT SET AND {ARCHIVE} NOT THERE, LIBERO'S WORLD IS NOT TESTED")
-        folder = tmp_path_factory.mktemp("assets")
-        with tarfile.open(ARCHIVE) as archive:
-            archive.extractall(folder, filter="data")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("LIBERO_ASSETS", str(next(folder.glob("**/scenes")).parent))
-            yield
-    else:
-        yield
 
 
 def physics(env):
@@ -405,6 +388,19 @@ def test_no_gl(env, monkeypatch):
     monkeypatch.setattr(env.simulation, "renderer", None)
     with pytest.raises(UserError, match="no display; install EGL.*MUJOCO_EGL_DEVICE_ID.*MUJOCO_GL"):
         env.observe()
+
+
+def test_no_gl_at_import():
+    """Which mujoco loads, or fails to, in the first import of a process."""
+    code = "from common import envs; envs.make_envs('libero', 1, seed=0, num_workers=0)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], env=os.environ | {"MUJOCO_GL": "none"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    last = run.stderr.strip().splitlines()[-1]
+    assert (
+        last.startswith("common.UserError: LIBERO needs OpenGL, which failed with ") and "install EGL" in last
+    )
 
 
 def test_fork_after_rendering(env):

@@ -1,10 +1,12 @@
 """OpenVLA and OpenVLA-OFT: against the published code's outputs (where its tiny checkpoints are at hand) and,
 with small random checkpoints, against transformers' own towers and Llama, PIL, peft and scalar loops."""
 
+import http.server
 import json
 import math
 import shutil
 import tarfile
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -633,6 +635,37 @@ def test_bfloat16_is_close_to_float32(checkpoints):
         assert (outputs[0] - outputs[1]).norm() < 0.03 * outputs[0].norm()
 
 
+def test_four_bits():
+    """Against 16 bits with the same rounded weights; adapters train; the size is memory_needed's."""
+    if not torch.cuda.is_available():
+        pytest.skip("4 BITS ARE NOT TESTED: there is no GPU")
+    bnb = pytest.importorskip("bitsandbytes", reason="4 BITS ARE NOT TESTED: pip install bitsandbytes")
+    sizes, models = SIZES | dict(text=SIZES["text"] | dict(hidden_size=128, intermediate_size=256)), []
+    for four in (False, True):
+        torch.manual_seed(0)
+        config = dict(path="random", chunk=2, sizes=sizes, device="cuda", load_in_4bit=four)
+        models.append(load_backbone("openvla", **config))
+    shapes = {name: tensor.shape for name, tensor in models[0].named_parameters()}
+    for name, weight in models[1].named_parameters():
+        assert isinstance(weight, bnb.nn.Params4bit) == openvla.quantized(name, shapes[name])
+        if openvla.quantized(name, shapes[name]):
+            exact = models[0].get_parameter(name)
+            rounded = bnb.functional.dequantize_4bit(weight, weight.quant_state)
+            assert 0.02 < (rounded - exact).norm() / exact.norm() < 0.15
+            exact.data = rounded.to(exact.dtype)
+    state = models[1].language_model.model.layers[0].mlp.up_proj.weight.quant_state
+    scales = state.absmax.nbytes + state.state2.absmax.nbytes
+    assert 0.5 + scales / (128 * 256) == pytest.approx(0.52, abs=0.01)
+    batch = models[0].preprocess(observe(3), INSTRUCTIONS)
+    with torch.no_grad():
+        wanted, found = (model(batch)[0] for model in models)
+    assert (found - wanted).norm() < 0.03 * wanted.norm()
+    add_lora(models[1], 4)
+    models[1].train()
+    models[1].action_logits(models[1](batch)[0]).square().mean().backward()
+    assert all(p.grad.abs().max() > 0 for n, p in models[1].named_parameters() if "lora_B" in n)
+
+
 def test_what_trains_gets_a_gradient_and_nothing_else(checkpoints):
     model = load(checkpoints, "oft")
     model.language_model.lm_head(
@@ -873,6 +906,7 @@ def truncate(folder):
         ("openvla", None, dict(head="gaussian"), "--head tokens"),
         ("oft", None, dict(action_dim=14), "not for actions of 14"),
         ("oft", None, dict(load_in_4bit=True), "4 bits without bitsandbytes"),
+        ("oft", None, dict(load_in_4bit="here"), "4 bits on a GPU only"),
         ("oft", None, dict(statistics="missing.json"), "missing.json cannot be read"),
         ("oft", lambda f: change(f, model_type="llama"), {}, "has the model_type 'llama'"),
         ("oft", lambda f: change(f, image_resize_strategy="letterbox"), {}, "only 'resize-naive' loads"),
@@ -887,7 +921,8 @@ def truncate(folder):
 def test_errors_are_one_sentence(checkpoints, tmp_path, monkeypatch, family, spoil, config, message):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     if config.get("load_in_4bit"):
-        monkeypatch.setattr(openvla.importlib.util, "find_spec", lambda name: None)
+        found = {True: None, "here": "bitsandbytes"}[config["load_in_4bit"]]
+        monkeypatch.setattr(openvla.importlib.util, "find_spec", lambda name: found)
     folder = checkpoints[family]
     if spoil:
         folder = tmp_path / folder.name
@@ -904,13 +939,54 @@ def test_hub_and_paths_that_are_not_there(monkeypatch):
         load_backbone("openvla/openvla-7b")
     with pytest.raises(UserError, match="does not exist"):
         load_backbone("./no/such/folder")
-    with pytest.raises(UserError, match="check the name"):
+    with pytest.raises(UserError, match="no such/name cannot be had.*check name and disk"):
         load_backbone("no such/name")
     with pytest.raises(UserError, match="Unknown backbone"):
         load_backbone("opnvla")
 
 
-def test_too_little_memory_is_said_before_loading(checkpoints, monkeypatch):
-    monkeypatch.setattr(openvla.psutil, "virtual_memory", lambda: SimpleNamespace(available=1_000_000))
-    with pytest.raises(UserError, match=r"needs 0.0 GB for its weights, and cpu has 0.0 GB free"):
-        load(checkpoints, "openvla")
+def test_the_hub_does_not_answer_or_has_no_such_name(monkeypatch, tmp_path):
+    class NotFound(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with http.server.HTTPServer(("127.0.0.1", 0), NotFound) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(UserError, match="^The hub has no openvla/openvla-8b, or not for you; [^\n]*$"):
+            load_backbone("openvla/openvla-8b")
+        server.shutdown()
+    with pytest.raises(UserError, match="^openvla/openvla-7b is neither .* hub cannot be reached; [^\n]*$"):
+        load_backbone("openvla/openvla-7b")  # nobody listens there any more
+
+
+def test_too_little_memory_is_said_before_loading(monkeypatch):
+    """On the host and on a GPU, in 16 and in 4 bits: 32 layers' 4 * 4096^2 + 3 * 4096 * 11008 numbers have
+    half a byte and their scales, the rest has two."""
+    model = load_backbone("openvla", path="random", device="meta")
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert openvla.memory_needed(shapes, torch.bfloat16, False) == 2 * 7_541_237_184
+    assert openvla.memory_needed(shapes, torch.float32, False) == 4 * 7_541_237_184
+    layers = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    four = openvla.memory_needed(shapes, torch.bfloat16, True)
+    assert four == pytest.approx(2 * (7_541_237_184 - layers) + layers * (0.5 + 1 / 64), rel=0.01)
+    gigabyte = 10**9
+    for device, free in (("cpu", 15), ("cuda", 15), ("cuda", 5)):
+        monkeypatch.setattr(
+            openvla.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free * gigabyte)
+        )
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free * gigabyte, 80 * gigabyte))
+        model.is_loaded_in_4bit = free == 5
+        needs, hint = ("5.5", "another") if free == 5 else ("15.1", "4 bits")
+        sentence = (
+            rf"^random needs {needs} GB for its weights, and {device} has {free}.0 GB free; use {hint}[^\n]*$"
+        )
+        with pytest.raises(UserError, match=sentence):
+            openvla.fill(model, shapes, {}, torch.device(device))

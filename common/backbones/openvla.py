@@ -501,12 +501,16 @@ def find_checkpoint(path):
         return Path(huggingface_hub.snapshot_download(path, ignore_patterns=["*/*", "*.bin"]))
     except huggingface_hub.errors.LocalEntryNotFoundError as error:
         raise UserError(
-            f"{path} is neither a folder nor in the hub's cache, and the hub cannot be reached; download it "
-            f"where it can (hf download {path} --local-dir FOLDER), or use --backbone tiny."
+            f"{path} is neither a folder nor, complete, in the hub's cache, and the hub cannot be reached; "
+            f"download it where it can (hf download {path} --local-dir FOLDER), or use --backbone tiny."
+        ) from error
+    except huggingface_hub.errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"The hub has no {path}, or not for you; check the name, or log in (hf auth login)."
         ) from error
     except Exception as error:  # the hub's many ways to say no
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{path} cannot be had from the hub ({reason}); check the name.") from error
+        raise UserError(f"{path} cannot be had from the hub ({reason}); check name and disk.") from error
 
 
 def read_headers(folder):
@@ -652,6 +656,8 @@ def build(
         (any(dim not in (0, action_dim) for dim in dims), f"is not for actions of {action_dim} numbers."),
         (load_in_4bit and not importlib.util.find_spec("bitsandbytes"),
          "cannot be loaded in 4 bits without bitsandbytes; pip install it, or load 16 bits."),
+        (load_in_4bit and device.type == "cpu",  # there its layers lose their gradients after an evaluation
+         "can be loaded in 4 bits on a GPU only; load 16 bits."),
     ):  # fmt: skip
         if wrong:
             raise UserError(f"{path} {sentence}")
@@ -676,16 +682,29 @@ def build(
     return model.eval()
 
 
+def quantized(name, shape):
+    """Whether 4 bits are of use to the tensor: the matrices of Llama's layers."""
+    return name.startswith("language_model.model.layers.") and len(shape) == 2
+
+
+def memory_needed(shapes, dtype, load_in_4bit):
+    """Bytes of the weights {name: shape}; of 4 bits, with their blocks' scales, 0.52 bytes a number."""
+    return sum(
+        math.prod(shape) * (0.52 if load_in_4bit and quantized(name, shape) else dtype.itemsize)
+        for name, shape in shapes.items()
+    )
+
+
 @torch.no_grad()
 def fill(model, shapes, loaded, device):
     """Move every tensor from its shard to its place on the device, one at a time; random without `loaded`."""
     dtype, path, four = getattr(torch, model.config["dtype"]), model.config["path"], model.is_loaded_in_4bit
-    needed = sum(map(math.prod, shapes.values())) * (0.6 if four else dtype.itemsize)
+    needed = memory_needed(shapes, dtype, four)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > free:
         raise UserError(
             f"{path} needs {needed / 1e9:.1f} GB for its weights, and {device} has {free / 1e9:.1f} GB free; "
-            "use 4 bits, another device, or --backbone tiny."
+            f"use {'' if four else '4 bits, '}another device, or --backbone tiny."
         )
     digest, shards = hashlib.sha256(), {}
     for name in tqdm(shapes, desc=f"load {path}", unit="tensor", disable=None):
@@ -701,7 +720,7 @@ def fill(model, shapes, loaded, device):
         tensor = source.to(device, dtype, copy=device.type == "cpu")  # a copy has no tie to the file
         digest.update(tensor.flatten()[:8].float().cpu().bfloat16().view(torch.int16).numpy().tobytes())
         module, parameter = model.get_submodule(parent), nn.Parameter(tensor)
-        if four and tensor.ndim == 2 and parent.startswith("language_model.model.layers."):
+        if four and quantized(name, tensor.shape):
             import bitsandbytes as bnb  # an optional package
 
             kind = dict(compute_dtype=torch.bfloat16, quant_type="nf4", device="meta")

@@ -1,0 +1,81 @@
+"""benchmarks/vla_speed.py: FLOPs and memory, counted on the meta device, against arithmetic by hand; the
+command line at a tiny width."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import vla_speed
+
+ROOT = Path(__file__).resolve().parents[1]
+WIDTH, MLP, VOCABULARY = 4096, 11008, 32064
+
+
+@pytest.mark.parametrize("name", vla_speed.SPECIFIED)
+def test_flops_of_the_full_size_are_the_specified_ones(name, monkeypatch):
+    """Where the specification counts more than is run here, the prompt is longer (its scoring sees the last
+    action token too) or the difference is added (the rows of lm_head that are no action tokens)."""
+    chunk, cameras, tokens, vision, language, floor = vla_speed.SPECIFIED[name]
+    if tokens:
+        monkeypatch.setattr(vla_speed, "INSTRUCTION", vla_speed.INSTRUCTION + " word")
+    agent = vla_speed.make_agent(chunk, "meta", dict(proprio=8) if cameras == 2 else None)
+    batch = vla_speed.empty_batch(agent.backbone, 1, cameras)
+    actions = torch.empty(1, 7 * chunk if chunk > 1 else tokens + 1, dtype=torch.long, device="meta")
+    found = vla_speed.count(agent, batch, actions)
+    rest = 2 * actions.shape[1] * WIDTH * (VOCABULARY - 256)
+    assert found[0] / 1e12 == pytest.approx(vision, abs=0.0006)
+    assert (found[1] + rest) / 1e12 == pytest.approx(language, abs=0.006)
+    assert 1e3 * (sum(found) + rest) / vla_speed.FLOPS == pytest.approx(floor, rel=0.002)
+
+
+@pytest.mark.parametrize("chunk", [8, 1])
+def test_flops_and_memory_of_an_update(chunk):
+    """A second pass for the inputs' gradients, but for q, k and v of the first layer; two for the adapters;
+    attention's backward with its scores formed once more (2.5 times)."""
+    rank, layers = 32, 2
+    text = dict(hidden_size=WIDTH, intermediate_size=MLP, num_hidden_layers=layers)
+    text |= dict(num_attention_heads=32, num_key_value_heads=32)
+    agent = vla_speed.make_agent(chunk, "meta", dict(text=vla_speed.TINY["text"] | text), rank)
+    batch = vla_speed.empty_batch(agent.backbone, 3, 1)
+    actions = torch.empty(3, 7 * chunk, dtype=torch.long, device="meta")
+    tokens = 256 + 35 + (57 if chunk > 1 else 6)
+    matrices = layers * (4 * WIDTH**2 + 3 * WIDTH * MLP)
+    adapters = layers * rank * (8 * WIDTH + 3 * (WIDTH + MLP))
+    attention = 4 * tokens**2 * WIDTH * layers * (1 if chunk > 1 else 0.5)
+    head = 2 * 7 * chunk * 256 * WIDTH
+    forward = 2 * tokens * (matrices + adapters) + attention + head
+    unused = 3 * WIDTH * (WIDTH + rank)
+    backward = 2 * tokens * (matrices + 2 * adapters - unused) + 2.5 * attention + head
+    assert vla_speed.count(agent, batch, actions)[1] == pytest.approx(3 * forward, rel=1e-3)
+    both = vla_speed.count(agent, batch, actions, train=True)[1]
+    assert both == pytest.approx(3 * (forward + backward), rel=1e-3)
+    # kept for the backward, in bfloat16: in a layer eight tensors of the model's width and four of the MLP's
+    layer = 3 * tokens * 2 * (8 * WIDTH + 4 * MLP)
+    kept = vla_speed.count_memory(agent, batch, actions)
+    assert layers * layer < kept < (layers + 1) * layer
+    agent.backbone.checkpointing = True
+    assert vla_speed.count_memory(agent, batch, actions) < kept - 0.5 * layer
+
+
+def test_the_command_line_at_a_tiny_width():
+    command = [sys.executable, "benchmarks/vla_speed.py", "--tiny", "--seconds", "0", "--device", "cpu"]
+    command += ["--batch-sizes", "1", "2", "--minibatch-size", "2"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in run.stdout.splitlines() if "|" in line
+    ]
+    assert [row[0] for row in rows if row[0] in vla_speed.SPECIFIED] == list(vla_speed.SPECIFIED)
+    inference = [row for row in rows if row[0] in vla_speed.MODELS and row[1] in "12"]
+    assert len(inference) == 4 and all(float(row[i]) > 0 for row in inference for i in (2, 3, 4))
+    updates = [row for row in rows if row[0] in vla_speed.MODELS and row[1] in ("on", "off")]
+    assert len(updates) == 4 and all(float(row[3]) > 0 for row in updates)
+    presets = {int(row[0]): row for row in rows if row[0] in ("24", "48", "80")}
+    for size, row in presets.items():
+        parts = [float(cell) for cell in row[4:8]]
+        assert sum(parts[:3]) == pytest.approx(parts[3], abs=0.2) and parts[3] < 0.9 * size
+        assert row[8] == "not measured yet"
+    assert presets.keys() == vla_speed.PRESETS.keys()
