@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from test_cli import call, frames, results, run, scalars, stopped_by
-from test_libero import assets, write_demonstration  # noqa: F401 (a fixture)
+from test_libero import write_demonstration
 from test_openvla import STATISTICS, checkpoints  # noqa: F401 (a fixture)
 
 import bc_warmup
