@@ -31,9 +31,9 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import UserError
+from common import UserError, distributed
 from common.action_tokenizer import ActionTokenizer
-from common.backbones import add_lora, load_backbone
+from common.backbones import add_lora, load_adapter, load_backbone, save_adapter
 from common.checkpoint import (
     CheckpointError,
     hardware,
@@ -53,27 +53,31 @@ from common.video import annotate, write_video
 @dataclass
 class Args:
     # --- experiment
-    env: Literal["tabletop"] = "tabletop"
-    """the world that evaluates, and that makes the demonstrations when no --demos are given"""
+    env: Literal["tabletop", "libero"] = "tabletop"
+    """the world that evaluates; tabletop makes the demonstrations when no --demos are given"""
     tasks: tuple[str, ...] = ()
-    """tabletop: kinds of task (lift, put, move) or instructions; empty for all"""
+    """kinds of task (tabletop: lift, put, move), numbers (libero) or instructions; empty for all"""
+    suite: str = "libero_spatial"
+    """libero: libero_spatial, libero_object, libero_goal, libero_10, libero_90"""
+    protocol: Literal["oft", "simplevla"] = "oft"
+    """libero: whose evaluation is followed, openvla-oft's or SimpleVLA-RL's"""
     cameras: tuple[str, ...] = ("agentview",)
-    """tabletop: the pictures that the policy sees (agentview, wrist)"""
+    """the pictures that the policy sees (agentview, wrist)"""
     renderer: Literal["ray", "gl"] = "ray"
     """tabletop: MuJoCo's ray caster, which needs no GL, or mujoco.Renderer"""
     reward: Literal["sparse", "shaped"] = "sparse"
     """tabletop: 1 at success, or with a difference of potentials added"""
     eval_split: str = "eval"
-    """tabletop: eval, or a held-out variation (vision, semantics, execution)"""
+    """eval; tabletop: or a held-out variation (vision, semantics, execution)"""
     demos: str | None = None
-    """HDF5 file of demonstrations in RoboMimic's or LIBERO's layout; default: the scripted expert makes
-    them"""
+    """HDF5 file of demonstrations in RoboMimic's or LIBERO's layout, or a folder of them (LIBERO has a file a
+    task); default: the scripted expert makes them"""
     seed: int = 1
     """fixes demonstrations, initial weights, sampling and minibatch order"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the policy runs"""
     checkpoint: str | None = None
-    """start from these weights: a file, or a run's folder"""
+    """start from these weights: a file, a run's folder, or an OpenVLA checkpoint's folder"""
     resume: str | None = None
     """continue this run (its folder) exactly where its last checkpoint stands, with its own arguments"""
     evaluate: bool = False
@@ -101,7 +105,8 @@ class Args:
 
     # --- algorithm
     backbone: str = "tiny"
-    """the policy's body, when no --checkpoint says which"""
+    """tiny, the folder or hub id of an OpenVLA checkpoint, or openvla for the suite's published one;
+    when no --checkpoint says which"""
     head: Literal["tokens", "gaussian"] = "tokens"
     """256-bin action tokens by cross-entropy, or a continuous chunk by its L1 distance (OpenVLA-OFT)"""
     chunk: int = 4
@@ -110,8 +115,29 @@ class Args:
     """the last n executed actions as an input"""
     lora_rank: int = 0
     """rank of the adapters; 0 trains every weight"""
+    lora_modules: tuple[Literal["language_model", "projector", "vision"], ...] = (
+        "language_model",
+        "projector",
+        "vision",
+    )
+    """openvla: the parts with adapters"""
+    adapter: str | None = None
+    """openvla: start from these LoRA adapters, a folder in PEFT's format"""
+    merge_and_save: str | None = None
+    """openvla: at the end, or with --evaluate, write the merged weights in the published layout here"""
+    family: Literal["auto", "openvla", "openvla-oft"] = "auto"
+    """openvla: tokens one after another, or OFT's all at once; auto looks for OFT's traces"""
+    unnorm_key: str | None = None
+    """openvla: the data set whose statistics scale the actions, or none; default: the suite, or the only
+    one"""
+    statistics: str | None = None
+    """openvla: a dataset_statistics.json in place of the checkpoint's own"""
+    load_in_4bit: bool = False
+    """openvla: language model in 4 bits, through bitsandbytes"""
+    gradient_checkpointing: bool = False
+    """openvla: recompute each block in the backward pass: a third more time, far less memory"""
     num_demos: int = 600
-    """demonstrations: scripted ones to make, or the first of --demos"""
+    """demonstrations: scripted ones to make, or the first of each file of --demos"""
     demo_noise: float = 0.3
     """standard deviation of the noise on the scripted expert's executed actions; its labels stay clean"""
     grounding_scenes: int = 6000
@@ -139,6 +165,14 @@ class Args:
     """gaussian head: the standard deviation that PPO starts with"""
     learn_std: bool = False
     """gaussian head: imitation leaves the standard deviation alone"""
+
+
+PRESETS = {  # what differs from the defaults, which are tabletop's; flags on the command line win
+    "libero": dict(
+        backbone="openvla", chunk=8, eval_envs=32, num_demos=50, grounding_steps=0, gradient_steps=10_000,
+        batch_size=16, learning_rate=5e-4, label_sigma=0.0, temperature=1.6, save_freq=1000,
+    ),
+}  # fmt: skip
 
 
 # --- the mathematics: pure functions on tensors
@@ -270,15 +304,24 @@ class Agent(nn.Module):
 
     def get_action_and_value(self, batch, vision=None, deterministic=False, generator=None):
         """-> actions and their log-probs (B, K*A), no value"""
-        distribution = self.head(self.backbone, self.backbone(batch, vision)[0])
-        actions = self.head.sample(distribution, deterministic, generator)
+        if self.backbone.autoregressive:  # a token needs those before it
+
+            def draw(hidden):
+                return self.head.sample(self.head(self.backbone, hidden), deterministic, generator)
+
+            actions, action_hidden, _ = self.backbone.generate(batch, draw, vision)
+            distribution = self.head(self.backbone, action_hidden)
+        else:
+            distribution = self.head(self.backbone, self.backbone(batch, vision)[0])
+            actions = self.head.sample(distribution, deterministic, generator)
         return actions, self.head.log_prob(distribution, actions), None
 
     def imitation_loss(self, batch, vision, targets, mask, sigma):
         """targets: bins (tokens) or actions (gaussian), and mask, both (B, K*A) -> scalar, the mean over the
         mask"""
-        action_hidden = self.backbone(batch, vision)[0]
-        if isinstance(self.head, TokenHead):  # logits of the valid tokens only
+        tokens = isinstance(self.head, TokenHead)
+        action_hidden = self.backbone(batch, vision, targets if tokens else None)[0]
+        if tokens:  # logits of the valid ones only
             logits = self.backbone.action_logits(action_hidden[mask]).float()
             return soft_cross_entropy(logits, targets[mask], sigma).mean()
         return (self.head(self.backbone, action_hidden).mean - targets).abs()[mask].mean()
@@ -318,11 +361,12 @@ def evaluate(agent, envs, args, device, video_folder=None):
     move.
     """
     agent.eval()
-    generator = torch.Generator(device).manual_seed(args.seed)
-    total, size = args.eval_episodes, envs.num_envs
-    seeds = np.arange(size)  # the episode that each environment plays
+    rank, world = distributed.ranks()
+    generator = torch.Generator(device).manual_seed(args.seed + rank)
+    total, size = len(range(rank, args.eval_episodes, world)), envs.num_envs
+    seeds = np.arange(size)  # the episode that each environment plays, of this process's
     running = seeds < total
-    obs = envs.reset(seeds, running)
+    obs = envs.reset(seeds * world + rank, running)
     outcomes, frames = [None] * total, {i: [] for i in range(min(6, total, size) if video_folder else 0)}
     started = len(outcomes[:size])
     while running.any():
@@ -352,10 +396,11 @@ def evaluate(agent, envs, args, device, video_folder=None):
             seeds[i], started = started, started + 1
             again[i] = running[i] = seeds[i] < total
         if again.any():
-            obs = envs.reset(seeds, again)
+            obs = envs.reset(seeds * world + rank, again)
     for i, pictures in frames.items():
         last = pictures[-1]
         write_video(Path(video_folder) / f"episode_{i}.mp4", pictures + [last] * 10, fps=20)
+    outcomes = [row for rows in distributed.all_gather(outcomes) for row in rows]
     return summarize(outcomes, envs.has_success, envs.instructions)
 
 
@@ -367,7 +412,15 @@ def score(evaluation):
 
 
 def resolve_args(args):
-    """With --resume, the run's own arguments. UserError for values that cannot work."""
+    """Presets below the command line's flags; with --resume, the run's own arguments. UserError for values
+    that cannot work."""
+    preset = PRESETS.get(args.env, {})
+    if args.env == "libero":  # the protocol's 50 initial states a task, each once
+        tasks = len(args.tasks) or (90 if args.suite == "libero_90" else 10)
+        preset = preset | {"eval_episodes": 50 * tasks}
+    args = tyro.cli(Args, default=dataclasses.replace(Args(), env=args.env, **preset))
+    if args.checkpoint and (Path(args.checkpoint) / "config.json").is_file():
+        args.backbone, args.checkpoint = args.checkpoint, None
     if args.resume:
         free = {"resume", "device", "num_workers", "capture_video", "track"}
         saved = load_checkpoint(args.resume, scripts=("bc_warmup",))["args"]
@@ -395,8 +448,12 @@ def resolve_args(args):
         raise UserError(f"--seed must be in [0, 2**63), not {args.seed}.")
     if args.track and not importlib.util.find_spec("wandb"):
         raise UserError("--track needs Weights & Biases; pip install wandb, or drop --track.")
-    if args.evaluate and not args.checkpoint:
+    if args.evaluate and not args.checkpoint and args.backbone == "tiny":
         raise UserError("--evaluate needs --checkpoint, the weights to evaluate.")
+    if args.env == "libero" and not (args.demos or args.evaluate):
+        raise UserError(
+            "--env libero needs --demos, the folder of the suite's HDF5 files; only tabletop makes its own."
+        )
     return args
 
 
@@ -407,26 +464,49 @@ def choose_device(name):
 
 
 def build_envs(args, split, num_envs, autoreset):
-    world = {name: getattr(args, name) for name in ("tasks", "cameras", "renderer", "reward")} | {
-        "split": split
-    }
+    """This process's share of `num_envs` environments."""
+    rank, world = distributed.ranks()
+    if num_envs % world:
+        raise UserError(f"{num_envs} environments cannot be split evenly over {world} processes.")
+    names = {
+        "tabletop": ("tasks", "cameras", "renderer", "reward"),
+        "libero": ("tasks", "cameras", "suite", "protocol", "train_on_eval_states"),
+    }.get(args.env, ())
+    kwargs = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    kwargs |= {"split": split} if names else {}
     return make_envs(
-        args.env, num_envs, seed=args.seed, chunk=args.chunk, num_workers=args.num_workers,
-        autoreset=autoreset, action_history=args.action_history, **(world if args.env == "tabletop" else {}),
+        args.env, num_envs // world, seed=args.seed, first=rank * num_envs // world, chunk=args.chunk,
+        num_workers=args.num_workers, autoreset=autoreset, action_history=args.action_history, **kwargs,
     )  # fmt: skip
 
 
-def load_data(args, envs, device):
+def concatenate(parts):
+    """What `load_demonstrations` returns, of several files, as of one."""
+    instructions = list(dict.fromkeys(text for part in parts for text in part["instructions"]))
+    whole = {key: np.concatenate([part[key] for part in parts]) for key in ("image", "proprio", "actions")}
+    tasks = [np.array([instructions.index(t) for t in p["instructions"]])[p["task"]] for p in parts]
+    offsets = np.cumsum([0] + [len(part["task"]) for part in parts])
+    starts = [part["episode_starts"] + offset for part, offset in zip(parts, offsets, strict=False)]
+    return whole | {
+        "task": np.concatenate(tasks), "episode_starts": np.concatenate(starts), "instructions": instructions
+    }  # fmt: skip
+
+
+def load_data(args, envs, backbone, device):
     """-> demonstrations and grounding scenes (or None) as tensors on the device."""
     world = dict(tasks=args.tasks, cameras=args.cameras, renderer=args.renderer, num_workers=args.num_workers)
     scenes = None
     if args.demos:
         keys = {"agentview": "agentview_rgb", "wrist": "eye_in_hand_rgb"}
-        demos = load_demonstrations(
-            args.demos, args.num_demos, tuple(keys[camera] for camera in args.cameras)
-        )
+        keys = tuple(keys[camera] for camera in args.cameras)
+        files = sorted(Path(args.demos).glob("*.hdf5")) if Path(args.demos).is_dir() else [args.demos]
+        if not files:
+            raise UserError(f"The folder {args.demos} holds no .hdf5 file; give one with demonstrations.")
+        demos = concatenate([load_demonstrations(file, args.num_demos, keys) for file in files])
+        if args.env == "libero":  # stored as OpenGL has them: turned as the world shows them, which resizes
+            demos["image"] = np.ascontiguousarray(demos["image"][:, :, ::-1, ::-1])
         want = envs.single_observation_space["image"].shape
-        if demos["image"].shape[1:] != want:
+        if args.env == "tabletop" and demos["image"].shape[1:] != want:
             raise UserError(
                 f"{args.demos} holds images {demos['image'].shape[1:]}; this run's world has {want}."
             )
@@ -458,9 +538,12 @@ def load_data(args, envs, device):
         raise UserError(
             f"{args.demos} has a proprio of {demos['proprio'].shape[1]} numbers; this world's has {want}."
         )
-    targets, mask = chunk_targets(demos["actions"], demos["episode_starts"], args.chunk)
+    actions = backbone.from_env(demos["actions"])
+    targets, mask = chunk_targets(actions, demos["episode_starts"], args.chunk)
     keys = ("image", "proprio", "task", "pixels")
     data = {key: torch.as_tensor(demos[key], device=device) for key in keys if key in demos}
+    if args.env == "libero":  # larger than a GPU
+        data["image"] = torch.as_tensor(demos["image"])
     data["targets"] = torch.as_tensor(targets, device=device).flatten(1)  # (S, K*A)
     data["mask"] = torch.as_tensor(mask[..., None] & envs.active_dims, device=device).flatten(1)
     if args.head == "tokens":
@@ -469,27 +552,44 @@ def load_data(args, envs, device):
 
 
 def build_agent(args, envs, saved, device):
-    """The agent of `saved` (a checkpoint of bc_warmup.py), or a randomly initialised one."""
+    """The agent of `saved` (a checkpoint of bc_warmup.py), of published weights, or a random one."""
     image = envs.single_observation_space["image"]
-    config = dict(
-        name=args.backbone, chunk=args.chunk, action_dim=len(envs.active_dims),
-        proprio_dim=envs.single_observation_space["proprio"].shape[0], cameras=image.shape[0] if image else 0,
-        image_size=image.shape[1] if image else 0, instructions=envs.instructions,
+    shape = dict(
+        chunk=args.chunk, action_dim=len(envs.active_dims), cameras=image.shape[0] if image else 0,
+        proprio_dim=envs.single_observation_space["proprio"].shape[0],
+        image_size=image.shape[1] if image else 0,
     )  # fmt: skip
+    config = dict(name=args.backbone, instructions=envs.instructions, **shape)
+    libero = args.env == "libero"
+    if args.backbone not in ("tiny", "mlp"):
+        config = dict(
+            name=args.backbone,
+            family=None if args.family == "auto" else args.family, chunk=args.chunk, head=args.head,
+            action_dim=len(envs.active_dims), unnorm_key=args.unnorm_key or (args.suite if libero else None),
+            statistics=args.statistics, libero=libero, load_in_4bit=args.load_in_4bit,
+            lora_modules=args.lora_modules,
+            # Adapters stay in float32; to train every weight in 16 bits would lose Adam's small steps.
+            dtype="bfloat16" if device.type == "cuda" and (args.lora_rank or args.evaluate) else "float32",
+        )  # fmt: skip
+        if args.backbone == "openvla":
+            config["path"] = args.suite
     if saved:
         if saved["args"]["head"] != args.head:
             raise UserError(
                 f"The checkpoint has the head {saved['args']['head']!r}, not {args.head!r}; set --head."
             )
-        for name, value in saved["backbone"].items():
-            if name in config and name != "name" and config[name] != value:
+        for name, value in shape.items():
+            if saved["backbone"].get(name, value) != value:
                 hints = {"proprio_dim": "--action-history or --env", "action_dim": "--env"}
                 raise UserError(
-                    f"The checkpoint's {name} is {value}, but this run's is {config[name]}; "
+                    f"The checkpoint's {name} is {saved['backbone'][name]}, but this run's is {value}; "
                     f"set {hints.get(name, '--' + name)} as it was."
                 )
         config = saved["backbone"]
     backbone = load_backbone(**config, device=device)
+    published = backbone.config["name"] == "openvla"
+    if args.gradient_checkpointing:
+        backbone.checkpointing = True
     old_rank = saved["args"]["lora_rank"] if saved else 0
     if old_rank and args.lora_rank not in (0, old_rank):
         raise UserError(f"The checkpoint's adapters have rank {old_rank}; use --lora-rank {old_rank} or 0.")
@@ -499,11 +599,18 @@ def build_agent(args, envs, saved, device):
     agent = Agent(backbone, args)
     if saved:
         missing, unexpected = agent.load_state_dict(saved["agent"], strict=False)
+        if published and old_rank:  # the base is in its own files
+            missing = [name for name in missing if "lora_" in name or not name.startswith("backbone.")]
         if unexpected or missing:
             raise UserError(
                 "The checkpoint's tensors do not fit this agent: " + ", ".join((*missing, *unexpected)[:4])
             )
-    if args.lora_rank and not old_rank:
+    if not published and (args.adapter or args.merge_and_save or args.gradient_checkpointing):
+        raise UserError("--adapter, --merge-and-save, --gradient-checkpointing are for OpenVLA's backbone.")
+    if args.adapter and not saved:
+        load_adapter(backbone, args.adapter)
+        args.lora_rank = backbone.peft_config["default"].r
+    elif args.lora_rank and not old_rank:
         add_lora(backbone, args.lora_rank)
     return agent.to(device)
 
@@ -533,14 +640,17 @@ def train(args):
         videos = folder / "videos" if args.capture_video else None
         if args.evaluate:
             final = evaluate(agent, eval_envs, args, device, videos)
+            if args.merge_and_save:
+                agent.backbone.save_merged(args.merge_and_save)
             write_results(folder / "results.json", {"final": final} | results)
-            print(f"evaluated {args.checkpoint}: {score(final):.3f} ({folder / 'results.json'})")
+            name = args.checkpoint or agent.backbone.config["path"]
+            print(f"evaluated {name}: {score(final):.3f} ({folder / 'results.json'})")
             return
 
         print(
             f"reading {args.demos}" if args.demos else f"making {args.num_demos} demonstrations", flush=True
         )
-        data, scenes = load_data(args, eval_envs, device)
+        data, scenes = load_data(args, eval_envs, agent.backbone, device)
         if args.track:
             import wandb  # an optional package
 
@@ -548,7 +658,7 @@ def train(args):
         # What a killed run logged after its last checkpoint is logged again.
         writer = SummaryWriter(folder, purge_step=saved["step"] + 1 if args.resume else None)
         stack.callback(writer.close)
-        backbone = agent.backbone
+        backbone, published = agent.backbone, agent.backbone.config["name"] == "openvla"
         trained = [p for p in agent.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, eps=1e-5, weight_decay=1e-4)
         shuffler = torch.Generator().manual_seed(args.seed)
@@ -565,8 +675,11 @@ def train(args):
         start = start - seconds
 
         def save(name):
+            weights = agent.state_dict()
+            if published and args.lora_rank:  # the base is in its own files
+                weights = {k: x for k, x in weights.items() if "lora_" in k or not k.startswith("backbone.")}
             state = dict(
-                args=dataclasses.asdict(args), backbone=backbone.config, agent=agent.state_dict(), step=step,
+                args=dataclasses.asdict(args), backbone=backbone.config, agent=weights, step=step,
                 seconds=clock() - start, optimizer=optimizer.state_dict(), rng=rng_state(generators, {}),
                 initial=initial, best=best,
             )  # fmt: skip
@@ -594,7 +707,7 @@ def train(args):
                 group["lr"] = learning_rate_at(step, args)
             source = scenes if grounding else data
             index = torch.randint(len(source["task"]), (args.batch_size,), generator=shuffler).to(device)
-            obs = {key: source[key][index] for key in ("image", "proprio", "task")}
+            obs = {key: source[key][index.to(source[key].device)] for key in ("image", "proprio", "task")}
             batch = backbone.preprocess(obs, eval_envs.instructions)
             vision, attention = backbone.encode_vision(batch)
             losses = {}
@@ -648,6 +761,10 @@ def train(args):
             best = final
             save("best.pt")
         save("checkpoint.pt")
+        if published and args.lora_rank:
+            save_adapter(backbone, folder / "adapter")
+        if args.merge_and_save:
+            backbone.save_merged(args.merge_and_save)
         numbers = dict(environment_steps=0, gradient_steps=step - first, wall_seconds=clock() - start)
         write_results(
             folder / "results.json", dict(initial=initial, final=final, best=best) | numbers | results

@@ -61,6 +61,8 @@ class Args:
     """where the networks and the data are"""
     compile: bool = False
     """torch.compile the update; with CUDA graphs on a GPU"""
+    bf16: bool = False
+    """matrix products of the critics in bfloat16, but for the last layer's"""
     checkpoint: str | None = None
     """start from these weights: a file, or a run's folder"""
     resume: str | None = None
@@ -76,7 +78,7 @@ class Args:
     run_name: str | None = None
     """the run folder's name; default <dataset>__<script>__<seed>__<time>"""
     eval_episodes: int = 10
-    """episodes of an evaluation, each with a seed of its own; 0 for no evaluation and no environment"""
+    """episodes of an evaluation, each with a seed of its own; 0 for no evaluation"""
     eval_freq: int = 5_000
     """updates between evaluations; 0 for the first and the last only"""
     save_freq: int = 50_000
@@ -103,8 +105,8 @@ class Args:
     """actions per observation from each of: uniform, policy, policy at the next observation"""
     target_gap: float | None = None
     """tune the penalty's weight so that it stays about this (Lagrange); --cql-alpha multiplies it"""
-    min_penalty: float = -math.inf
-    """the penalty of a transition is clipped from below"""
+    min_penalty: float | None = None
+    """the penalty of a transition is clipped from below to this"""
     max_backup: bool = False
     """bootstrap from the best of --cql-samples actions of the policy instead of one"""
     bc_steps: int = 0
@@ -190,8 +192,9 @@ def cql_penalty(q_data, q_samples, log_density):
 class TwinCritic(nn.Module):
     """Q1 and Q2 as one network of batched matrices: obs (B, S), action (B, A) -> (2, B)."""
 
-    def __init__(self, obs_dim, action_dim, width, depth):
+    def __init__(self, obs_dim, action_dim, width, depth, bf16=False):
         super().__init__()
+        self.bf16 = bf16
         sizes = [obs_dim + action_dim, *[width] * depth, 1]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):  # nn.Linear's initialisation
@@ -201,8 +204,9 @@ class TwinCritic(nn.Module):
     def forward(self, obs, action):
         x = torch.cat([obs, action], -1).expand(2, -1, -1)
         *hidden, (weight, bias) = zip(self.weights, self.biases, strict=True)
-        for w, b in hidden:
-            x = torch.baddbmm(b, x, w).relu_()  # (2, B, width)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            for w, b in hidden:
+                x = torch.baddbmm(b, x, w).relu_()  # (2, B, width)
         return (x * weight.mT).sum(-1) + bias[..., 0]  # faster than a product with one column
 
 
@@ -235,10 +239,11 @@ class Agent(nn.Module):
         self.register_buffer("obs_mean", torch.zeros(obs_dim))
         self.register_buffer("obs_std", torch.ones(obs_dim))
         self.actor = orthogonal(mlp(obs_dim, 2 * action_dim, args.width, args.depth))
-        self.critic = orthogonal(TwinCritic(obs_dim, action_dim, args.width, args.critic_depth))
+        critic = TwinCritic(obs_dim, action_dim, args.width, args.critic_depth, args.bf16)
+        self.critic = orthogonal(critic)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.log_alpha = nn.Parameter(torch.tensor(0.0 if args.alpha == "auto" else math.log(args.alpha)))
-        self.log_multiplier = nn.Parameter(torch.tensor(0.0))
+        self.log_alpha = nn.Parameter(torch.zeros(()))
+        self.log_multiplier = nn.Parameter(torch.zeros(()))
 
     def policy(self, obs):
         """obs (B, S) -> mean and log_std (B, A), the latter squashed to [-5, 2]."""
@@ -293,7 +298,8 @@ def score(evaluation):
 def resolve_args(args):
     """Presets below the command line's flags; with --resume, the run's own arguments. UserError for values
     that cannot work."""
-    words = re.split(r"[^a-z0-9]+", args.dataset.lower())
+    path = Path(args.dataset)
+    words = re.split(r"[^a-z0-9]+", (path.name if path.suffix else args.dataset).lower())
     presets = next((preset for word, preset in PRESETS.items() if word in words), {})
     args = tyro.cli(Args, default=dataclasses.replace(Args(), **presets))
     if args.resume:
@@ -395,9 +401,10 @@ def prepare_data(dataset, args, bounds):
         actions = 2 * (actions - bounds[0]) / (bounds[1] - bounds[0]) - 1
     if args.normalize_rewards:
         returns = np.add.reduceat(rewards, dataset.episode_starts, dtype=np.float64)
-        if returns.max() == returns.min():
-            raise UserError(f"{dataset.name} has equal returns alone; use --no-normalize-rewards.")
-        rewards = rewards * (1000 / (returns.max() - returns.min()))
+        span = returns.max() - returns.min()
+        if span <= 0.01 * np.abs(returns).max():  # as of a few demonstrations: rewards would become huge
+            raise UserError(f"{dataset.name} has nearly equal returns alone; use --no-normalize-rewards.")
+        rewards = rewards * (1000 / span)
     rewards = args.reward_scale * rewards + args.reward_bias
     actions = np.clip(actions, -1, 1)  # as the environment did
     rest = np.c_[actions, rewards, dataset.terminations].astype(np.float32)
@@ -426,25 +433,27 @@ def train(args):
         saved = load_checkpoint(source, scripts=(SCRIPT,)) if source else None
         dataset = load_dataset(args.dataset)
         (_, action_dim), obs_dim = dataset.actions.shape, dataset.states.shape[1]
-        eval_envs, bounds = None, None
-        if args.eval_episodes:
-            env_id = args.env or dataset.env_id
-            if env_id is None:
-                raise UserError(f"{dataset.name} names no environment; give --env, or --eval-episodes 0.")
-            eval_envs = build_envs(env_id, args.eval_episodes, args.seed)
-            stack.callback(eval_envs.close)
+        env_id, eval_envs, bounds = args.env or dataset.env_id, None, None
+        if args.eval_episodes and env_id is None:
+            raise UserError(f"{dataset.name} names no environment; give --env, or --eval-episodes 0.")
+        if env_id:  # it says what the actions mean, also to a run without evaluations
+            envs = build_envs(env_id, max(1, args.eval_episodes), args.seed)
+            stack.callback(envs.close)
             bounds = action_bounds(env_id)
-            wants = eval_envs.single_observation_space["proprio"].shape + bounds[0].shape
+            wants = envs.single_observation_space["proprio"].shape + bounds[0].shape
             if wants != (obs_dim, action_dim):
                 raise UserError(
                     f"{dataset.name} has {obs_dim} observations and {action_dim} actions, {env_id} "
                     f"{wants[0]} and {wants[1]}; give another --env."
                 )
+            eval_envs = envs if args.eval_episodes else None
         references = dataset.reference_scores
         agent = Agent(obs_dim, action_dim, args)
         states, next_index, rest = (x.to(device) for x in prepare_data(dataset, args, bounds))
         if saved:
             load_weights(agent, saved)
+        if args.alpha != "auto":  # also where a checkpoint has another
+            nn.init.constant_(agent.log_alpha, math.log(args.alpha))
         agent.to(device)
         if not saved and args.normalize:
             agent.obs_mean[:] = states[: len(rest)].mean(0)
@@ -510,7 +519,10 @@ def train(args):
             q = agent.critic(obs.expand(len(actions), -1, -1).flatten(0, 1), actions.flatten(0, 1))
             q = q.unflatten(1, (len(actions), -1))  # (2, 1 + 3n, B), all at obs
             loss_critic = critic_loss(q[:, 0], target)
-            penalty = cql_penalty(q[:, 0], q[:, 1:], log_density).clamp(min=args.min_penalty).mean(-1)  # (2,)
+            penalty = cql_penalty(q[:, 0], q[:, 1:], log_density)  # (2, B)
+            if args.min_penalty is not None:
+                penalty = penalty.clamp(min=args.min_penalty)
+            penalty = penalty.mean(-1)
             multiplier = torch.ones((), device=device)
             loss = loss_critic + args.cql_alpha * penalty.sum()
             if args.target_gap is not None:
@@ -522,7 +534,8 @@ def train(args):
                 optimizer.step()
                 optimizer.zero_grad()
 
-            torch._foreach_lerp_(target_parameters, critic_parameters, args.tau)
+            with torch.no_grad():
+                torch._foreach_lerp_(target_parameters, critic_parameters, args.tau)
             metrics = {"loss/critic": loss_critic, "loss/policy": loss_policy, "loss/penalty": penalty}
             metrics |= {"policy/entropy": -log_prob, "policy/alpha": alpha, "value/q": q[:, 0]}
             metrics["value/multiplier"] = multiplier
@@ -556,7 +569,7 @@ def train(args):
             found = evaluate(agent, eval_envs, device, references, videos)
             for key in found.keys() - {"episodes"}:
                 writer.add_scalar(f"eval/{key}", found[key], step)
-            if best is None or score(found) > score(best):
+            if best is None or score(found) >= score(best):  # the latest of equals, as without evaluations
                 best = found
                 save("best.pt")
             return found
@@ -571,9 +584,9 @@ def train(args):
         if initial is None:
             initial = run_evaluation(videos)  # what a video lacks shows now
             save("checkpoint.pt")
-        metrics, tick, tick_step = {}, clock(), step
+        metrics, tick, tick_step, stopping = {}, clock(), step, bool(stop)
         bar = tqdm(total=args.total_timesteps, initial=step, unit="update", disable=None, smoothing=0.1)
-        while step < args.total_timesteps and not stop:
+        while step < args.total_timesteps and not stopping:
             batch = sample_batch(states, next_index, rest, args.batch_size, sampler)
             step += 1
             size = (args.cql_samples, args.batch_size, action_dim)
@@ -583,7 +596,8 @@ def train(args):
             bar.update()
 
             # --- log, evaluate, save
-            if not (due(LOG_FREQ) or due(args.eval_freq) or due(args.save_freq) or stop):
+            stopping = bool(stop)  # a signal from here on waits for the next update
+            if not (due(LOG_FREQ) or due(args.eval_freq) or due(args.save_freq) or stopping):
                 continue
             scalars = {name: x.mean().item() for name, x in metrics.items()}
             if not np.isfinite(list(scalars.values())).all():
@@ -600,12 +614,12 @@ def train(args):
             if due(args.eval_freq) and step < args.total_timesteps:
                 found = score(run_evaluation())
                 tqdm.write(f"{step} updates, {clock() - start:.0f} s: eval {found:.1f}")
-            if due(args.save_freq) or stop:
+            if due(args.save_freq) or stopping:
                 save("checkpoint.pt")
             tick, tick_step = clock(), step
 
         bar.close()
-        if stop and step < args.total_timesteps:
+        if stopping and step < args.total_timesteps:
             print(f"stopped at {step} updates; go on with: python {SCRIPT}.py --resume {folder}")
             sys.exit(128 + stop[0])
         final = run_evaluation(videos)

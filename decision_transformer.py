@@ -79,7 +79,7 @@ class Args:
     run_name: str | None = None
     """the run folder's name; default <dataset>__<script>__<seed>__<time>"""
     eval_episodes: int = 10
-    """episodes of each target return, with seeds of their own; 0 for no evaluation and no environment"""
+    """episodes of each target return, with seeds of their own; 0 for no evaluation"""
     eval_freq: int = 10_000
     """updates between evaluations; 0 for the first and the last only"""
     save_freq: int = 10_000
@@ -283,7 +283,8 @@ def score(evaluation):
 def resolve_args(args):
     """Presets below the command line's flags; with --resume, the run's own arguments. UserError for values
     that cannot work."""
-    words = re.split(r"[^a-z0-9]+", args.dataset.lower())
+    path = Path(args.dataset)
+    words = re.split(r"[^a-z0-9]+", (path.name if path.suffix else args.dataset).lower())
     presets = next((preset for word, preset in PRESETS.items() if word in words), {})
     args = tyro.cli(Args, default=dataclasses.replace(Args(), **presets))
     if args.resume:
@@ -423,20 +424,20 @@ def train(args):
         (_, action_dim), obs_dim = dataset.actions.shape, dataset.states.shape[1]
         returns = np.add.reduceat(dataset.rewards, dataset.episode_starts, dtype=np.float64)
         targets = args.target_returns or (float(returns.max()),)
-        eval_envs, bounds = None, None
-        if args.eval_episodes:
-            env_id = args.env or dataset.env_id
-            if env_id is None:
-                raise UserError(f"{dataset.name} names no environment; give --env, or --eval-episodes 0.")
-            eval_envs = build_envs(env_id, args.eval_episodes * len(targets), args.seed)
-            stack.callback(eval_envs.close)
+        env_id, eval_envs, bounds = args.env or dataset.env_id, None, None
+        if args.eval_episodes and env_id is None:
+            raise UserError(f"{dataset.name} names no environment; give --env, or --eval-episodes 0.")
+        if env_id:  # it says what the actions mean, also to a run without evaluations
+            envs = build_envs(env_id, max(1, args.eval_episodes * len(targets)), args.seed)
+            stack.callback(envs.close)
             bounds = action_bounds(env_id)
-            wants = eval_envs.single_observation_space["proprio"].shape + bounds[0].shape
+            wants = envs.single_observation_space["proprio"].shape + bounds[0].shape
             if wants != (obs_dim, action_dim):
                 raise UserError(
                     f"{dataset.name} has {obs_dim} observations and {action_dim} actions, {env_id} "
                     f"{wants[0]} and {wants[1]}; give another --env."
                 )
+            eval_envs = envs if args.eval_episodes else None
         references = dataset.reference_scores
         agent = Agent(obs_dim, action_dim, args)
         states, rest, starts = (x.to(device) for x in prepare_data(dataset, args, bounds))
@@ -493,8 +494,8 @@ def train(args):
 
         step, seconds, initial, best = 0, 0.0, None, None
         if args.resume:
-            for name, optimizer in optimizers.items():
-                optimizer.load_state_dict(saved["optimizers"][name])
+            for name, state in saved["optimizers"].items():
+                optimizers[name].load_state_dict(state)
             step, seconds = saved["counters"]
             initial, best = saved["initial"], saved["best"]
             set_rng_state(saved["rng"], {"sampler": sampler}, {})
@@ -518,7 +519,7 @@ def train(args):
                 writer.add_scalar(f"eval/{key}", found[key], step)
             for target, each in found.get("per_target", {}).items():
                 writer.add_scalar(f"eval/mean_reward_of_{target}", each["mean_reward"], step)
-            if best is None or score(found) > score(best):
+            if best is None or score(found) >= score(best):  # the latest of equals, as without evaluations
                 best = found
                 save("best.pt")
             return found
@@ -533,9 +534,9 @@ def train(args):
         if initial is None:
             initial = run_evaluation(videos)  # what a video lacks shows now
             save("checkpoint.pt")
-        metrics, tick, tick_step = {}, clock(), step
+        metrics, tick, tick_step, stopping = {}, clock(), step, bool(stop)
         bar = tqdm(total=args.total_timesteps, initial=step, unit="update", disable=None, smoothing=0.1)
-        while step < args.total_timesteps and not stop:
+        while step < args.total_timesteps and not stopping:
             batch = sample_batch(states, rest, starts, args.batch_size, args.context_length, sampler)
             step += 1
             warmup = min(1.0, step / args.warmup_steps)
@@ -544,7 +545,8 @@ def train(args):
             bar.update()
 
             # --- log, evaluate, save
-            if not (due(LOG_FREQ) or due(args.eval_freq) or due(args.save_freq) or stop):
+            stopping = bool(stop)  # a signal from here on waits for the next update
+            if not (due(LOG_FREQ) or due(args.eval_freq) or due(args.save_freq) or stopping):
                 continue
             scalars = {name: x.mean().item() for name, x in metrics.items()}
             if not np.isfinite(list(scalars.values())).all():
@@ -561,12 +563,12 @@ def train(args):
             if due(args.eval_freq) and step < args.total_timesteps:
                 found = score(run_evaluation())
                 tqdm.write(f"{step} updates, {clock() - start:.0f} s: eval {found:.1f}")
-            if due(args.save_freq) or stop:
+            if due(args.save_freq) or stopping:
                 save("checkpoint.pt")
             tick, tick_step = clock(), step
 
         bar.close()
-        if stop and step < args.total_timesteps:
+        if stopping and step < args.total_timesteps:
             print(f"stopped at {step} updates; go on with: python {SCRIPT}.py --resume {folder}")
             sys.exit(128 + stop[0])
         final = run_evaluation(videos)

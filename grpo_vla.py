@@ -3,6 +3,7 @@
     python bc_warmup.py --run-name warmup                              # stage 1: imitation, a few minutes
     python grpo_vla.py --checkpoint runs/warmup/checkpoint.pt          # stage 2: this file
     python grpo_vla.py --env CartPole-v1                               # the sanity check
+    python grpo_vla.py --env libero --lora-rank 32                     # OpenVLA-OFT 7B on LIBERO, one GPU
 
 Group-relative policy optimisation (Shao et al. 2024): G episodes from one task and one initial state; an
 episode's advantage is its outcome less its group's mean, so that nothing has to be learned but the policy.
@@ -10,7 +11,8 @@ Groups whose outcomes are all alike teach nothing: they are dropped and others t
 batch is full (DAPO, Yu et al. 2025). Rollouts never wait: an environment whose episode ends starts the next
 member of a group at once, a running episode outlives an update (every chunk keeps the log-probs of the policy
 that sampled it), and complete groups too many wait for the next batch. So no forward pass is spent after an
-episode's end, and the update sees valid chunks only. @@EXPECT@@
+episode's end, and the update sees valid chunks only. Expect on 2 CPU cores
+(3 seeds): tabletop from 0.44 to 0.91 greedy success (median) in 15 minutes; CartPole 495 in half a minute.
 """
 
 import contextlib
@@ -18,6 +20,7 @@ import copy
 import dataclasses
 import importlib.util
 import json
+import math
 import signal
 import sys
 import time
@@ -32,9 +35,9 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import UserError
+from common import UserError, distributed
 from common.action_tokenizer import ActionTokenizer
-from common.backbones import adapters_disabled, add_lora, load_backbone
+from common.backbones import adapters_disabled, add_lora, load_adapter, load_backbone, save_adapter
 from common.checkpoint import (
     CheckpointError,
     hardware,
@@ -54,23 +57,29 @@ from common.video import annotate, write_video
 class Args:
     # --- experiment
     env: str = "tabletop"
-    """the world: tabletop, or a Gymnasium id with vector observations"""
+    """the world: tabletop, libero, or a Gymnasium id with vector observations"""
     tasks: tuple[str, ...] = ()
-    """tabletop: kinds of task (lift, put, move) or instructions; empty for all"""
+    """kinds of task (tabletop: lift, put, move), numbers (libero) or instructions; empty for all"""
+    suite: str = "libero_spatial"
+    """libero: libero_spatial, libero_object, libero_goal, libero_10, libero_90"""
+    protocol: Literal["oft", "simplevla"] = "oft"
+    """libero: whose evaluation is followed, openvla-oft's or SimpleVLA-RL's"""
+    train_on_eval_states: bool = False
+    """libero: train on the initial states of the evaluation, as published results do"""
     cameras: tuple[str, ...] = ("agentview",)
-    """tabletop: the pictures that the policy sees (agentview, wrist)"""
+    """the pictures that the policy sees (agentview, wrist)"""
     renderer: Literal["ray", "gl"] = "ray"
     """tabletop: MuJoCo's ray caster, which needs no GL, or mujoco.Renderer"""
     reward: Literal["sparse", "shaped"] = "sparse"
     """tabletop: 1 at success, or with a difference of potentials added"""
     eval_split: str = "eval"
-    """tabletop: eval, or a held-out variation (vision, semantics, execution)"""
+    """eval; tabletop: or a held-out variation (vision, semantics, execution)"""
     seed: int = 1
     """fixes environments, sampling, initial states and minibatch order"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the policy runs"""
     checkpoint: str | None = None
-    """start from these weights: a file, or a run's folder"""
+    """start from these weights: a file, a run's folder, or an OpenVLA checkpoint's folder"""
     resume: str | None = None
     """continue this run (its folder) exactly where its last checkpoint stands, with its own arguments"""
     evaluate: bool = False
@@ -102,7 +111,8 @@ class Args:
     total_timesteps: int = 1_100_000
     """environment steps to train for"""
     backbone: str = "tiny"
-    """tiny or mlp, when no --checkpoint says which"""
+    """tiny, mlp, the folder or hub id of an OpenVLA checkpoint, or openvla for the suite's published one;
+    when no --checkpoint says which"""
     head: Literal["tokens", "gaussian", "discrete"] = "tokens"
     """256-bin action tokens, a Gaussian on the continuous chunk, or a categorical over gymnasium's
     Discrete"""
@@ -112,6 +122,23 @@ class Args:
     """the last n executed actions as an input"""
     lora_rank: int = 0
     """rank of the adapters; 0 trains every weight"""
+    lora_modules: tuple[Literal["language_model", "projector"], ...] = ("language_model",)
+    """openvla: the parts with adapters; --train-vision adds the towers"""
+    adapter: str | None = None
+    """openvla: start from these LoRA adapters, a folder in PEFT's format"""
+    merge_and_save: str | None = None
+    """openvla: at the end, or with --evaluate, write the merged weights in the published layout here"""
+    family: Literal["auto", "openvla", "openvla-oft"] = "auto"
+    """openvla: tokens one after another, or OFT's all at once; auto looks for OFT's traces"""
+    unnorm_key: str | None = None
+    """openvla: the data set whose statistics scale the actions, or none; default: the suite, or the only
+    one"""
+    statistics: str | None = None
+    """openvla: a dataset_statistics.json in place of the checkpoint's own"""
+    load_in_4bit: bool = False
+    """openvla: language model in 4 bits, through bitsandbytes"""
+    gradient_checkpointing: bool = False
+    """openvla: recompute each block in the backward pass: a third more time, far less memory"""
     train_vision: bool = False
     """train the vision part too; frozen, its output is computed once and reused over the epochs"""
     group_size: int = 8
@@ -181,8 +208,13 @@ PLAIN = dict(
 PRESETS = {  # what differs from the defaults; flags on the command line win
     # A late success counts less than an early one, which also gives groups of successes something to compare.
     "tabletop": dict(verifier_gamma=0.9, accuracy_high=1.0, std_normalisation=False),
+    "libero": dict(
+        backbone="openvla", chunk=8, num_envs=32, eval_envs=32, minibatch_size=256, micro_batch_size=16,
+        learning_rate=2e-5, temperature=1.6, ratio_level="token", eval_freq=10, save_freq=2,
+        total_timesteps=4_000_000,
+    ),
     "CartPole-v1": dict(PLAIN, head="discrete"),
-}
+}  # fmt: skip
 
 
 # --- the mathematics: pure functions on tensors
@@ -441,11 +473,12 @@ def evaluate(agent, envs, args, device, video_folder=None):
     move.
     """
     agent.eval()
-    generator = torch.Generator(device).manual_seed(args.seed)
-    total, size = args.eval_episodes, envs.num_envs
-    seeds = np.arange(size)  # the episode that each environment plays
+    rank, world = distributed.ranks()
+    generator = torch.Generator(device).manual_seed(args.seed + rank)
+    total, size = len(range(rank, args.eval_episodes, world)), envs.num_envs
+    seeds = np.arange(size)  # the episode that each environment plays, of this process's
     running = seeds < total
-    obs = envs.reset(seeds, running)
+    obs = envs.reset(seeds * world + rank, running)
     outcomes, frames = [None] * total, {i: [] for i in range(min(6, total, size) if video_folder else 0)}
     started = len(outcomes[:size])
     while running.any():
@@ -475,10 +508,11 @@ def evaluate(agent, envs, args, device, video_folder=None):
             seeds[i], started = started, started + 1
             again[i] = running[i] = seeds[i] < total
         if again.any():
-            obs = envs.reset(seeds, again)
+            obs = envs.reset(seeds * world + rank, again)
     for i, pictures in frames.items():
         last = pictures[-1]
         write_video(Path(video_folder) / f"episode_{i}.mp4", pictures + [last] * 10, fps=20)
+    outcomes = [row for rows in distributed.all_gather(outcomes) for row in rows]
     return summarize(outcomes, envs.has_success, envs.instructions)
 
 
@@ -492,8 +526,13 @@ def score(evaluation):
 def resolve_args(args):
     """Presets below the command line's flags; with --resume, the run's own arguments. UserError for values
     that cannot work."""
-    default = dataclasses.replace(Args(), env=args.env, **PRESETS.get(args.env, PLAIN))
-    args = tyro.cli(Args, default=default)
+    preset = PRESETS.get(args.env, {} if args.env == "tabletop" else PLAIN)
+    if args.env == "libero":  # the protocol's 50 initial states a task, each once
+        tasks = len(args.tasks) or (90 if args.suite == "libero_90" else 10)
+        preset = preset | {"eval_episodes": 50 * tasks}
+    args = tyro.cli(Args, default=dataclasses.replace(Args(), env=args.env, **preset))
+    if args.checkpoint and (Path(args.checkpoint) / "config.json").is_file():
+        args.backbone, args.checkpoint = args.checkpoint, None
     if args.resume:
         free = {"resume", "device", "num_workers", "capture_video", "track"}
         saved = load_checkpoint(args.resume, scripts=("grpo_vla",))["args"]
@@ -531,7 +570,7 @@ def resolve_args(args):
         raise UserError(f"--seed must be in [0, 2**63), not {args.seed}.")
     if args.track and not importlib.util.find_spec("wandb"):
         raise UserError("--track needs Weights & Biases; pip install wandb, or drop --track.")
-    if args.evaluate and not args.checkpoint:
+    if args.evaluate and not args.checkpoint and args.backbone in ("tiny", "mlp"):
         raise UserError("--evaluate needs --checkpoint, the weights to evaluate.")
     return args
 
@@ -543,38 +582,62 @@ def choose_device(name):
 
 
 def build_envs(args, split, num_envs, autoreset):
-    world = {name: getattr(args, name) for name in ("tasks", "cameras", "renderer", "reward")} | {
-        "split": split
-    }
+    """This process's share of `num_envs` environments."""
+    rank, world = distributed.ranks()
+    if num_envs % world:
+        raise UserError(f"{num_envs} environments cannot be split evenly over {world} processes.")
+    names = {
+        "tabletop": ("tasks", "cameras", "renderer", "reward"),
+        "libero": ("tasks", "cameras", "suite", "protocol", "train_on_eval_states"),
+    }.get(args.env, ())
+    kwargs = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    kwargs |= {"split": split} if names else {}
     return make_envs(
-        args.env, num_envs, seed=args.seed, chunk=args.chunk, num_workers=args.num_workers,
-        autoreset=autoreset, action_history=args.action_history, **(world if args.env == "tabletop" else {}),
+        args.env, num_envs // world, seed=args.seed, first=rank * num_envs // world, chunk=args.chunk,
+        num_workers=args.num_workers, autoreset=autoreset, action_history=args.action_history, **kwargs,
     )  # fmt: skip
 
 
 def build_agent(args, envs, saved, device):
-    """The agent of `saved` (a checkpoint of bc_warmup.py, ppo_vla.py or grpo_vla.py), or a randomly
-    initialised one."""
+    """The agent of `saved` (a checkpoint of one of the three scripts), of published weights, or a random
+    one."""
     image = envs.single_observation_space.get("image")
-    config = dict(
-        name=args.backbone, chunk=args.chunk, action_dim=len(envs.active_dims),
-        proprio_dim=envs.single_observation_space["proprio"].shape[0], cameras=image.shape[0] if image else 0,
-        image_size=image.shape[1] if image else 0, instructions=envs.instructions,
+    shape = dict(
+        chunk=args.chunk, action_dim=len(envs.active_dims), cameras=image.shape[0] if image else 0,
+        proprio_dim=envs.single_observation_space["proprio"].shape[0],
+        image_size=image.shape[1] if image else 0,
     )  # fmt: skip
+    config = dict(name=args.backbone, instructions=envs.instructions, **shape)
+    libero = args.env == "libero"
+    if args.backbone not in ("tiny", "mlp"):
+        config = dict(
+            name=args.backbone,
+            family=None if args.family == "auto" else args.family, chunk=args.chunk, head=args.head,
+            action_dim=len(envs.active_dims), unnorm_key=args.unnorm_key or (args.suite if libero else None),
+            statistics=args.statistics, libero=libero, load_in_4bit=args.load_in_4bit,
+            lora_modules=args.lora_modules + ("vision",) * args.train_vision,
+            # Adapters stay in float32; to train every weight in 16 bits would lose Adam's small steps.
+            dtype="bfloat16" if device.type == "cuda" and (args.lora_rank or args.evaluate) else "float32",
+        )  # fmt: skip
+        if args.backbone == "openvla":
+            config["path"] = args.suite
     if saved:
         if saved["args"]["head"] != args.head:
             raise UserError(
                 f"The checkpoint has the head {saved['args']['head']!r}, not {args.head!r}; set --head."
             )
-        for name, value in saved["backbone"].items():
-            if name in config and name != "name" and config[name] != value:
+        for name, value in shape.items():
+            if saved["backbone"].get(name, value) != value:
                 hints = {"proprio_dim": "--action-history or --env", "action_dim": "--env"}
                 raise UserError(
-                    f"The checkpoint's {name} is {value}, but this run's is {config[name]}; "
+                    f"The checkpoint's {name} is {saved['backbone'][name]}, but this run's is {value}; "
                     f"set {hints.get(name, '--' + name)} as it was."
                 )
         config = saved["backbone"]
     backbone = load_backbone(**config, device=device)
+    published = backbone.config["name"] == "openvla"
+    if args.gradient_checkpointing:
+        backbone.checkpointing = True
     old_rank = saved["args"]["lora_rank"] if saved else 0
     if old_rank and args.lora_rank not in (0, old_rank):
         raise UserError(f"The checkpoint's adapters have rank {old_rank}; use --lora-rank {old_rank} or 0.")
@@ -585,11 +648,18 @@ def build_agent(args, envs, saved, device):
     if saved:
         weights = {name: x for name, x in saved["agent"].items() if not name.startswith("value_head")}
         missing, unexpected = agent.load_state_dict(weights, strict=False)
+        if published and old_rank:  # the base is in its own files
+            missing = [name for name in missing if "lora_" in name or not name.startswith("backbone.")]
         if unexpected or missing:
             raise UserError(
                 "The checkpoint's tensors do not fit this agent: " + ", ".join((*missing, *unexpected)[:4])
             )
-    if args.lora_rank and not old_rank:
+    if not published and (args.adapter or args.merge_and_save or args.gradient_checkpointing):
+        raise UserError("--adapter, --merge-and-save, --gradient-checkpointing are for OpenVLA's backbone.")
+    if args.adapter and not saved:
+        load_adapter(backbone, args.adapter)
+        args.lora_rank = backbone.peft_config["default"].r
+    elif args.lora_rank and not old_rank:
         add_lora(backbone, args.lora_rank)
     if not args.train_vision:
         for parameter in backbone.vision_parameters():
@@ -614,7 +684,11 @@ def train(args):
     repeat."""
     clock = time.perf_counter
     with contextlib.ExitStack() as stack:
-        device = choose_device(args.device)
+        device = distributed.start(choose_device(args.device))
+        stack.callback(distributed.stop)
+        rank, world = distributed.ranks()
+        if args.num_groups % world:
+            raise UserError(f"{args.num_groups} groups cannot be split evenly over {world} processes.")
         torch.manual_seed(args.seed)
         source = args.resume or args.checkpoint
         saved = load_checkpoint(source, scripts=("grpo_vla", "ppo_vla", "bc_warmup")) if source else None
@@ -626,25 +700,33 @@ def train(args):
             folder = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
         else:
             name = args.run_name or f"{args.env}__grpo_vla__{args.seed}__{int(time.time())}"
-            folder = run_folder(args.output_dir, name)
-            (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
-        videos = folder / "videos" if args.capture_video else None
+            name = distributed.all_gather(name)[0]
+            if rank == 0:
+                folder = run_folder(args.output_dir, name)
+                (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+            folder = Path(args.output_dir) / name
+        videos = folder / "videos" if args.capture_video and rank == 0 else None
         if args.evaluate:
             final = evaluate(agent, eval_envs, args, device, videos)
-            write_results(folder / "results.json", {"final": final} | results)
-            print(f"evaluated {args.checkpoint}: {score(final):.3f} ({folder / 'results.json'})")
+            if rank == 0:
+                if args.merge_and_save:
+                    agent.backbone.save_merged(args.merge_and_save)
+                write_results(folder / "results.json", {"final": final} | results)
+                name = args.checkpoint or agent.backbone.config["path"]
+                print(f"evaluated {name}: {score(final):.3f} ({folder / 'results.json'})")
             return
 
         envs = build_envs(args, "train", args.num_envs, autoreset=False)
         stack.callback(envs.close)
-        if args.track:
+        if args.track and rank == 0:
             import wandb  # an optional package
 
             wandb.init(project="vla-rl", name=folder.name, config=results["args"], sync_tensorboard=True)
         # What a killed run logged after its last checkpoint is logged again.
-        writer = SummaryWriter(folder, purge_step=saved["counters"][0] + 1 if args.resume else None)
-        stack.callback(writer.close)
-        backbone = agent.backbone
+        if rank == 0:
+            writer = SummaryWriter(folder, purge_step=saved["counters"][0] + 1 if args.resume else None)
+            stack.callback(writer.close)
+        backbone, published = agent.backbone, agent.backbone.config["name"] == "openvla"
         trained = [p for p in agent.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
         cache_vision = not any(p.requires_grad for p in backbone.vision_parameters())
@@ -657,14 +739,14 @@ def train(args):
         reference = None
         if args.kl_coef > 0 and not adapters_off:
             reference = copy.deepcopy(agent).requires_grad_(False)
-        sampler = torch.Generator(device).manual_seed(args.seed)
-        shuffler = torch.Generator().manual_seed(args.seed)
+        sampler = torch.Generator(device).manual_seed(args.seed + rank)
+        shuffler = torch.Generator().manual_seed(args.seed + rank)
         generators = {"sampler": sampler, "shuffler": shuffler}
 
         step, iteration, gradient_steps, seconds = 0, 0, 0, 0.0
         initial, best, recent = None, None, []
-        N, G = args.num_envs, args.group_size
-        jobs, next_group = [], 0  # the groups of the episodes that are still to be started
+        N, G = envs.num_envs, args.group_size
+        jobs, next_group = [], rank  # the groups of the episodes that are still to be started
         playing = [None] * N  # the running episodes' groups, chunks and rewards
         chunks, rewards = [[] for _ in range(N)], [[] for _ in range(N)]
         groups, ready = {}, []  # finished episodes of incomplete groups; complete groups that wait to be used
@@ -673,28 +755,40 @@ def train(args):
             optimizer.load_state_dict(saved["optimizer"])
             step, iteration, gradient_steps, seconds = saved["counters"]
             initial, best, recent = saved["initial"], saved["best"], saved["recent"]
-            jobs, next_group, playing, chunks, rewards, groups, ready, tally = map_tensors(
-                lambda x: x.to(device), saved["rollout"]
-            )
             if reference is not None:
                 reference.load_state_dict(saved["reference"])
-            obs = envs.set_state(saved["envs"])
-            set_rng_state(saved["rng"], generators, {})
+            if len(saved["processes"]) != world:
+                raise UserError(
+                    f"{args.resume} ran as {len(saved['processes'])} processes, not {world}; resume it so."
+                )
+            jobs, next_group, playing, chunks, rewards, groups, ready, tally = map_tensors(
+                lambda x: x.to(device), saved["processes"][rank]["rollout"]
+            )
+            obs = envs.set_state(saved["processes"][rank]["envs"])
+            set_rng_state(saved["processes"][rank]["rng"], generators, {})
         start = clock() - seconds
 
         def save(name):
-            counters = [step, iteration, gradient_steps, clock() - start]
             rollout = [jobs, next_group, playing, chunks, rewards, groups, ready, tally]
-            rollout = map_tensors(torch.clone, rollout)  # a view would take its whole batch along
+            rollout = map_tensors(lambda x: x.cpu().clone(), rollout)  # a view would take its batch along
+            own = {"envs": envs.get_state(), "rng": rng_state(generators, {}), "rollout": rollout}
+            processes = distributed.all_gather(own)
+            if rank:
+                return
+            weights = agent.state_dict()
+            if published and args.lora_rank:  # the base is in its own files
+                weights = {k: x for k, x in weights.items() if "lora_" in k or not k.startswith("backbone.")}
             state = dict(
-                args=dataclasses.asdict(args), backbone=backbone.config, agent=agent.state_dict(),
-                optimizer=optimizer.state_dict(), envs=envs.get_state(), rng=rng_state(generators, {}),
-                reference=reference.state_dict() if reference is not None else None, counters=counters,
-                initial=initial, best=best, recent=recent, rollout=rollout,
+                args=dataclasses.asdict(args), backbone=backbone.config, agent=weights, processes=processes,
+                optimizer=optimizer.state_dict(), initial=initial, best=best, recent=recent,
+                reference=reference.state_dict() if reference is not None else None,
+                counters=[step, iteration, gradient_steps, clock() - start],
             )  # fmt: skip
             save_checkpoint(folder / name, script="grpo_vla", state=state)
 
         def log_evaluation(evaluation):
+            if rank:
+                return
             for key in ("success_rate", "mean_reward", "mean_length"):
                 if key in evaluation:
                     writer.add_scalar(f"eval/{key}", evaluation[key], step)
@@ -715,24 +809,27 @@ def train(args):
             active = active[:1]
         order_in_chunk = torch.arange(args.chunk, device=device)
         clips = (args.clip_low, args.clip_high)
-        bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None, smoothing=0.1)
+        bar = tqdm(total=args.total_timesteps, initial=step, unit="step", smoothing=0.1,
+                   disable=rank > 0 or None)  # fmt: skip
 
+        halted = []
         while step < args.total_timesteps:
             seconds_env = seconds_policy = 0.0
-            first_step = step
+            first_step, collected = step, 0
 
             # --- collect until the batch is full; every environment always plays an unfinished episode
             agent.eval()
-            limit = args.max_refill * args.num_groups
-            while len(ready) < args.num_groups and tally["groups"] < limit and step < args.total_timesteps:
-                if stop:
+            wanted = args.num_groups // world
+            limit = args.max_refill * wanted
+            while len(ready) < wanted and tally["groups"] < limit:
+                if stop or step + collected * world >= args.total_timesteps:
                     break
                 tick = clock()
                 if None in playing:  # the next member of a group starts at once
                     idle, seeds = np.array([group is None for group in playing]), np.zeros(N, np.int64)
                     for n in np.flatnonzero(idle):
                         if not jobs:
-                            jobs, next_group = [next_group] * G, next_group + 1
+                            jobs, next_group = [next_group] * G, next_group + world
                         playing[n], chunks[n], rewards[n] = jobs.pop(), [], []
                         # a reset with a seed fixes task, layout and all that the simulator draws
                         seeds[n] = np.random.SeedSequence([args.seed, playing[n]]).generate_state(1)[0]
@@ -756,7 +853,7 @@ def train(args):
                 columns["version"] = torch.full((N,), iteration, device=device)
                 if vision is not None:
                     columns["vision"] = vision
-                step += int(info["steps"].sum())
+                collected += int(info["steps"].sum())
                 tally["chunks"] += N
                 for n, row in enumerate(zip(*(x.unbind() for x in columns.values()), strict=True)):
                     group = playing[n]
@@ -782,11 +879,13 @@ def train(args):
                         if informative(outcomes, successes, args.accuracy_low, args.accuracy_high):
                             ready.append(members)
                         del groups[group]
-            if stop:
+            everyone = distributed.all_gather([len(ready), collected, tally, list(stop), envs.lost_episodes])
+            counts, collected, tallies, signals, lost = zip(*everyone, strict=True)
+            step, halted = step + sum(collected), sum(signals, [])  # torchrun's processes stop together
+            if halted:
                 break
-            recent = recent[-200:]
             bar.update(step - first_step)
-            if not ready:  # every group was uniform
+            if not min(counts):  # every group was uniform
                 tally = dict.fromkeys(tally, 0)
                 continue
             iteration += 1
@@ -794,7 +893,7 @@ def train(args):
             optimizer.param_groups[0]["lr"] = args.learning_rate * fraction
 
             # --- advantages
-            batch, ready = ready[: args.num_groups], ready[args.num_groups :]  # too many wait for the next
+            batch, ready = ready[:wanted], ready[wanted:]  # too many wait for the next
             outcomes = torch.tensor([[e["outcome"] for e in members] for members in batch], device=device)
             advantages = grpo_advantages(outcomes, args.std_normalisation, args.leave_one_out).flatten()
             episodes = [e["chunks"] for members in batch for e in members]
@@ -827,16 +926,25 @@ def train(args):
             # What is shuffled: chunks, or whole episodes where a ratio covers one.
             units = episode if args.ratio_level == "sequence" else torch.arange(len(rows), device=device)
             num_units = len(episodes) if args.ratio_level == "sequence" else len(rows)
-            size = max(1, args.minibatch_size * num_units // len(rows))
+            amount = int(covered.sum()) if args.aggregation == "token-mean" else len(episodes)
+            everyone = distributed.all_gather([len(rows), len(batch), amount, recent[-200:]])
+            num_rows, kept, amounts, recents = (list(x) for x in zip(*everyone, strict=True))
+            share = amount / max(sum(amounts), 1)  # of this process in what the batch's mean is taken over
+            parts_of_epoch = math.ceil(sum(num_rows) / args.minibatch_size)
             for _ in range(args.update_epochs):
                 order = torch.randperm(num_units, generator=shuffler).to(device)
-                for drawn in order.split(size):
+                for drawn in order.tensor_split(parts_of_epoch):
                     minibatch = torch.isin(units, drawn).nonzero().squeeze(1)
-                    scale = num_units / len(drawn)  # the minibatches' losses average to the batch's
-                    # What the means divide by is the minibatch's, so that micro-batches add up to it exactly.
-                    totals = (covered[minibatch].sum(), masks[minibatch].sum())
-                    total_fresh = (covered[minibatch] & fresh[minibatch, None]).sum()
-                    if args.ratio_level == "sequence":  # all of an episode's chunks make its ratio
+                    if "length" in data:  # prompts of one length need no mask, and run the fastest kernel
+                        minibatch = minibatch[data["length"][minibatch].argsort(stable=True)]
+                    # The minibatches' losses average to the batch's.
+                    scale = share * num_units / max(len(drawn), 1)
+                    # What the means divide by is the minibatch's, so that micro-batches, here and in
+                    # torchrun's other processes, add up to it exactly.
+                    totals = [covered[minibatch].sum(), masks[minibatch].sum()]
+                    totals.append((covered[minibatch] & fresh[minibatch, None]).sum())
+                    totals = distributed.all_sum(torch.stack(totals))
+                    if args.ratio_level == "sequence" and len(minibatch):  # of all of an episode's chunks
                         parts = []
                         with torch.no_grad():
                             for index in minibatch.split(args.micro_batch_size):
@@ -846,7 +954,7 @@ def train(args):
                         drift = torch.cat(parts) - log_probs[minibatch]
                         drift = sequence_log_ratio(drift, masks[minibatch], episode[minibatch], len(episodes))
                     sums = torch.zeros(6, device=device)
-                    for index in minibatch.split(args.micro_batch_size):
+                    for index in minibatch.split(args.micro_batch_size) if len(minibatch) else ():
                         part = {key: x[index] for key, x in data.items()}
                         seen = vision[index] if vision is not None else None
                         new_log_prob, entropy = agent.evaluate_actions(part, actions[index], seen)
@@ -868,13 +976,15 @@ def train(args):
                             clipped = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
                             approx_kl = masked_mean(kl_k3(log_ratio), group, totals[0])
                             clipped = masked_mean(clipped.float(), group, totals[0])
-                            error = masked_mean((ratio - 1).abs(), group & fresh[index, None], total_fresh)
+                            error = masked_mean((ratio - 1).abs(), group & fresh[index, None], totals[2])
                             terms = [policy_loss, entropy, approx_kl, clipped, error, loss]
                             sums += torch.stack(terms)
+                    distributed.all_sum(sums)
                     if args.target_kl is not None and sums[2] > args.target_kl:
                         optimizer.zero_grad()
                         kl_stop = True
                         break
+                    distributed.sum_gradients(trained)
                     norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     if not torch.isfinite(norm + sums.sum()):
                         raise FloatingPointError(
@@ -894,7 +1004,9 @@ def train(args):
             seconds_update = clock() - tick
             means = torch.stack(metrics).mean(0).tolist() if metrics else [float("nan")] * 7
             spent = seconds_env + seconds_policy + seconds_update
-            success, reward, length = np.mean(np.asarray(recent, float), 0)
+            recent = recent[-200:]
+            success, reward, length = np.mean(np.asarray(sum(recents, []), float), 0)
+            groups_done, computed = (sum(t[key] for t in tallies) for key in ("groups", "chunks"))
             scalars = {
                 "loss/policy": means[0], "loss/total": means[5],
                 "policy/entropy": means[1], "policy/approx_kl": means[2], "policy/clip_fraction": means[3],
@@ -903,13 +1015,13 @@ def train(args):
                 "policy/stale_share": 1 - fresh.float().mean().item(),
                 "optim/learning_rate": args.learning_rate * fraction,
                 "rollout/mean_reward": reward, "rollout/mean_length": length,
-                "rollout/groups_kept": len(batch) + len(ready), "rollout/groups_waiting": len(ready),
-                "rollout/refill_factor": tally["groups"] / len(batch),
-                "rollout/trained_share": len(rows) / max(tally["chunks"], 1),
-                "rollout/lost_episodes": envs.lost_episodes,
-                "time/chunks_per_second": tally["chunks"] / spent,
+                "rollout/groups_kept": sum(counts), "rollout/groups_waiting": sum(counts) - sum(kept),
+                "rollout/refill_factor": groups_done / sum(kept),
+                "rollout/trained_share": sum(num_rows) / max(computed, 1),
+                "rollout/lost_episodes": sum(lost),
+                "time/chunks_per_second": computed / spent,
                 "time/env_steps_per_second": (step - first_step) / spent,
-                "time/samples_per_second": len(rows) * args.update_epochs / seconds_update,
+                "time/samples_per_second": sum(num_rows) * args.update_epochs / seconds_update,
                 "time/env_share": seconds_env / spent, "time/policy_share": seconds_policy / spent,
                 "time/update_share": seconds_update / spent,
             }  # fmt: skip
@@ -919,12 +1031,13 @@ def train(args):
             tally = dict.fromkeys(tally, 0)
             if device.type == "cuda":
                 scalars["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            for name, value in scalars.items():
+            for name, value in scalars.items() if rank == 0 else ():
                 writer.add_scalar(name, value, step)
             if args.eval_freq and iteration % args.eval_freq == 0 and step < args.total_timesteps:
                 latest = evaluate(agent, eval_envs, args, device)
                 log_evaluation(latest)
-                tqdm.write(f"{step} steps, {clock() - start:.0f} s: eval {score(latest):.3f}")
+                if rank == 0:
+                    tqdm.write(f"{step} steps, {clock() - start:.0f} s: eval {score(latest):.3f}")
                 if score(latest) > score(best):
                     best = latest
                     save("best.pt")
@@ -932,16 +1045,23 @@ def train(args):
                 save("checkpoint.pt")
 
         bar.close()
-        if stop and step < args.total_timesteps:
+        if halted:
             save("checkpoint.pt")
-            print(f"stopped at {step} steps; go on with: python grpo_vla.py --resume {folder}")
-            sys.exit(128 + stop[0])
+            if rank == 0:
+                print(f"stopped at {step} steps; go on with: python grpo_vla.py --resume {folder}")
+            sys.exit(128 + halted[0])
         final = evaluate(agent, eval_envs, args, device, videos)
         log_evaluation(final)
         if score(final) > score(best):
             best = final
             save("best.pt")
         save("checkpoint.pt")
+        if rank:
+            return
+        if published and args.lora_rank:
+            save_adapter(backbone, folder / "adapter")
+        if args.merge_and_save:
+            backbone.save_merged(args.merge_and_save)
         numbers = dict(environment_steps=step, gradient_steps=gradient_steps, wall_seconds=clock() - start)
         write_results(
             folder / "results.json", dict(initial=initial, final=final, best=best) | numbers | results

@@ -60,6 +60,8 @@ class Args:
     """where the networks and the data are"""
     compile: bool = False
     """torch.compile the update; with CUDA graphs on a GPU"""
+    bf16: bool = False
+    """matrix products of the critics in bfloat16, but for the last layer's"""
     checkpoint: str | None = None
     """start from these weights: a file, or a run's folder"""
     resume: str | None = None
@@ -75,7 +77,7 @@ class Args:
     run_name: str | None = None
     """the run folder's name; default <dataset>__<script>__<seed>__<time>"""
     eval_episodes: int = 10
-    """episodes of an evaluation, each with a seed of its own; 0 for no evaluation and no environment"""
+    """episodes of an evaluation, each with a seed of its own; 0 for no evaluation"""
     eval_freq: int = 5_000
     """updates between evaluations; 0 for the first and the last only"""
     save_freq: int = 50_000
@@ -162,8 +164,9 @@ def gaussian_log_prob(mean, log_std, action):
 class TwinCritic(nn.Module):
     """Q1 and Q2 as one network of batched matrices: obs (B, S), action (B, A) -> (2, B)."""
 
-    def __init__(self, obs_dim, action_dim, width, depth):
+    def __init__(self, obs_dim, action_dim, width, depth, bf16=False):
         super().__init__()
+        self.bf16 = bf16
         sizes = [obs_dim + action_dim, *[width] * depth, 1]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):  # nn.Linear's initialisation
@@ -173,8 +176,9 @@ class TwinCritic(nn.Module):
     def forward(self, obs, action):
         x = torch.cat([obs, action], -1).expand(2, -1, -1)
         *hidden, (weight, bias) = zip(self.weights, self.biases, strict=True)
-        for w, b in hidden:
-            x = torch.baddbmm(b, x, w).relu_()  # (2, B, width)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            for w, b in hidden:
+                x = torch.baddbmm(b, x, w).relu_()  # (2, B, width)
         return (x * weight.mT).sum(-1) + bias[..., 0]  # faster than a product with one column
 
 
@@ -196,7 +200,7 @@ class Agent(nn.Module):
         self.actor = mlp(obs_dim, action_dim, args.width, args.depth, args.dropout)
         self.log_std = nn.Parameter(torch.zeros(action_dim))
         self.value = mlp(obs_dim, 1, args.width, args.depth)
-        self.critic = TwinCritic(obs_dim, action_dim, args.width, args.depth)
+        self.critic = TwinCritic(obs_dim, action_dim, args.width, args.depth, args.bf16)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
 
     def policy(self, obs):
@@ -252,7 +256,8 @@ def score(evaluation):
 def resolve_args(args):
     """Presets below the command line's flags; with --resume, the run's own arguments. UserError for values
     that cannot work."""
-    words = re.split(r"[^a-z0-9]+", args.dataset.lower())
+    path = Path(args.dataset)
+    words = re.split(r"[^a-z0-9]+", (path.name if path.suffix else args.dataset).lower())
     presets = next((preset for word, preset in PRESETS.items() if word in words), {})
     args = tyro.cli(Args, default=dataclasses.replace(Args(), **presets))
     if args.resume:
@@ -351,9 +356,10 @@ def prepare_data(dataset, args, bounds):
         actions = 2 * (actions - bounds[0]) / (bounds[1] - bounds[0]) - 1
     if args.normalize_rewards:
         returns = np.add.reduceat(rewards, dataset.episode_starts, dtype=np.float64)
-        if returns.max() == returns.min():
-            raise UserError(f"{dataset.name} has equal returns alone; use --no-normalize-rewards.")
-        rewards = rewards * (1000 / (returns.max() - returns.min()))
+        span = returns.max() - returns.min()
+        if span <= 0.01 * np.abs(returns).max():  # as of a few demonstrations: rewards would become huge
+            raise UserError(f"{dataset.name} has nearly equal returns alone; use --no-normalize-rewards.")
+        rewards = rewards * (1000 / span)
     rewards = args.reward_scale * rewards + args.reward_bias
     actions = np.clip(actions, -1, 1)  # as the environment did
     rest = np.c_[actions, rewards, dataset.terminations].astype(np.float32)
@@ -382,20 +388,20 @@ def train(args):
         saved = load_checkpoint(source, scripts=(SCRIPT,)) if source else None
         dataset = load_dataset(args.dataset)
         (_, action_dim), obs_dim = dataset.actions.shape, dataset.states.shape[1]
-        eval_envs, bounds = None, None
-        if args.eval_episodes:
-            env_id = args.env or dataset.env_id
-            if env_id is None:
-                raise UserError(f"{dataset.name} names no environment; give --env, or --eval-episodes 0.")
-            eval_envs = build_envs(env_id, args.eval_episodes, args.seed)
-            stack.callback(eval_envs.close)
+        env_id, eval_envs, bounds = args.env or dataset.env_id, None, None
+        if args.eval_episodes and env_id is None:
+            raise UserError(f"{dataset.name} names no environment; give --env, or --eval-episodes 0.")
+        if env_id:  # it says what the actions mean, also to a run without evaluations
+            envs = build_envs(env_id, max(1, args.eval_episodes), args.seed)
+            stack.callback(envs.close)
             bounds = action_bounds(env_id)
-            wants = eval_envs.single_observation_space["proprio"].shape + bounds[0].shape
+            wants = envs.single_observation_space["proprio"].shape + bounds[0].shape
             if wants != (obs_dim, action_dim):
                 raise UserError(
                     f"{dataset.name} has {obs_dim} observations and {action_dim} actions, {env_id} "
                     f"{wants[0]} and {wants[1]}; give another --env."
                 )
+            eval_envs = envs if args.eval_episodes else None
         references = dataset.reference_scores
         agent = Agent(obs_dim, action_dim, args)
         states, next_index, rest = (x.to(device) for x in prepare_data(dataset, args, bounds))
@@ -459,7 +465,8 @@ def train(args):
             optimizer.step()
             optimizer.zero_grad()
 
-            torch._foreach_lerp_(target_parameters, critic_parameters, args.tau)
+            with torch.no_grad():
+                torch._foreach_lerp_(target_parameters, critic_parameters, args.tau)
             metrics = {"loss/critic": loss_critic, "loss/value": loss_value, "loss/policy": loss_policy}
             metrics |= {"value/q": q, "value/v": value, "policy/weight": weights}
             return {name: x.detach() for name, x in metrics.items()}
@@ -492,7 +499,7 @@ def train(args):
             found = evaluate(agent, eval_envs, device, references, videos)
             for key in found.keys() - {"episodes"}:
                 writer.add_scalar(f"eval/{key}", found[key], step)
-            if best is None or score(found) > score(best):
+            if best is None or score(found) >= score(best):  # the latest of equals, as without evaluations
                 best = found
                 save("best.pt")
             return found
@@ -507,9 +514,9 @@ def train(args):
         if initial is None:
             initial = run_evaluation(videos)  # what a video lacks shows now
             save("checkpoint.pt")
-        metrics, tick, tick_step = {}, clock(), step
+        metrics, tick, tick_step, stopping = {}, clock(), step, bool(stop)
         bar = tqdm(total=args.total_timesteps, initial=step, unit="update", disable=None, smoothing=0.1)
-        while step < args.total_timesteps and not stop:
+        while step < args.total_timesteps and not stopping:
             batch = sample_batch(states, next_index, rest, args.batch_size, sampler)
             step += 1
             cosine = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / args.total_timesteps)
@@ -518,7 +525,8 @@ def train(args):
             bar.update()
 
             # --- log, evaluate, save
-            if not (due(LOG_FREQ) or due(args.eval_freq) or due(args.save_freq) or stop):
+            stopping = bool(stop)  # a signal from here on waits for the next update
+            if not (due(LOG_FREQ) or due(args.eval_freq) or due(args.save_freq) or stopping):
                 continue
             scalars = {name: x.mean().item() for name, x in metrics.items()}
             if not np.isfinite(list(scalars.values())).all():
@@ -535,12 +543,12 @@ def train(args):
             if due(args.eval_freq) and step < args.total_timesteps:
                 found = score(run_evaluation())
                 tqdm.write(f"{step} updates, {clock() - start:.0f} s: eval {found:.1f}")
-            if due(args.save_freq) or stop:
+            if due(args.save_freq) or stopping:
                 save("checkpoint.pt")
             tick, tick_step = clock(), step
 
         bar.close()
-        if stop and step < args.total_timesteps:
+        if stopping and step < args.total_timesteps:
             print(f"stopped at {step} updates; go on with: python {SCRIPT}.py --resume {folder}")
             sys.exit(128 + stop[0])
         final = run_evaluation(videos)

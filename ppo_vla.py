@@ -3,6 +3,8 @@
     python bc_warmup.py --run-name warmup                              # stage 1: imitation, a few minutes
     python ppo_vla.py --checkpoint runs/warmup/checkpoint.pt           # stage 2: this file
     python ppo_vla.py --env CartPole-v1                                # plain PPO, the sanity check
+    python ppo_vla.py --env libero --lora-rank 32                      # OpenVLA-OFT 7B on LIBERO, one GPU
+    torchrun --nproc-per-node 8 ppo_vla.py --env libero --lora-rank 32 # the same data, split over 8 GPUs
 
 Proximal policy optimisation (Schulman et al. 2017) where one decision is a chunk of K actions of A numbers,
 emitted as K*A tokens in one parallel forward (OpenVLA-OFT, Kim et al. 2025) and executed open loop. The value
@@ -16,6 +18,7 @@ import copy
 import dataclasses
 import importlib.util
 import json
+import math
 import signal
 import sys
 import time
@@ -31,9 +34,9 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import UserError
+from common import UserError, distributed
 from common.action_tokenizer import ActionTokenizer
-from common.backbones import adapters_disabled, add_lora, load_backbone
+from common.backbones import adapters_disabled, add_lora, load_adapter, load_backbone, save_adapter
 from common.checkpoint import (
     CheckpointError,
     hardware,
@@ -53,23 +56,29 @@ from common.video import annotate, write_video
 class Args:
     # --- experiment
     env: str = "tabletop"
-    """the world: tabletop, or a Gymnasium id with vector observations"""
+    """the world: tabletop, libero, or a Gymnasium id with vector observations"""
     tasks: tuple[str, ...] = ()
-    """tabletop: kinds of task (lift, put, move) or instructions; empty for all"""
+    """kinds of task (tabletop: lift, put, move), numbers (libero) or instructions; empty for all"""
+    suite: str = "libero_spatial"
+    """libero: libero_spatial, libero_object, libero_goal, libero_10, libero_90"""
+    protocol: Literal["oft", "simplevla"] = "oft"
+    """libero: whose evaluation is followed, openvla-oft's or SimpleVLA-RL's"""
+    train_on_eval_states: bool = False
+    """libero: train on the initial states of the evaluation, as published results do"""
     cameras: tuple[str, ...] = ("agentview",)
-    """tabletop: the pictures that the policy sees (agentview, wrist)"""
+    """the pictures that the policy sees (agentview, wrist)"""
     renderer: Literal["ray", "gl"] = "ray"
     """tabletop: MuJoCo's ray caster, which needs no GL, or mujoco.Renderer"""
     reward: Literal["sparse", "shaped"] = "sparse"
     """tabletop: 1 at success, or with a difference of potentials added"""
     eval_split: str = "eval"
-    """tabletop: eval, or a held-out variation (vision, semantics, execution)"""
+    """eval; tabletop: or a held-out variation (vision, semantics, execution)"""
     seed: int = 1
     """fixes environments, sampling, initial states and minibatch order"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the policy runs"""
     checkpoint: str | None = None
-    """start from these weights: a file, or a run's folder"""
+    """start from these weights: a file, a run's folder, or an OpenVLA checkpoint's folder"""
     resume: str | None = None
     """continue this run (its folder) exactly where its last checkpoint stands, with its own arguments"""
     evaluate: bool = False
@@ -101,7 +110,8 @@ class Args:
     total_timesteps: int = 650_000
     """environment steps to train for"""
     backbone: str = "tiny"
-    """tiny or mlp, when no --checkpoint says which"""
+    """tiny, mlp, the folder or hub id of an OpenVLA checkpoint, or openvla for the suite's published one;
+    when no --checkpoint says which"""
     head: Literal["tokens", "gaussian", "discrete"] = "tokens"
     """256-bin action tokens, a Gaussian on the continuous chunk, or a categorical over gymnasium's
     Discrete"""
@@ -111,6 +121,23 @@ class Args:
     """the last n executed actions as an input"""
     lora_rank: int = 0
     """rank of the adapters; 0 trains every weight"""
+    lora_modules: tuple[Literal["language_model", "projector"], ...] = ("language_model",)
+    """openvla: the parts with adapters; --train-vision adds the towers"""
+    adapter: str | None = None
+    """openvla: start from these LoRA adapters, a folder in PEFT's format"""
+    merge_and_save: str | None = None
+    """openvla: at the end, or with --evaluate, write the merged weights in the published layout here"""
+    family: Literal["auto", "openvla", "openvla-oft"] = "auto"
+    """openvla: tokens one after another, or OFT's all at once; auto looks for OFT's traces"""
+    unnorm_key: str | None = None
+    """openvla: the data set whose statistics scale the actions, or none; default: the suite, or the only
+    one"""
+    statistics: str | None = None
+    """openvla: a dataset_statistics.json in place of the checkpoint's own"""
+    load_in_4bit: bool = False
+    """openvla: language model in 4 bits, through bitsandbytes"""
+    gradient_checkpointing: bool = False
+    """openvla: recompute each block in the backward pass: a third more time, far less memory"""
     train_vision: bool = False
     """train the vision part too; frozen, its output is computed once and reused over the epochs"""
     num_steps: int = 8
@@ -173,11 +200,16 @@ PLAIN = dict(
     critic_warmup=0, max_grad_norm=0.5, eval_freq=50, save_freq=50, total_timesteps=150_000,
 )  # fmt: skip
 PRESETS = {  # what differs from the defaults, which are tabletop's; flags on the command line win
+    "libero": dict(
+        backbone="openvla", chunk=8, num_envs=32, eval_envs=32, num_steps=32, update_epochs=1,
+        minibatch_size=256, micro_batch_size=16, gamma=0.99, temperature=1.6, ratio_level="token",
+        critic_warmup=4, eval_freq=20, save_freq=5, total_timesteps=2_000_000,
+    ),
     "CartPole-v1": dict(PLAIN, head="discrete"),
     "Pendulum-v1": dict(
         PLAIN, head="gaussian", gamma=0.9, num_steps=256, init_std=1.0, total_timesteps=300_000
     ),
-}
+}  # fmt: skip
 
 
 # --- the mathematics: pure functions on tensors
@@ -442,11 +474,12 @@ def evaluate(agent, envs, args, device, video_folder=None):
     move.
     """
     agent.eval()
-    generator = torch.Generator(device).manual_seed(args.seed)
-    total, size = args.eval_episodes, envs.num_envs
-    seeds = np.arange(size)  # the episode that each environment plays
+    rank, world = distributed.ranks()
+    generator = torch.Generator(device).manual_seed(args.seed + rank)
+    total, size = len(range(rank, args.eval_episodes, world)), envs.num_envs
+    seeds = np.arange(size)  # the episode that each environment plays, of this process's
     running = seeds < total
-    obs = envs.reset(seeds, running)
+    obs = envs.reset(seeds * world + rank, running)
     outcomes, frames = [None] * total, {i: [] for i in range(min(6, total, size) if video_folder else 0)}
     started = len(outcomes[:size])
     while running.any():
@@ -476,10 +509,11 @@ def evaluate(agent, envs, args, device, video_folder=None):
             seeds[i], started = started, started + 1
             again[i] = running[i] = seeds[i] < total
         if again.any():
-            obs = envs.reset(seeds, again)
+            obs = envs.reset(seeds * world + rank, again)
     for i, pictures in frames.items():
         last = pictures[-1]
         write_video(Path(video_folder) / f"episode_{i}.mp4", pictures + [last] * 10, fps=20)
+    outcomes = [row for rows in distributed.all_gather(outcomes) for row in rows]
     return summarize(outcomes, envs.has_success, envs.instructions)
 
 
@@ -493,10 +527,13 @@ def score(evaluation):
 def resolve_args(args):
     """Presets below the command line's flags; with --resume, the run's own arguments. UserError for values
     that cannot work."""
-    default = dataclasses.replace(
-        Args(), env=args.env, **PRESETS.get(args.env, {} if args.env == "tabletop" else PLAIN)
-    )
-    args = tyro.cli(Args, default=default)
+    preset = PRESETS.get(args.env, {} if args.env == "tabletop" else PLAIN)
+    if args.env == "libero":  # the protocol's 50 initial states a task, each once
+        tasks = len(args.tasks) or (90 if args.suite == "libero_90" else 10)
+        preset = preset | {"eval_episodes": 50 * tasks}
+    args = tyro.cli(Args, default=dataclasses.replace(Args(), env=args.env, **preset))
+    if args.checkpoint and (Path(args.checkpoint) / "config.json").is_file():
+        args.backbone, args.checkpoint = args.checkpoint, None
     if args.resume:
         free = {"resume", "device", "num_workers", "capture_video", "track"}
         saved = load_checkpoint(args.resume, scripts=("ppo_vla",))["args"]
@@ -529,7 +566,7 @@ def resolve_args(args):
         raise UserError(f"--seed must be in [0, 2**63), not {args.seed}.")
     if args.track and not importlib.util.find_spec("wandb"):
         raise UserError("--track needs Weights & Biases; pip install wandb, or drop --track.")
-    if args.evaluate and not args.checkpoint:
+    if args.evaluate and not args.checkpoint and args.backbone in ("tiny", "mlp"):
         raise UserError("--evaluate needs --checkpoint, the weights to evaluate.")
     return args
 
@@ -541,37 +578,62 @@ def choose_device(name):
 
 
 def build_envs(args, split, num_envs, autoreset):
-    world = {name: getattr(args, name) for name in ("tasks", "cameras", "renderer", "reward")} | {
-        "split": split
-    }
+    """This process's share of `num_envs` environments."""
+    rank, world = distributed.ranks()
+    if num_envs % world:
+        raise UserError(f"{num_envs} environments cannot be split evenly over {world} processes.")
+    names = {
+        "tabletop": ("tasks", "cameras", "renderer", "reward"),
+        "libero": ("tasks", "cameras", "suite", "protocol", "train_on_eval_states"),
+    }.get(args.env, ())
+    kwargs = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    kwargs |= {"split": split} if names else {}
     return make_envs(
-        args.env, num_envs, seed=args.seed, chunk=args.chunk, num_workers=args.num_workers,
-        autoreset=autoreset, action_history=args.action_history, **(world if args.env == "tabletop" else {}),
+        args.env, num_envs // world, seed=args.seed, first=rank * num_envs // world, chunk=args.chunk,
+        num_workers=args.num_workers, autoreset=autoreset, action_history=args.action_history, **kwargs,
     )  # fmt: skip
 
 
 def build_agent(args, envs, saved, device):
-    """The agent of `saved` (a checkpoint of bc_warmup.py or ppo_vla.py), or a randomly initialised one."""
+    """The agent of `saved` (a checkpoint of bc_warmup.py or ppo_vla.py), of published weights, or a random
+    one."""
     image = envs.single_observation_space.get("image")
-    config = dict(
-        name=args.backbone, chunk=args.chunk, action_dim=len(envs.active_dims),
-        proprio_dim=envs.single_observation_space["proprio"].shape[0], cameras=image.shape[0] if image else 0,
-        image_size=image.shape[1] if image else 0, instructions=envs.instructions,
+    shape = dict(
+        chunk=args.chunk, action_dim=len(envs.active_dims), cameras=image.shape[0] if image else 0,
+        proprio_dim=envs.single_observation_space["proprio"].shape[0],
+        image_size=image.shape[1] if image else 0,
     )  # fmt: skip
+    config = dict(name=args.backbone, instructions=envs.instructions, **shape)
+    libero = args.env == "libero"
+    if args.backbone not in ("tiny", "mlp"):
+        config = dict(
+            name=args.backbone,
+            family=None if args.family == "auto" else args.family, chunk=args.chunk, head=args.head,
+            action_dim=len(envs.active_dims), unnorm_key=args.unnorm_key or (args.suite if libero else None),
+            statistics=args.statistics, libero=libero, load_in_4bit=args.load_in_4bit,
+            lora_modules=args.lora_modules + ("vision",) * args.train_vision,
+            # Adapters stay in float32; to train every weight in 16 bits would lose Adam's small steps.
+            dtype="bfloat16" if device.type == "cuda" and (args.lora_rank or args.evaluate) else "float32",
+        )  # fmt: skip
+        if args.backbone == "openvla":
+            config["path"] = args.suite
     if saved:
         if saved["args"]["head"] != args.head:
             raise UserError(
                 f"The checkpoint has the head {saved['args']['head']!r}, not {args.head!r}; set --head."
             )
-        for name, value in saved["backbone"].items():
-            if name in config and name != "name" and config[name] != value:
+        for name, value in shape.items():
+            if saved["backbone"].get(name, value) != value:
                 hints = {"proprio_dim": "--action-history or --env", "action_dim": "--env"}
                 raise UserError(
-                    f"The checkpoint's {name} is {value}, but this run's is {config[name]}; "
+                    f"The checkpoint's {name} is {saved['backbone'][name]}, but this run's is {value}; "
                     f"set {hints.get(name, '--' + name)} as it was."
                 )
         config = saved["backbone"]
     backbone = load_backbone(**config, device=device)
+    published = backbone.config["name"] == "openvla"
+    if args.gradient_checkpointing:
+        backbone.checkpointing = True
     old_rank = saved["args"]["lora_rank"] if saved else 0
     if old_rank and args.lora_rank not in (0, old_rank):
         raise UserError(f"The checkpoint's adapters have rank {old_rank}; use --lora-rank {old_rank} or 0.")
@@ -581,11 +643,18 @@ def build_agent(args, envs, saved, device):
     agent = Agent(backbone, args, envs)
     if saved:
         missing, unexpected = agent.load_state_dict(saved["agent"], strict=False)
+        if published and old_rank:  # the base is in its own files
+            missing = [name for name in missing if "lora_" in name or not name.startswith("backbone.")]
         if unexpected or any(not name.startswith("value_head") for name in missing):
             raise UserError(
                 "The checkpoint's tensors do not fit this agent: " + ", ".join((*missing, *unexpected)[:4])
             )
-    if args.lora_rank and not old_rank:
+    if not published and (args.adapter or args.merge_and_save or args.gradient_checkpointing):
+        raise UserError("--adapter, --merge-and-save, --gradient-checkpointing are for OpenVLA's backbone.")
+    if args.adapter and not saved:
+        load_adapter(backbone, args.adapter)
+        args.lora_rank = backbone.peft_config["default"].r
+    elif args.lora_rank and not old_rank:
         add_lora(backbone, args.lora_rank)
     if not args.train_vision:
         for parameter in backbone.vision_parameters():
@@ -600,7 +669,9 @@ def train(args):
     """One process, top to bottom: collect with the current policy, estimate advantages, update, repeat."""
     clock = time.perf_counter
     with contextlib.ExitStack() as stack:
-        device = choose_device(args.device)
+        device = distributed.start(choose_device(args.device))
+        stack.callback(distributed.stop)
+        rank, world = distributed.ranks()
         torch.manual_seed(args.seed)
         source = args.resume or args.checkpoint
         saved = load_checkpoint(source, scripts=("ppo_vla", "bc_warmup")) if source else None
@@ -612,25 +683,33 @@ def train(args):
             folder = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
         else:
             name = args.run_name or f"{args.env}__ppo_vla__{args.seed}__{int(time.time())}"
-            folder = run_folder(args.output_dir, name)
-            (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
-        videos = folder / "videos" if args.capture_video else None
+            name = distributed.all_gather(name)[0]
+            if rank == 0:
+                folder = run_folder(args.output_dir, name)
+                (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+            folder = Path(args.output_dir) / name
+        videos = folder / "videos" if args.capture_video and rank == 0 else None
         if args.evaluate:
             final = evaluate(agent, eval_envs, args, device, videos)
-            write_results(folder / "results.json", {"final": final} | results)
-            print(f"evaluated {args.checkpoint}: {score(final):.3f} ({folder / 'results.json'})")
+            if rank == 0:
+                if args.merge_and_save:
+                    agent.backbone.save_merged(args.merge_and_save)
+                write_results(folder / "results.json", {"final": final} | results)
+                name = args.checkpoint or agent.backbone.config["path"]
+                print(f"evaluated {name}: {score(final):.3f} ({folder / 'results.json'})")
             return
 
         envs = build_envs(args, "train", args.num_envs, autoreset=True)
         stack.callback(envs.close)
-        if args.track:
+        if args.track and rank == 0:
             import wandb  # an optional package
 
             wandb.init(project="vla-rl", name=folder.name, config=results["args"], sync_tensorboard=True)
         # What a killed run logged after its last checkpoint is logged again.
-        writer = SummaryWriter(folder, purge_step=saved["counters"][0] + 1 if args.resume else None)
-        stack.callback(writer.close)
-        backbone = agent.backbone
+        if rank == 0:
+            writer = SummaryWriter(folder, purge_step=saved["counters"][0] + 1 if args.resume else None)
+            stack.callback(writer.close)
+        backbone, published = agent.backbone, agent.backbone.config["name"] == "openvla"
         trained = [(name, p) for name, p in agent.named_parameters() if p.requires_grad]
         policy = [p for name, p in trained if not name.startswith("value_head")]
         groups = [
@@ -648,8 +727,8 @@ def train(args):
         reference = None
         if args.kl_coef > 0 and not adapters_off:
             reference = copy.deepcopy(agent).requires_grad_(False)
-        sampler = torch.Generator(device).manual_seed(args.seed)
-        shuffler = torch.Generator().manual_seed(args.seed)
+        sampler = torch.Generator(device).manual_seed(args.seed + rank)
+        shuffler = torch.Generator().manual_seed(args.seed + rank)
         generators = {"sampler": sampler, "shuffler": shuffler}
 
         step, iteration, gradient_steps, seconds = 0, 0, 0, 0.0
@@ -660,23 +739,35 @@ def train(args):
             initial, best, recent = saved["initial"], saved["best"], saved["recent"]
             if reference is not None:
                 reference.load_state_dict(saved["reference"])
-            obs = envs.set_state(saved["envs"])
-            set_rng_state(saved["rng"], generators, {})
+            if len(saved["processes"]) != world:
+                raise UserError(
+                    f"{args.resume} ran as {len(saved['processes'])} processes, not {world}; resume it so."
+                )
+            obs = envs.set_state(saved["processes"][rank]["envs"])
+            set_rng_state(saved["processes"][rank]["rng"], generators, {})
         else:
             obs = envs.reset()
         start = clock() - seconds
 
         def save(name):
-            counters = [step, iteration, gradient_steps, clock() - start]
+            own = {"envs": envs.get_state(), "rng": rng_state(generators, {})}
+            processes = distributed.all_gather(own)
+            if rank:
+                return
+            weights = agent.state_dict()
+            if published and args.lora_rank:  # the base is in its own files
+                weights = {k: x for k, x in weights.items() if "lora_" in k or not k.startswith("backbone.")}
             state = dict(
-                args=dataclasses.asdict(args), backbone=backbone.config, agent=agent.state_dict(),
-                optimizer=optimizer.state_dict(), envs=envs.get_state(), rng=rng_state(generators, {}),
-                reference=reference.state_dict() if reference is not None else None, counters=counters,
-                initial=initial, best=best, recent=recent,
+                args=dataclasses.asdict(args), backbone=backbone.config, agent=weights, processes=processes,
+                optimizer=optimizer.state_dict(), initial=initial, best=best, recent=recent,
+                reference=reference.state_dict() if reference is not None else None,
+                counters=[step, iteration, gradient_steps, clock() - start],
             )  # fmt: skip
             save_checkpoint(folder / name, script="ppo_vla", state=state)
 
         def log_evaluation(evaluation):
+            if rank:
+                return
             for key in ("success_rate", "mean_reward", "mean_length"):
                 if key in evaluation:
                     writer.add_scalar(f"eval/{key}", evaluation[key], step)
@@ -692,15 +783,20 @@ def train(args):
             save("checkpoint.pt")
             save("best.pt")
         latest = initial
-        T, N = args.num_steps, args.num_envs
+        T, N = args.num_steps, envs.num_envs
         active = torch.as_tensor(envs.active_dims, device=device)
         if args.head == "discrete":
             active = active[:1]
         order_in_chunk = torch.arange(args.chunk, device=device)
         clips = (args.clip_low, args.clip_high)
-        bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None, smoothing=0.1)
+        bar = tqdm(total=args.total_timesteps, initial=step, unit="step", smoothing=0.1,
+                   disable=rank > 0 or None)  # fmt: skip
 
-        while step < args.total_timesteps and not stop:
+        halted = []
+        while step < args.total_timesteps:
+            halted = sum(distributed.all_gather(list(stop)), [])  # torchrun's processes stop together
+            if halted:
+                break
             iteration += 1
             fraction = max(0.0, 1 - step / args.total_timesteps) if args.anneal_lr else 1.0
             for group, name in zip(
@@ -715,7 +811,7 @@ def train(args):
             rewards, terminated, truncated = (np.zeros((T, N), dtype) for dtype in (np.float32, bool, bool))
             valid, began = np.ones((T, N), bool), np.zeros(N, int)
             final_values = torch.zeros(T, N, device=device)
-            finished, first_step = [], step
+            finished, first_step, collected = [], step, 0
             for t in range(T):
                 tick = clock()
                 with torch.no_grad():
@@ -736,7 +832,7 @@ def train(args):
                 # Tokens that the environment never saw (after the end, or of a joint it lacks) teach nothing.
                 executed = torch.as_tensor(info["steps"], device=device)[:, None] > order_in_chunk
                 masks.append((executed[..., None] & active).flatten(1))
-                step += int(info["steps"].sum())
+                collected += int(info["steps"].sum())
                 if truncated[t].any():
                     rows = np.flatnonzero(truncated[t])
                     with torch.no_grad():
@@ -763,14 +859,18 @@ def train(args):
 
             # --- flatten, valid decisions only
             keep = torch.as_tensor(valid.reshape(-1), device=device).nonzero().squeeze(1)
-            if not len(keep):  # every environment's worker died
+            everyone = distributed.all_gather([len(keep), collected, finished, envs.lost_episodes])
+            kept, collected, finished, lost = zip(*everyone, strict=True)
+            step, finished = step + sum(collected), sum(finished, [])
+            if not min(kept):  # every environment's worker died
                 continue
             data = {key: torch.cat([b[key] for b in batches])[keep] for key in batches[0]}
             vision = torch.cat(visions)[keep] if cache_vision and visions[0] is not None else None
             actions, log_probs, masks = (torch.cat(x)[keep] for x in (actions, log_probs, masks))
             advantages, returns, values = (x.reshape(-1)[keep] for x in (advantages, returns, values))
-            if args.normalize_advantages and len(keep) > 1:
-                advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+            if args.normalize_advantages and sum(kept) > 1:
+                whole = torch.cat(distributed.all_gather(advantages.cpu())).to(device)
+                advantages = (advantages - whole.mean()) / (whole.std() + 1e-8)
             old_log_probs, covered = merge_tokens(log_probs, masks, args.ratio_level, args.chunk)
             if args.kl_coef > 0:
                 off = adapters_disabled(backbone) if reference is None else contextlib.nullcontext()
@@ -788,11 +888,16 @@ def train(args):
             metrics, kl_stop = [], False
             for _ in range(args.update_epochs):
                 order = torch.randperm(len(keep), generator=shuffler).to(device)
-                for minibatch in order.split(args.minibatch_size):
-                    # What the means divide by is the minibatch's, so that micro-batches add up to it exactly.
-                    totals = (covered[minibatch].sum(), masks[minibatch].sum(), len(minibatch))
+                for minibatch in order.tensor_split(math.ceil(sum(kept) / args.minibatch_size)):
+                    if "length" in data:  # prompts of one length need no mask, and run the fastest kernel
+                        minibatch = minibatch[data["length"][minibatch].argsort(stable=True)]
+                    # What the means divide by is the minibatch's, so that micro-batches, here and in
+                    # torchrun's other processes, add up to it exactly.
+                    totals = [covered[minibatch].sum(), masks[minibatch].sum()]
+                    totals = torch.stack([*totals, totals[0].new_tensor(len(minibatch))])
+                    totals = distributed.all_sum(totals)
                     sums = torch.zeros(7, device=device)
-                    for index in minibatch.split(args.micro_batch_size):
+                    for index in minibatch.split(args.micro_batch_size) if len(minibatch) else ():
                         part = {key: x[index] for key, x in data.items()}
                         seen = vision[index] if vision is not None else None
                         new_log_prob, entropy, new_value = agent.evaluate_actions(part, actions[index], seen)
@@ -820,10 +925,12 @@ def train(args):
                             error = masked_mean((ratio - 1).abs(), group, totals[0])
                             terms = [policy_loss, critic_loss, entropy, approx_kl, clipped, error, loss]
                             sums += torch.stack(terms)
+                    distributed.all_sum(sums)
                     if args.target_kl is not None and sums[3] > args.target_kl:
                         optimizer.zero_grad()
                         kl_stop = True
                         break
+                    distributed.sum_gradients([p for _, p in trained])
                     if iteration <= args.critic_warmup:
                         for parameter in policy:  # reached through the value where it is not detached
                             parameter.grad = None
@@ -855,9 +962,9 @@ def train(args):
                 "value/explained_variance": explained_variance(values, returns).item(),
                 "optim/learning_rate": args.learning_rate * fraction,
                 "time/env_steps_per_second": (step - first_step) / spent,
-                "time/samples_per_second": len(keep) * args.update_epochs / seconds_update,
+                "time/samples_per_second": sum(kept) * args.update_epochs / seconds_update,
                 "time/env_share": seconds_env / spent, "time/policy_share": seconds_policy / spent,
-                "time/update_share": seconds_update / spent, "rollout/lost_episodes": envs.lost_episodes,
+                "time/update_share": seconds_update / spent, "rollout/lost_episodes": sum(lost),
             }  # fmt: skip
             if recent:
                 success, reward, length = np.mean(np.asarray(recent, float), 0)
@@ -867,13 +974,14 @@ def train(args):
                 bar.set_postfix_str(f"success {success:.2f}" if envs.has_success else f"return {reward:.1f}")
             if device.type == "cuda":
                 scalars["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            for name, value in scalars.items():
+            for name, value in scalars.items() if rank == 0 else ():
                 writer.add_scalar(name, value, step)
             bar.update(step - first_step)
             if args.eval_freq and iteration % args.eval_freq == 0 and step < args.total_timesteps:
                 latest = evaluate(agent, eval_envs, args, device)
                 log_evaluation(latest)
-                tqdm.write(f"{step} steps, {clock() - start:.0f} s: eval {score(latest):.3f}")
+                if rank == 0:
+                    tqdm.write(f"{step} steps, {clock() - start:.0f} s: eval {score(latest):.3f}")
                 if score(latest) > score(best):
                     best = latest
                     save("best.pt")
@@ -881,16 +989,23 @@ def train(args):
                 save("checkpoint.pt")
 
         bar.close()
-        if stop and step < args.total_timesteps:
+        if halted:
             save("checkpoint.pt")
-            print(f"stopped at {step} steps; go on with: python ppo_vla.py --resume {folder}")
-            sys.exit(128 + stop[0])
+            if rank == 0:
+                print(f"stopped at {step} steps; go on with: python ppo_vla.py --resume {folder}")
+            sys.exit(128 + halted[0])
         final = evaluate(agent, eval_envs, args, device, videos)
         log_evaluation(final)
         if score(final) > score(best):
             best = final
             save("best.pt")
         save("checkpoint.pt")
+        if rank:
+            return
+        if published and args.lora_rank:
+            save_adapter(backbone, folder / "adapter")
+        if args.merge_and_save:
+            backbone.save_merged(args.merge_and_save)
         numbers = dict(environment_steps=step, gradient_steps=gradient_steps, wall_seconds=clock() - start)
         write_results(
             folder / "results.json", dict(initial=initial, final=final, best=best) | numbers | results

@@ -61,6 +61,8 @@ class Args:
     """where the networks and the replay are"""
     compile: bool = False
     """torch.compile the update; with CUDA graphs on a GPU"""
+    bf16: bool = False
+    """matrix products of the critics in bfloat16, but for the last layer's"""
     checkpoint: str | None = None
     """start from these weights: a file, or a run's folder"""
     resume: str | None = None
@@ -159,8 +161,9 @@ def temperature_loss(log_alpha, log_prob, target_entropy):
 class TwinCritic(nn.Module):
     """Q1 and Q2 as one network of batched matrices: obs (B, S), action (B, A) -> (2, B)."""
 
-    def __init__(self, obs_dim, action_dim, width, depth):
+    def __init__(self, obs_dim, action_dim, width, depth, bf16=False):
         super().__init__()
+        self.bf16 = bf16
         sizes = [obs_dim + action_dim, *[width] * depth, 1]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):  # nn.Linear's initialisation
@@ -170,8 +173,9 @@ class TwinCritic(nn.Module):
     def forward(self, obs, action):
         x = torch.cat([obs, action], -1).expand(2, -1, -1)
         *hidden, (weight, bias) = zip(self.weights, self.biases, strict=True)
-        for w, b in hidden:
-            x = torch.baddbmm(b, x, w).relu_()  # (2, B, width)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            for w, b in hidden:
+                x = torch.baddbmm(b, x, w).relu_()  # (2, B, width)
         return (x * weight.mT).sum(-1) + bias[..., 0]  # faster than a product with one column
 
 
@@ -188,9 +192,9 @@ class Agent(nn.Module):
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         self.actor = mlp(obs_dim, 2 * action_dim, args.width, args.depth)
-        self.critic = TwinCritic(obs_dim, action_dim, args.width, args.depth)
+        self.critic = TwinCritic(obs_dim, action_dim, args.width, args.depth, args.bf16)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.log_alpha = nn.Parameter(torch.tensor(0.0 if args.alpha == "auto" else math.log(args.alpha)))
+        self.log_alpha = nn.Parameter(torch.zeros(()))
 
     def policy(self, obs):
         """obs (B, S) -> mean and log_std (B, A), the latter squashed to [-5, 2]."""
@@ -407,6 +411,8 @@ def train(args):
         agent = Agent(obs_dim, action_dim, args)
         if saved:
             load_weights(agent, saved)
+        if args.alpha != "auto":  # also where a checkpoint has another
+            nn.init.constant_(agent.log_alpha, math.log(args.alpha))
         agent.to(device)
         results = {"args": dataclasses.asdict(args), "versions": versions(), "hardware": hardware()}
         if args.resume:
@@ -465,7 +471,8 @@ def train(args):
             actor_optimizer.step()
             actor_optimizer.zero_grad()
 
-            torch._foreach_lerp_(target_parameters, critic_parameters, args.tau)
+            with torch.no_grad():
+                torch._foreach_lerp_(target_parameters, critic_parameters, args.tau)
             metrics = {"loss/critic": loss_critic, "loss/policy": loss_policy, "loss/alpha": loss_alpha}
             metrics |= {"policy/entropy": -log_prob, "policy/alpha": alpha, "value/q": q}
             return {name: x.detach() for name, x in metrics.items()}
@@ -498,7 +505,7 @@ def train(args):
                     counters=[step, gradient_steps, clock() - start], initial=initial, best=best,
                     optimizers={name: optimizer.state_dict() for name, optimizer in optimizers.items()},
                     rng=rng_state({"sampler": sampler}, {}), envs=envs.get_state(), recent=recent,
-                    replay=replay[: min(step // N, T)],
+                    replay=replay[: min(step // N, T)].clone(),  # a view would be saved with all of the ring
                 )  # fmt: skip
             save_checkpoint(folder / name, script=SCRIPT, state=state)
 
@@ -508,7 +515,7 @@ def train(args):
             found = evaluate(agent, eval_envs, device, references, videos)
             for key in found.keys() - {"episodes"}:
                 writer.add_scalar(f"eval/{key}", found[key], step)
-            if best is None or score(found) > score(best):
+            if best is None or score(found) >= score(best):  # the latest of equals, as without evaluations
                 best = found
                 save("best.pt")
             return found
@@ -524,9 +531,9 @@ def train(args):
             initial = run_evaluation(videos)  # what a video lacks shows now
             save("checkpoint.pt")
         row = np.empty((N, sum(widths)), np.float32)
-        metrics, tick, tick_steps = {}, clock(), (step, gradient_steps)
+        metrics, tick, tick_steps, stopping = {}, clock(), (step, gradient_steps), bool(stop)
         bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None, smoothing=0.1)
-        while step < args.total_timesteps and not stop:
+        while step < args.total_timesteps and not stopping:
             # --- act and store
             if step < args.learning_starts:
                 action = torch.rand(N, action_dim, generator=sampler, device=device) * 2 - 1
@@ -534,7 +541,13 @@ def train(args):
                 with torch.no_grad():
                     noise = torch.randn(N, action_dim, generator=sampler, device=device)
                     action = squashed_gaussian(*agent.policy(torch.as_tensor(obs, device=device)), noise)[0]
-            obs, info, ended = step_envs(envs, obs, action.cpu().numpy(), row)
+            action = action.cpu().numpy()
+            if not np.isfinite(action).all():
+                raise FloatingPointError(
+                    f"step {step}: the policy's action is not finite; {folder / 'checkpoint.pt'} is the last "
+                    "good state."
+                )
+            obs, info, ended = step_envs(envs, obs, action, row)
             replay[step // N % T] = torch.from_numpy(row).to(device)
             step += N
             for n in np.flatnonzero(ended):
@@ -551,7 +564,8 @@ def train(args):
 
             # --- log, evaluate, save
             evaluation_due = due(args.eval_freq) and step < args.total_timesteps
-            if not (due(LOG_FREQ) or due(args.save_freq) or evaluation_due or stop):
+            stopping = bool(stop)  # a signal from here on waits for the next step
+            if not (due(LOG_FREQ) or due(args.save_freq) or evaluation_due or stopping):
                 continue
             scalars = {name: x.mean().item() for name, x in metrics.items()}
             if not np.isfinite(list(scalars.values())).all():
@@ -574,12 +588,12 @@ def train(args):
             if evaluation_due:
                 found = score(run_evaluation())
                 tqdm.write(f"{step} steps, {clock() - start:.0f} s: eval {found:.1f}")
-            if due(args.save_freq) or stop:
+            if due(args.save_freq) or stopping:
                 save("checkpoint.pt")
             tick, tick_steps = clock(), (step, gradient_steps)
 
         bar.close()
-        if stop and step < args.total_timesteps:
+        if stopping and step < args.total_timesteps:
             print(f"stopped at {step} steps; go on with: python {SCRIPT}.py --resume {folder}")
             sys.exit(128 + stop[0])
         final = run_evaluation(videos)

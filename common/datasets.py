@@ -39,8 +39,8 @@ def load_demonstrations(
     Returns `image` uint8 (S, cameras, H, W, 3), `proprio` float32 (S, P), `actions` float32 (S, 7) in
     [-1, 1], `task` int64 (S,) into `instructions` (list of str), and `episode_starts` int64 (E,).
     `proprio` is the file's own, or position (m), axis-angle (rad) and the two fingers (m), P = 8.
-    The instruction is the demonstration's, the file's, or RoboMimic's environment name in words. Images are
-    as stored: LIBERO's published files hold them upside down, RoboMimic's upright.
+    The instruction is the demonstration's, LIBERO's name of the task, the file's, or RoboMimic's environment
+    name, in words. Images are as stored: LIBERO's published files hold them upside down, RoboMimic's upright.
     UserError naming file, demonstration and key if one is missing, misshaped, not finite or out of range.
     """
     path = Path(path)
@@ -149,6 +149,9 @@ def _instruction(demo: h5py.Group, data: h5py.Group, where: str) -> str:
     try:
         if "language_instruction" in demo.attrs:
             instruction = demo.attrs["language_instruction"]
+        elif "bddl_file_name" in data.attrs:  # LIBERO's own name of the task; problem_info words it otherwise
+            instruction = Path(str(data.attrs["bddl_file_name"])).stem
+            instruction = re.sub("^[A-Z_]+SCENE[0-9]+_", "", instruction).replace("_", " ")
         elif "problem_info" in data.attrs:  # text or a list of letters
             instruction = "".join(json.loads(data.attrs["problem_info"])["language_instruction"])
         else:  # NutAssemblySquare -> nut assembly square

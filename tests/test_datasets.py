@@ -82,6 +82,21 @@ def write_libero(path, robomimic=False):
     return values
 
 
+@pytest.mark.parametrize(
+    ("name", "instruction"),
+    [
+        ("libero_object/pick_up_the_milk", "pick up the milk"),
+        ("libero_10/LIVING_ROOM_SCENE2_put_both_the_pots_on_it", "put both the pots on it"),
+        ("libero_90/KITCHEN_SCENE10_close_the_top_drawer", "close the top drawer"),
+    ],
+)
+def test_liberos_task_is_named_as_its_benchmark_does(tmp_path, name, instruction):
+    write_libero(tmp_path / "a.hdf5", False)
+    with h5py.File(tmp_path / "a.hdf5", "a") as file:
+        file["data"].attrs["bddl_file_name"] = f"libero/bddl_files/{name}.bddl"
+    assert load_demonstrations(tmp_path / "a.hdf5")["instructions"] == [instruction]
+
+
 @pytest.mark.parametrize("robomimic", [False, True])
 def test_libero_and_robomimic_names(tmp_path, robomimic):
     values = write_libero(tmp_path / "a.hdf5", robomimic)

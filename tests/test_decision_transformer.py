@@ -1,22 +1,18 @@
 """Decision Transformer: its mathematics against loops, causality, sampling, evaluation, learning, resume."""
 
-import contextlib
-import io
-import json
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
-from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
 import pytest
+import test_cli
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_cli import assert_same_run, one_thread, results, scalars  # noqa: F401
 
 import decision_transformer as dt
 from common.checkpoint import load_checkpoint
@@ -26,30 +22,8 @@ SMALL = """--device cpu --n-layer 2 --n-head 2 --embed-dim 8 --context-length 4 
     --eval-episodes 2 --warmup-steps 5 --max-timesteps 30 --seed 3"""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As OMP_NUM_THREADS=1 of the subprocess, so that both compare bit by bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def call(*flags):
-    """`main` in this process -> exit code, standard output and error."""
-    argv, out, err, code = sys.argv, io.StringIO(), io.StringIO(), 0
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    sys.argv = ["decision_transformer.py", *" ".join(map(str, flags)).split()]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            dt.main()
-    except SystemExit as error:
-        code = error.code
-    finally:
-        sys.argv = argv
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+    return test_cli.call(dt, *flags)
 
 
 def make_agent(dtype=torch.float64, scale=10, **changes):
@@ -370,30 +344,6 @@ def home(tmp_path_factory):
     return folder
 
 
-def results(folder):
-    return json.loads((Path(folder) / "results.json").read_text())
-
-
-def flat(value, name=""):
-    if isinstance(value, dict | list | tuple):
-        pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        return {path: leaf for key, item in pairs for path, leaf in flat(item, f"{name}/{key}").items()}
-    return {name: value}
-
-
-def assert_same_run(folder, other):
-    """The same results and last checkpoint, bit by bit, but for clocks and arguments."""
-    a, b = results(folder), results(other)
-    assert all(a[key] == b[key] for key in ("initial", "final", "best", "gradient_steps"))
-    a, b = flat(load_checkpoint(folder)), flat(load_checkpoint(other))
-    assert a.keys() == b.keys() and any("optimizer" in key for key in a)
-    for key, value in a.items():
-        if key.startswith(("/args/", "/rng/global_python", "/rng/global_numpy")) or key == "/counters/1":
-            continue
-        same = torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key]
-        assert same, key
-
-
 def test_data_in_the_policys_units(home):
     dataset = load_dataset(home / "echo.hdf5")
     returns = dt.returns_to_go(torch.from_numpy(dataset.rewards), torch.from_numpy(dataset.episode_starts))
@@ -416,11 +366,9 @@ def test_learning_to_reach_the_return_that_is_asked_for(home):
     high, low = (found["final"]["per_target"][target] for target in ("8", "0"))
     assert high["mean_reward"] > 0.85 * high["mean_length"] and low["mean_reward"] < 0.15 * low["mean_length"]
     assert found["final"]["target_return"] == 8 and found["final"]["mean_reward"] == high["mean_reward"]
-    events = EventAccumulator(str(home / "learned"))
-    events.Reload()
     names = {"loss/policy", "optim/grad_norm", "eval/mean_reward", "eval/mean_length", "eval/target_return"}
     names |= {"time/updates_per_second", "eval/mean_reward_of_8", "eval/mean_reward_of_0"}
-    assert set(events.Tags()["scalars"]) == names
+    assert set(scalars(home / "learned")) == names
 
     flags = flags.replace("--run-name learned", "--run-name again")
     done = call(flags, f"--evaluate --checkpoint {home}/learned")
@@ -495,6 +443,16 @@ def test_a_signal_within_an_update(tmp_path, whole, monkeypatch, flags):
     monkeypatch.undo()
     assert call(f"--resume {tmp_path}/stopped").code == 0
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_compiled_updates_are_the_same(tmp_path, whole):
+    for name in ("eager", "compile"):
+        flags = f"{whole[0]} --dropout 0 --eval-episodes 0 --total-timesteps 3 --output-dir {tmp_path}"
+        assert call(flags, f"--run-name {name}", "--compile" if name == "compile" else "").code == 0
+    a, b = (load_checkpoint(tmp_path / name)["agent"] for name in ("eager", "compile"))
+    for key, x in a.items():
+        torch.testing.assert_close(x, b[key], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def test_the_number_of_workers_changes_nothing(tmp_path, warmup):
 
 def episodes_of(state):
     """(group, episode's chunks) of all that a checkpoint holds."""
-    jobs, next_group, playing, chunks, rewards, groups, ready, tally = state["rollout"]
+    jobs, next_group, playing, chunks, rewards, groups, ready, tally = state["processes"][0]["rollout"]
     found = [(group, c) for group, c in zip(playing, chunks, strict=True) if group is not None and c]
     return found + [(group, e["chunks"]) for group, members in groups.items() for e in members]
 
@@ -207,7 +207,7 @@ def test_no_chunk_is_computed_after_an_end(tmp_path, warmup, monkeypatch):
     run(grpo_vla, GRPO, flags)
     state = load_checkpoint(tmp_path / "r")
     left = sum(len(chunks) for _, chunks in episodes_of(state))
-    left += sum(len(e["chunks"]) for members in state["rollout"][6] for e in members)
+    left += sum(len(e["chunks"]) for members in state["processes"][0]["rollout"][6] for e in members)
     assert sum(computed) == sum(trained) + left
 
 
@@ -256,7 +256,9 @@ def test_every_variant_goes_on_bit_identically(tmp_path, monkeypatch, flags):
     assert done.code == 128 + signal.SIGINT and "stopped at" in done.out and not done.err
     state = load_checkpoint(tmp_path / "stopped")
     assert episodes_of(state) and state["counters"][0] < found["environment_steps"]
-    assert "--num-groups 2" not in flags or len(state["rollout"][6]) == 1  # the third group waits
+    assert (
+        "--num-groups 2" not in flags or len(state["processes"][0]["rollout"][6]) == 1
+    )  # the third group waits
     monkeypatch.undo()
     assert call(grpo_vla, f"--resume {tmp_path}/stopped/checkpoint.pt").code == 0
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")

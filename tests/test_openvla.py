@@ -507,6 +507,21 @@ def test_oft_sees_every_token_and_openvla_none_ahead(checkpoints):
         assert moved[:place].min() > 1e-6 if family == "oft" else moved[:place].max() == 0
 
 
+@pytest.mark.parametrize("libero", [False, True])
+def test_demonstrations_come_back_from_the_models_units(checkpoints, libero):
+    """In the data set's range, and LIBERO's gripper (-1 opens) from the model's (1 is open)."""
+    model = load(checkpoints, "oft", libero=libero)
+    low, high = (np.array(STATISTICS["action"][q], np.float32) for q in ("q01", "q99"))
+    actions = low + (high - low) * np.random.default_rng(0).random((5, 2, 7), np.float32)
+    actions[..., 4] = 0  # q01 = 0: the low end
+    actions[..., 6] = np.sign(actions[..., 6] - 0.5) if libero else actions[..., 6]
+    taught = model.from_env(actions)
+    assert np.abs(taught[..., :6]).max() <= 1 and np.allclose(taught[..., 4], -1)
+    assert np.allclose(model.to_env(taught.astype(np.float32)), actions, atol=1e-5)
+    if libero:
+        assert set(np.unique(taught[..., 6])) == {0, 1} and taught[actions[..., 6] == -1][0, 6] == 1
+
+
 def test_a_wrong_mask_is_refused(checkpoints, monkeypatch):
     run = openvla.OpenVLA._run
     monkeypatch.setattr(

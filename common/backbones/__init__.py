@@ -7,6 +7,7 @@ A backbone is an `nn.Module` with
     action_logits(action_hidden) -> (B, K*A, 256)   token models only; column 0 is id 31744, i.e. action +1
     vision_parameters() -> list                     all that encode_vision uses
     to_env(actions) -> numpy (B, K, A)              from [-1, 1] to the environment's units
+    from_env(actions) -> numpy (..., A)             and back, for demonstrations
 and `hidden_size`, `chunk`, `action_dim`, `autoregressive`, `config` (a dict of plain values that
 `load_backbone(**config)` rebuilds). An autoregressive one emits its tokens in turn: forward conditions on
 `actions`, and generate(batch, draw, vision=None) samples them. One with an `action_head` that is not None has

@@ -50,3 +50,6 @@ class MLP(nn.Module):
 
     def to_env(self, actions):
         return actions
+
+    def from_env(self, actions):
+        return actions

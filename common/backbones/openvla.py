@@ -301,11 +301,11 @@ class OpenVLA(nn.Module):
             if self.statistics:
                 q01, q99 = (self.statistics["proprio"][q] for q in ("q01", "q99"))
                 batch["proprio"] = normalize(batch["proprio"], q01, q99, [True] * len(q01))
-        image, size = obs["image"], self.image_size
+        image, size = obs["image"], self.image_size  # in the host's memory where it is `stored`
         stored = self.config["libero"] and image.shape[2:4] != (size, size)  # as the training data were
         if stored:
             with ThreadPoolExecutor() as pool:
-                flat = list(pool.map(jpeg, image.reshape(-1, *image.shape[2:])))
+                flat = list(pool.map(jpeg, np.asarray(image).reshape(-1, *image.shape[2:])))
             image = np.stack(flat).reshape(image.shape)
         image = torch.as_tensor(image, device=device).permute(0, 1, 4, 2, 3)
         image = (resize_lanczos if stored else resize_bicubic)(image, size)
@@ -436,6 +436,16 @@ class OpenVLA(nn.Module):
             actions = np.concatenate([actions[..., :-1], -np.sign(2 * actions[..., -1:] - 1)], -1)
         return actions
 
+    def from_env(self, actions):
+        """The way back: numpy (..., A) in the environment's units -> in [-1, 1], for imitation."""
+        if self.config["libero"]:
+            actions = np.concatenate([actions[..., :-1], (1 - actions[..., -1:]) / 2], -1)
+        if self.statistics:
+            q = self.statistics["action"]
+            mask = q.get("mask", [True] * (self.action_dim - 1) + [False])
+            actions = normalize(torch.as_tensor(actions), q["q01"], q["q99"], mask).numpy()
+        return actions
+
     @torch.no_grad()
     def save_merged(self, folder):
         """Write the model in the published layout, adapters added to the weights: the shards, names and small
@@ -447,6 +457,8 @@ class OpenVLA(nn.Module):
         for file in source.iterdir():
             if file.is_file() and file.suffix in (".json", ".model", ".txt", ".py", ".md"):
                 shutil.copyfile(file, folder / file.name)
+        published = json.loads((source / "config.json").read_text()) | {"family": self.config["family"]}
+        (folder / "config.json").write_text(json.dumps(published, indent=2))
         shards = {}
         for name, (file, _) in read_headers(source).items():
             shards.setdefault(file, []).append(name)
@@ -584,7 +596,8 @@ def build(
     *, path, family=None, chunk=None, action_dim=7, head=None, unnorm_key=None, statistics=None, libero=False,
     lora_modules=("language_model",), dtype="bfloat16", load_in_4bit=False, sizes=None, device="cpu", **_,
 ):  # fmt: skip
-    """Load a checkpoint straight onto `device`. path: a folder, a hub id, or "random" for random weights.
+    """Load a checkpoint straight onto `device`. path: a folder, a hub id, a suite of `LIBERO_CHECKPOINTS`, or
+    "random" for random weights.
 
     family: openvla or openvla-oft; None looks for OFT's traces. chunk: None for 1 or 8. head: "tokens" is
     refused where an L1 head was trained instead, "gaussian" where tokens come one after another.
@@ -593,7 +606,7 @@ def build(
     processor. lora_modules: of language_model, projector, vision. dtype: bfloat16, float32. sizes: for
     "random", what differs from `SIZES`. device "meta" loads nothing. Raises UserError.
     """
-    device, loaded, extras = torch.device(device), {}, {}
+    device, loaded, extras, path = torch.device(device), {}, {}, LIBERO_CHECKPOINTS.get(path, path)
     means, stds = [[0.485, 0.456, 0.406], [0.5] * 3], [[0.229, 0.224, 0.225], [0.5] * 3]
     if path == "random":
         sizes, stats, oft = SIZES | (sizes or {}), None, chunk != 1
@@ -625,9 +638,10 @@ def build(
         def tokenize(text):
             return tokenizer.encode(text, add_special_tokens=False).ids
 
-        # The families share one config.json. OFT shows in its heads, in the code beside it, or in the name.
+        # The families share one config.json, but where `save_merged` wrote it. OFT shows in its heads, in the
+        # code beside it, or in the name.
         code = any(b"NUM_ACTIONS_CHUNK" in file.read_bytes() for file in folder.glob("*.py"))
-        oft = bool(extras) or code or "oft" in Path(path).name.lower()
+        oft = bool(extras) or code or "oft" in published.get("family", Path(path).name.lower())
     family = family or ("openvla-oft" if oft else "openvla")
     chunk = chunk or (8 if family == "openvla-oft" else 1)
     dims = [sizes["action_head"], len(stats["action"]["q01"]) if stats else 0]

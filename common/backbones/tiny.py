@@ -184,3 +184,6 @@ class TinyVLA(nn.Module):
 
     def to_env(self, actions):
         return actions
+
+    def from_env(self, actions):
+        return actions

@@ -35,10 +35,12 @@ OUTCOME = {"rewards": np.float32, "terminated": bool, "truncated": bool, "succes
 OUTCOME |= {"episode_return": np.float64, "episode_length": np.int64}
 
 
-def make_envs(env_id: str, num_envs: int, *, seed: int, chunk: int = 1, num_workers: int | None = None,
-              autoreset: bool = True, action_history: int = 0, **env_kwargs) -> "Envs":  # fmt: skip
+def make_envs(env_id: str, num_envs: int, *, seed: int, first: int = 0, chunk: int = 1,
+              num_workers: int | None = None, autoreset: bool = True, action_history: int = 0,
+              **env_kwargs) -> "Envs":  # fmt: skip
     """`num_envs` copies of `env_id` (a key of `WORLDS` or a Gymnasium id), each made with `env_kwargs`.
 
+    first: their first number, from which their seeds follow, where other processes have those before.
     chunk: actions executed open loop in one `step`. num_workers: processes, None for one a core, 0 for this
     process (an environment's exception then simply propagates). autoreset: True resets in the step that ends
     an episode (SAME_STEP), False waits for `reset(mask=...)` (DISABLED). action_history: this many last
@@ -54,7 +56,7 @@ def make_envs(env_id: str, num_envs: int, *, seed: int, chunk: int = 1, num_work
     else:
         world = (env_id, "common.envs.gymnasium_env", {"id": env_id, **env_kwargs})
     workers = min(num_envs, (os.cpu_count() or 1) if num_workers is None else num_workers)
-    return Envs(world, num_envs, seed, chunk, workers, autoreset, action_history)
+    return Envs(world, num_envs, (seed, first), chunk, workers, autoreset, action_history)
 
 
 def _build(env_id, module, kwargs):
@@ -263,7 +265,7 @@ class Envs(gymnasium.vector.VectorEnv):
     def __init__(self, world, num_envs, seed, chunk, num_workers, autoreset, action_history):
         self._workers, self._fd, self._pid = [], -1, os.getpid()
         self.env_id, self.num_envs, self.chunk, self.num_workers = world[0], num_envs, chunk, num_workers
-        self.seed, self.autoreset, self.lost_episodes = seed, autoreset, 0
+        (self.seed, self.first), self.autoreset, self.lost_episodes = seed, autoreset, 0
         mode = gymnasium.vector.AutoresetMode
         self.metadata = {"autoreset_mode": mode.SAME_STEP if autoreset else mode.DISABLED}
         self._args = (num_envs, chunk, autoreset, action_history)
@@ -407,7 +409,7 @@ class Envs(gymnasium.vector.VectorEnv):
         """The seed of an environment that has none yet, else None: its own random state goes on."""
         if not self._fresh[row]:
             return None
-        entropy = [self.seed, int(row), int(self._restarts[row])]
+        entropy = [self.seed, self.first + int(row), int(self._restarts[row])]
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
     def _stop(self, worker):
@@ -459,8 +461,8 @@ class Envs(gymnasium.vector.VectorEnv):
         """First observations, each array (N, ...), a fresh copy.
 
         seeds: ints (N,), one an environment; without them each goes on with its own random state, which
-        begins from `SeedSequence([seed, i, 0])`. mask: bool (N,), the environments to reset; the others'
-        episodes go on.
+        begins from `SeedSequence([seed, first + i, 0])`. mask: bool (N,), the environments to reset; the
+        others' episodes go on.
         """
         self._idle()
         mask = self._rows(mask)

@@ -256,7 +256,7 @@ class Simulation:
         return {k: np.array(x) for k, x in (state | {"gripper": self.robot.gripper.current_action}).items()}
 
     def load(self, state):
-        state = {k: np.array(x) for k, x in state.items()}
+        state = {k: np.asarray(x).copy() for k, x in state.items()}
         for name in PLACED:
             getattr(self.model, name)[:] = state[name]
         for name in CONTROLLED:

@@ -1,0 +1,101 @@
+"""`--env libero` through the command lines, with a small random OpenVLA-OFT checkpoint in the real simulator.
+
+Needs what test_libero.py needs.
+"""
+
+import json
+
+import pytest
+import torch
+from test_cli import call, frames, results, run, scalars, stopped_by
+from test_libero import write_demonstration
+from test_openvla import STATISTICS, checkpoints  # noqa: F401 (a fixture)
+
+import bc_warmup
+import grpo_vla
+import ppo_vla
+from common.checkpoint import load_checkpoint
+from common.envs import libero
+
+LIBERO = "--env libero --suite libero_object --lora-rank 32 --device cpu --num-workers 0 --eval-freq 0"
+EVAL = "--tasks 0 5 --eval-episodes 2 --eval-envs 2"
+
+
+@pytest.fixture(scope="module")
+def base(assets, checkpoints, tmp_path_factory):  # noqa: F811
+    """Flags of a checkpoint, of statistics in a file of their own as SimpleVLA-RL's need."""
+    file = tmp_path_factory.mktemp("statistics") / "dataset_statistics.json"
+    file.write_text(json.dumps({"libero_object_no_noops": STATISTICS}))
+    return f"{LIBERO} --checkpoint {checkpoints['oft']} --statistics {file}"
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Episodes of 40 steps, and a success made up: a random policy has none, and without any nothing is
+    learned."""
+    step = libero.Simulation.step
+    monkeypatch.setattr(
+        libero.Simulation, "step", lambda self, action: step(self, action) or action[0] > 0.45
+    )
+    monkeypatch.setitem(libero.PROTOCOLS["oft"], "libero_object", 40)
+
+
+def test_ppo_trains_stops_resumes_evaluates_two_tasks_and_shows_them(tmp_path, base):
+    flags = f"{base} {EVAL} --num-envs 2 --num-steps 2 --total-timesteps 64 --minibatch-size 4 --save-freq 1"
+    with pytest.MonkeyPatch.context() as patch:
+        stopped_by(patch, ppo_vla, "clipped_surrogate", 1)
+        done = call(ppo_vla, flags, f"--output-dir {tmp_path} --run-name run --critic-warmup 0")
+    assert done.code == 130, done
+    before = load_checkpoint(tmp_path / "run")
+    assert before["counters"][1:3] == [1, 1] and 4 <= before["counters"][0] <= 32  # 2 x 2 chunks of 8 steps
+    run(ppo_vla, f"--resume {tmp_path}/run --capture-video")
+    found, after = results(tmp_path / "run"), load_checkpoint(tmp_path / "run")
+    assert found["environment_steps"] >= 64 and after["counters"][1] >= 2
+    final = found["final"]
+    assert final["episodes"] == 2 and len(final["per_task"]) == 2 and "success_rate_ci95" in final
+    assert 0 < final["mean_length"] <= 40
+    moved = [n for n in after["agent"] if not torch.equal(after["agent"][n], before["agent"][n])]
+    assert any("lora_B" in name for name in moved) and not any("vision" in name for name in after["agent"])
+    assert scalars(tmp_path / "run")["policy/first_ratio_error"][0][1] < 1e-4
+    (width, height), count = frames(tmp_path / "run" / "videos" / "episode_1.mp4")
+    assert width >= 512 and height >= 256 and count > 10
+
+
+def test_grpo_trains_one_iteration_on_one_task(tmp_path, base):
+    flags = f"{base} --tasks 5 --eval-episodes 1 --eval-envs 1 --num-envs 2 --group-size 2 --num-groups 1"
+    flags += " --max-decisions 2 --total-timesteps 60 --save-freq 1"
+    run(grpo_vla, flags, f"--output-dir {tmp_path} --run-name run --accuracy-low 0 --accuracy-high 1")
+    state = load_checkpoint(tmp_path / "run")
+    assert state["counters"][2] >= 1 and state["counters"][0] >= 60
+    assert any(x.any() for name, x in state["agent"].items() if "lora_B" in name)
+
+
+def test_imitation_of_liberos_own_files(tmp_path, base):
+    env = libero.make(suite="libero_object", tasks=(0,), cameras=("agentview", "wrist"), size=32)
+    (tmp_path / "demos").mkdir()
+    env.reset(seed=3)
+    write_demonstration(tmp_path / "demos" / "soup_demo.hdf5", env, seed=3)
+    env.close()
+    flags = f"{base} --tasks 0 --eval-episodes 1 --eval-envs 1 --demos {tmp_path}/demos --gradient-steps 4"
+    run(bc_warmup, flags, f"--batch-size 8 --warmup-steps 1 --output-dir {tmp_path} --run-name run")
+    losses = scalars(tmp_path / "run")["loss/policy"]
+    assert len(losses) >= 1 and all(x == x for _, x in losses)
+    assert results(tmp_path / "run")["gradient_steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--suite libero_lab", "libero_spatial"),
+        ("--tasks 10", "has no task '10'"),
+        ("--cameras front", "agentview"),
+        ("--eval-split vision", "eval"),
+        ("--head discrete", "--head tokens"),
+        ("--statistics no.json", "no.json"),
+        ("--family openvla", "openvla-oft"),
+    ],
+)
+def test_wrong_input_ends_in_one_sentence(tmp_path, base, flags, said):
+    flags = f"{base} --tasks 5 --eval-envs 1 {flags} --output-dir {tmp_path} --run-name bad"
+    done = call(ppo_vla, flags)
+    assert done.code == 2 and said in done.err and done.err.count("\n") == 1, done

@@ -1,0 +1,457 @@
+"""sac.py, iql.py, cql.py, td3_bc.py through their command lines: results, resume, SAC's data sets, learning,
+wrong inputs."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from test_cli import (  # noqa: F401
+    CONTRACT,
+    EVALUATION,
+    assert_same_run,
+    call,
+    check_evaluation,
+    command,
+    one_thread,
+    results,
+    run,
+    scalars,
+)  # fmt: skip
+from test_decision_transformer import write_pendulum
+
+import cql
+import iql
+import sac
+import td3_bc
+from common.checkpoint import load_checkpoint, save_checkpoint
+from common.datasets import load_dataset, save_d4rl
+
+SCRIPTS = (sac, iql, cql, td3_bc)
+SMALL = "--width 16 --depth 1 --batch-size 8 --eval-episodes 2 --seed 3 --device cpu"
+SAC = """--env Pendulum-v1 --num-envs 2 --total-timesteps 500 --learning-starts 300 --eval-freq 200
+    --save-freq 100 --buffer-size 401"""
+OFFLINE = "--total-timesteps 60 --eval-freq 25 --save-freq 10"
+
+
+class Aim(gymnasium.Env):
+    """Observes (10 + 3 x, noise) with a new x of [-1, 1] at each of 4 steps; the reward of the action 2 a is
+    1 - 5 (a - 0.4 x)^2."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = gymnasium.spaces.Box(-2.0, 2.0, (1,), np.float32)
+    metadata = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, render_mode=None):
+        pass
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = 4
+        return self.observe(), {}
+
+    def observe(self):
+        self.x = self.np_random.uniform(-1, 1)
+        return np.float32([10 + 3 * self.x, self.np_random.normal()])
+
+    def step(self, action):
+        reward = 1 - 5 * (float(action[0]) / 2 - 0.4 * self.x) ** 2
+        self.left -= 1
+        return self.observe(), reward, self.left == 0, False, {}
+
+
+gymnasium.register("Aim-v0", entry_point=Aim)
+gymnasium.register("AimCut-v0", entry_point=Aim, max_episode_steps=3)
+
+
+def write_aim(path, gain=-0.2, noise=0.8, steps=4000):
+    """A behaviour that does the opposite of what is right, with much noise: a = gain x +- noise."""
+    rng, env, rows = np.random.default_rng(0), Aim(), []
+    obs, _ = env.reset(seed=0)
+    for _ in range(steps):
+        action = 2 * np.float32([np.clip(gain * env.x + rng.uniform(-noise, noise), -1, 1)])
+        after, reward, ended, _, _ = env.step(action)
+        rows.append((obs, action, reward, after, ended, False))
+        obs = env.reset()[0] if ended else after
+    save_d4rl(path, *(np.array(column) for column in zip(*rows, strict=True)), env_id="Aim-v0")
+    return path
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("offline")
+    write_pendulum(folder / "pendulum.hdf5")
+    write_aim(folder / "aim.hdf5")
+    return folder
+
+
+@pytest.fixture(scope="module", params=SCRIPTS, ids=lambda script: script.__name__)
+def whole(request, home):
+    """A run -> script, flags, folder."""
+    script = request.param
+    flags = f"{SMALL} " + (SAC if script is sac else f"{OFFLINE} --dataset {home}/pendulum.hdf5")
+    run(script, flags, f"--output-dir {home} --run-name {script.__name__}")
+    return script, flags, home / script.__name__
+
+
+@pytest.fixture(scope="module")
+def trained_sac(home):
+    run(sac, SMALL, SAC, f"--output-dir {home} --run-name for_data")
+    return home / "for_data"
+
+
+# --- what a run leaves behind
+
+
+def test_results_of_a_run(whole):
+    script, _, folder = whole
+    found, online = results(folder), script is sac
+    assert sorted(found) == sorted(CONTRACT)
+    for key in EVALUATION:
+        check_evaluation(found[key], 2, False)
+    rewards = {key: found[key]["mean_reward"] for key in EVALUATION}
+    assert rewards["best"] >= max(rewards.values()) and found["final"]["mean_length"] == 200
+    # several environments: each step of each counts, and has an update after the first 300
+    assert found["environment_steps"] == (500 if online else 0)
+    assert found["gradient_steps"] == (200 if online else 60)
+    events = scalars(folder)
+    steps = [0, 200, 400, 500] if online else [0, 25, 50, 60]
+    assert [step for step, _ in events["eval/mean_reward"]] == steps
+    assert max(value for _, value in events["eval/mean_reward"]) == pytest.approx(rewards["best"], rel=1e-6)
+    assert {"loss/critic", "loss/policy", "time/updates_per_second", "value/q"} <= events.keys()
+    for name in ("checkpoint.pt", "best.pt"):
+        assert load_checkpoint(folder / name)["script"] == script.__name__
+    if online:
+        assert load_checkpoint(folder)["replay"].shape == (200, 2, 10)  # 401 // 2 steps of 2 environments
+        assert {"rollout/mean_reward", "rollout/mean_length"} <= events.keys()
+
+
+def test_evaluation_is_the_runs_final_one(home, whole):
+    script, flags, folder = whole
+    for name, key in (("checkpoint", "final"), ("best", "best")):
+        where = f"--output-dir {home} --run-name {script.__name__}_{name}"
+        done = run(script, flags, f"--evaluate --checkpoint {folder}/{name}.pt", where)
+        found = results(home / f"{script.__name__}_{name}")
+        assert sorted(found) == ["args", "final", "hardware", "versions"]
+        assert found["final"] == results(folder)[key] and done.out.startswith("evaluated ")
+
+
+def test_one_seed_gives_one_run(tmp_path, whole):
+    script, flags, folder = whole
+    run(script, flags, f"--output-dir {tmp_path} --run-name again")
+    assert_same_run(tmp_path / "again", folder)
+    run(script, flags, f"--output-dir {tmp_path} --run-name other --seed 4 --total-timesteps 10")
+    weights = load_checkpoint(tmp_path / "other")["agent"]["actor.0.weight"]
+    assert not torch.equal(weights, load_checkpoint(folder)["agent"]["actor.0.weight"])
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:], ids=lambda script: script.__name__)
+def test_evaluation_normalises_observations_by_the_training_data(home, tmp_path, script):
+    flags = f"{SMALL} {OFFLINE} --eval-freq 0 --env Aim-v0 --output-dir {tmp_path}"
+    run(script, flags, f"--dataset {home}/aim.hdf5 --run-name r")
+    saved, dataset = load_checkpoint(tmp_path / "r"), load_dataset(home / "aim.hdf5")
+    np.testing.assert_allclose(saved["agent"]["obs_mean"], dataset.observations.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(saved["agent"]["obs_std"], dataset.observations.std(0) + 1e-3, rtol=1e-4)
+    final = results(tmp_path / "r")["final"]
+    save_d4rl(tmp_path / "other.hdf5", *(np.tile(x, (2, 1)) for x in ([[1.0, 5]], [[0.1]])), [0, 1],
+              [[1, 5], [1, 6]], [1, 1], [0, 0])  # fmt: skip
+    evaluate = "--evaluate --no-normalize-rewards --dataset"
+    run(script, flags, f"{evaluate} {tmp_path}/other.hdf5 --checkpoint {tmp_path}/r --run-name same")
+    assert results(tmp_path / "same")["final"] == final  # by the training's data, not by this
+    saved["agent"] |= {"obs_mean": torch.zeros(2), "obs_std": torch.ones(2)}
+    save_checkpoint(tmp_path / "raw.pt", script.__name__, {key: saved[key] for key in ("agent", "args")})
+    run(script, flags, f"{evaluate} {home}/aim.hdf5 --checkpoint {tmp_path}/raw.pt --run-name raw")
+    assert results(tmp_path / "raw")["final"]["mean_reward"] != final["mean_reward"]
+
+
+def test_a_run_without_evaluation_learns_the_same(home, tmp_path):
+    """The environment says what its actions' units are all the same; best.pt is then the last."""
+    flags = f"{SMALL} {OFFLINE} --dataset {home}/pendulum.hdf5 --output-dir {tmp_path}"
+    run(td3_bc, flags, "--run-name with")
+    run(td3_bc, flags, "--run-name without --eval-episodes 0")
+    assert results(tmp_path / "without")["final"] == results(tmp_path / "without")["best"] == {"episodes": 0}
+    wanted = load_checkpoint(tmp_path / "with")["agent"]
+    for name in ("checkpoint.pt", "best.pt"):
+        found = load_checkpoint(tmp_path / "without" / name)["agent"]
+        assert all(torch.equal(found[key], x) for key, x in wanted.items())
+
+
+# --- exact resume
+
+
+@pytest.mark.parametrize("at", [17, 60])  # within a run, and in its last update but one or later
+def test_a_signal_within_an_update(tmp_path, whole, monkeypatch, at):
+    script, flags, folder = whole
+    td_target, calls = script.td_target, []
+
+    def patched(*args):
+        calls.append(1)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return td_target(*args)
+
+    monkeypatch.setattr(script, "td_target", patched)
+    done = call(script, flags, f"--output-dir {tmp_path} --run-name r")
+    monkeypatch.undo()
+    if script is not sac and at == 60:  # nothing is left to stop
+        assert (done.code, done.err) == (0, "")
+    else:
+        assert done.code == 128 + signal.SIGINT and not done.err, done
+        said = f"stopped at {300 + 2 * -(-at // 2)} steps" if script is sac else f"stopped at {at} updates"
+        assert said in done.out and f"go on with: python {script.__name__}.py --resume" in done.out
+        assert not (tmp_path / "r/results.json").exists()
+        run(script, f"--resume {tmp_path}/r")
+    assert_same_run(tmp_path / "r", folder)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path, whole):
+    script, flags, folder = whole
+    process = subprocess.Popen(
+        command(script, flags, f"--output-dir {tmp_path} --run-name r"),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    limit = time.monotonic() + 200
+    file = tmp_path / "r/checkpoint.pt"
+    while not (file.exists() and load_checkpoint(file)["counters"][0]):
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert load_checkpoint(tmp_path / "r")["counters"][0] < (500 if script is sac else 60)
+    run(script, f"--resume {tmp_path}/r")
+    assert_same_run(tmp_path / "r", folder)
+
+
+def test_resume_refuses_changed_flags_and_mere_weights(whole):
+    script, _, folder = whole
+    done = call(script, f"--resume {folder} --width 8 --gamma 0.9")
+    assert done.code == 2 and "drop --gamma, --width, or use --checkpoint instead" in done.err, done
+    done = call(script, f"--resume {folder}/best.pt")
+    assert done.code == 2 and "holds weights alone" in done.err, done
+
+
+@pytest.mark.parametrize("script", [sac, cql], ids=lambda script: script.__name__)
+def test_a_given_temperature_holds_also_beside_a_checkpoint(home, tmp_path, script):
+    flags = f"{SMALL} --eval-episodes 0 --output-dir {tmp_path} --total-timesteps 9 "
+    flags += "--learning-starts 3" if script is sac else f"--dataset {home}/pendulum.hdf5"
+    flags += " --env Pendulum-v1"
+    run(script, flags, "--run-name auto")
+    assert load_checkpoint(tmp_path / "auto")["agent"]["log_alpha"] != 0
+    run(script, flags, f"--checkpoint {tmp_path}/auto --alpha 0.5 --run-name fixed")
+    assert load_checkpoint(tmp_path / "fixed")["agent"]["log_alpha"].exp().item() == pytest.approx(0.5)
+
+
+# --- the data sets that SAC writes
+
+
+def assert_pendulum(dataset):
+    """Each transition is the pendulum's own, in its own units, also at the ends of episodes."""
+    cos, sin, speed = dataset.observations.T.astype(np.float64)
+    angle, torque = np.arctan2(sin, cos), dataset.actions[:, 0].astype(np.float64)
+    assert 1 < np.abs(torque).max() <= 2
+    cost = angle**2 + 0.1 * speed**2 + 0.001 * torque**2
+    np.testing.assert_allclose(dataset.rewards, -cost, atol=1e-3)
+    speed = np.clip(speed + (15 * sin + 3 * torque) * 0.05, -8, 8)
+    after = np.stack([np.cos(angle + 0.05 * speed), np.sin(angle + 0.05 * speed), speed], 1)
+    np.testing.assert_allclose(dataset.next_observations, after, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "buffer, starts", [(10**6, [0, 200, 400, 450, 650, 850]), (600, [0, 50, 250, 300, 350, 550])]
+)
+def test_the_replay_as_a_data_set(tmp_path, buffer, starts):
+    """Also where the ring has turned. Time-outs end episodes and are no terminations."""
+    flags = (
+        f"{SMALL} --env Pendulum-v1 --num-envs 2 --total-timesteps 900 --learning-starts 880 --save-freq 400"
+    )
+    save = (
+        f"--buffer-size {buffer} --save-dataset {tmp_path}/replay.hdf5 --output-dir {tmp_path} --run-name r"
+    )
+    done = run(sac, flags, save, "--eval-episodes 0")
+    dataset = load_dataset(tmp_path / "replay.hdf5")
+    assert len(dataset.actions) == min(buffer, 900) and f"{min(buffer, 900)} steps written to" in done.out
+    assert dataset.episode_starts.tolist() == starts and not dataset.terminations.any()
+    assert dataset.env_id == "Pendulum-v1"
+    assert_pendulum(dataset)
+    assert (tmp_path / "r/checkpoint.pt").stat().st_size < 200_000  # not the million rows of the buffer
+    run(td3_bc, SMALL, f"{OFFLINE} --dataset {tmp_path}/replay.hdf5 --output-dir {tmp_path} --run-name bc")
+    assert results(tmp_path / "bc")["gradient_steps"] == 60
+
+
+def test_steps_of_the_policy_as_a_data_set(tmp_path, trained_sac):
+    flags = f"{SMALL} --env Pendulum-v1 --output-dir {tmp_path} --save-dataset {tmp_path}/policy.hdf5"
+    run(sac, flags, f"--evaluate --checkpoint {trained_sac} --collect 2055 --run-name a")
+    assert results(tmp_path / "a")["final"] == results(trained_sac)["final"]
+    dataset = load_dataset(tmp_path / "policy.hdf5")
+    assert len(dataset.actions) == 2055
+    starts = sorted([*range(0, 2055, 206), *range(200, 2055, 206)])
+    assert dataset.episode_starts.tolist() == [start for start in starts if start < 2055]
+    assert_pendulum(dataset)
+    agent = sac.Agent(3, 1, sac.Args(width=16, depth=1))
+    agent.load_state_dict(load_checkpoint(trained_sac)["agent"])
+    with torch.no_grad():
+        mean, log_std = agent.policy(torch.from_numpy(dataset.observations))
+    z = (torch.from_numpy(dataset.actions / 2).clamp(-1 + 1e-6, 1 - 1e-6).atanh() - mean) / log_std.exp()
+    inside = z[np.abs(dataset.actions) < 1.99]  # sampled, as in training
+    assert abs(z.median().item()) < 0.1 and 0.8 < inside.std() < 1.1
+    run(sac, flags, f"--checkpoint {trained_sac} --collect 30 --total-timesteps 20 --run-name b")
+    assert len(load_dataset(tmp_path / "policy.hdf5").actions) == 30  # at the end of a training
+
+
+@pytest.mark.parametrize("env, length", [("Aim-v0", 4), ("AimCut-v0", 3)])
+def test_terminations_and_time_outs_in_a_data_set(tmp_path, env, length):
+    flags = f"{SMALL} --env {env} --total-timesteps 24 --learning-starts 99 --eval-episodes 0"
+    run(sac, flags, f"--save-dataset {tmp_path}/x.hdf5 --output-dir {tmp_path} --run-name r")
+    dataset = load_dataset(tmp_path / "x.hdf5")
+    assert dataset.episode_starts.tolist() == list(range(0, 24, length))
+    ends = (np.arange(24) % length == length - 1) & (env == "Aim-v0")
+    assert dataset.terminations.tolist() == ends.tolist()
+
+
+# --- learning
+
+
+LEARNING = """--width 64 --batch-size 64 --learning-rate 3e-3 --critic-learning-rate 3e-3 --gamma 0.5
+    --tau 0.02 --eval-episodes 40 --eval-freq 0 --seed 1 --device cpu"""
+
+
+def learn(script, home, name, flags, data="aim"):
+    flags = f"{LEARNING} {flags} --output-dir {home} --run-name {name}"
+    run(script, flags, "" if script is sac else f"--dataset {home}/{data}.hdf5")
+    return results(home / name)["final"]["mean_reward"]
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        (sac, "--env Aim-v0 --total-timesteps 1000 --learning-starts 200"),
+        (iql, "--total-timesteps 500 --temperature 10 --no-normalize-rewards"),
+        (cql, "--total-timesteps 300 --cql-alpha 0.5 --cql-samples 4 --depth 2 --critic-depth 2"),
+        (td3_bc, "--total-timesteps 600"),
+    ],
+)
+def test_learning_what_the_data_do_not_show(home, script, flags):
+    """The behaviour's return is -2.7, its imitation's 1.6, the best 4."""
+    assert learn(script, home, f"learned_{script.__name__}", flags) > 3.2
+
+
+def test_cql_stays_where_there_are_data(home):
+    """The best actions and few others: a penalty of the other sign makes unknown ones look better."""
+    write_aim(home / "narrow.hdf5", gain=0.4, noise=0.3)
+    flags = "--total-timesteps 200 --cql-alpha 5 --cql-samples 4 --depth 2 --critic-depth 2"
+    assert learn(cql, home, "narrow", flags, "narrow") > 3.2
+
+
+@pytest.mark.parametrize(
+    "script, flags", [(td3_bc, "--alpha 0 --policy-delay 1"), (iql, "--temperature 0 --no-normalize-rewards")]
+)
+def test_behaviour_cloning_is_a_case_of_both(home, script, flags):
+    name = f"cloned_{script.__name__}"
+    assert 1.0 < learn(script, home, name, f"{flags} --total-timesteps 500") < 2.2
+    agent, x = script.Agent(2, 1, script.Args(width=64)), torch.linspace(-0.8, 0.8, 9)
+    agent.load_state_dict(load_checkpoint(home / name)["agent"])
+    with torch.no_grad():
+        found = agent.act(torch.stack([10 + 3 * x, torch.zeros(9)], 1))[:, 0]
+    assert (found + 0.2 * x).abs().mean() < 0.06
+
+
+# --- compiled and in half precision
+
+
+def test_half_precision(tmp_path, whole):
+    script, flags, folder = whole
+    run(script, flags, f"--eval-episodes 0 --output-dir {tmp_path} --run-name r --bf16")
+    a, b = (load_checkpoint(path)["agent"] for path in (folder, tmp_path / "r"))
+    assert not torch.equal(a["critic.weights.0"], b["critic.weights.0"])
+    assert (a["critic.weights.0"] - b["critic.weights.0"]).abs().max() < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_compiled_updates_are_the_same(tmp_path, home, script):
+    flags = f"{SMALL} --eval-episodes 0 --output-dir {tmp_path} --env Pendulum-v1 --learning-rate 1e-3 "
+    flags += "--total-timesteps 23 --learning-starts 20" if script is sac else "--total-timesteps 3"
+    flags += "" if script is sac else f" --dataset {home}/pendulum.hdf5"
+    for name in ("eager", "compile"):
+        run(script, flags, f"--run-name {name}", "--compile" if name == "compile" else "")
+    a, b = (load_checkpoint(tmp_path / name)["agent"] for name in ("eager", "compile"))
+    for key, x in a.items():
+        torch.testing.assert_close(x, b[key], rtol=1e-3, atol=1e-5)
+
+
+# --- wrong inputs
+
+
+@pytest.mark.parametrize(
+    "script, flags, words",
+    [
+        (sac, "--env CartPole-v1", "needs vector observations and continuous actions"),
+        (sac, "--env Nowhere-v1", "unknown environment 'Nowhere-v1'"),
+        (sac, "--alpha -1", "--alpha must be auto or a positive number"),
+        (sac, "--buffer-size 1 --num-envs 2", "must hold a step of all 2 envs"),
+        (sac, "--collect 10", "--collect needs --save-dataset"),
+        (sac, "--evaluate --checkpoint x --save-dataset y", "add --collect and a number of steps"),
+        (sac, "--utd-ratio -1", "--utd-ratio must not be negative"),
+        (sac, "--checkpoint DATA", "is truncated or no checkpoint"),
+        (iql, "--dataset nowhere.hdf5", "nowhere.hdf5 is not a file"),
+        (iql, "--expectile 1.5", "--expectile must be in [0, 1]"),
+        (iql, "--env Hopper-v5", "has 3 observations and 1 actions, Hopper-v5 11 and 3"),
+        (iql, "--dataset NAMELESS", "names no environment; give --env, or --eval-episodes 0"),
+        (
+            iql,
+            "--dataset NAMELESS --eval-episodes 0",
+            "nearly equal returns alone; use --no-normalize-rewards",
+        ),
+        (cql, "--cql-samples 0", "--cql-samples must be positive"),
+        (cql, "--alpha 0", "--alpha must be auto or a positive number"),
+        (cql, "--evaluate", "--evaluate needs --checkpoint"),
+        (td3_bc, "--alpha nan", "--alpha must not be negative"),
+        (td3_bc, "--policy-delay 0", "--policy-delay must be positive"),
+        (td3_bc, "--device cuda", "PyTorch finds no CUDA GPU"),
+        (td3_bc, "--checkpoint WEIGHTS", "was written by sac.py; this needs one of td3_bc"),
+        (sac, "--checkpoint WEIGHTS --width 8", "do not fit this run"),
+    ],
+)
+def test_wrong_input_ends_in_one_sentence(home, tmp_path, trained_sac, script, flags, words):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    if "NAMELESS" in flags:
+        one = np.ones((2, 1))
+        save_d4rl(tmp_path / "nameless.hdf5", one, one, one, one, one, 0 * one)
+    inputs = {"DATA": home / "pendulum.hdf5", "NAMELESS": tmp_path / "nameless.hdf5", "WEIGHTS": trained_sac}
+    for name, path in inputs.items():
+        flags = flags.replace(name, str(path))
+    base = f"{SMALL} " + (SAC if script is sac else f"{OFFLINE} --dataset {home}/pendulum.hdf5")
+    done = call(script, base, f"--output-dir {tmp_path}/runs", flags)
+    assert done.code == 2 and words in done.err and done.err.count("\n") == 1, done
+    assert done.err.startswith("error: ") and not (tmp_path / "runs").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(home, tmp_path):
+    flags = f"{SMALL} --output-dir {tmp_path} --eval-episodes 0"
+    with pytest.raises(FloatingPointError, match="update 25: a loss is not finite.*the last good state"):
+        call(iql, flags, OFFLINE, f"--dataset {home}/pendulum.hdf5 --critic-learning-rate 1e38",
+             "--save-freq 99 --run-name a")  # fmt: skip
+    with pytest.raises(FloatingPointError, match="the policy's action is not finite.*the last good state"):
+        call(sac, flags, SAC, "--save-freq 999 --learning-rate 1e38 --critic-learning-rate 1e38 --run-name b")
+    for name in "ab":
+        assert load_checkpoint(tmp_path / name)["counters"][0] == 0
+
+
+def test_presets_go_by_the_name_of_the_data(monkeypatch):
+    for script, dataset, name, value in (
+        (iql, "antmaze-umaze-v2", "temperature", 10.0),
+        (iql, "D4RL/door/human-v2", "dropout", 0.1),
+        (iql, "door/hopper-mine.hdf5", "dropout", 0.0),
+        (cql, "antmaze/medium-play-v1", "target_gap", 0.8),
+        (td3_bc, "antmaze-umaze-v2", "reward_bias", -1.0),
+        (td3_bc, "antmaze/hopper.hdf5", "reward_bias", 0.0),
+    ):
+        monkeypatch.setattr(sys, "argv", [script.__file__, "--dataset", dataset])
+        assert getattr(script.resolve_args(script.Args(dataset=dataset)), name) == value, (script, dataset)

@@ -1,0 +1,139 @@
+"""The scripts with OpenVLA's backbone through their command lines: small random checkpoints, tabletop."""
+
+import pytest
+import torch
+from test_cli import (
+    EVAL,
+    assert_same_run,
+    call,
+    flat,
+    one_thread,  # noqa: F401 (a fixture)
+    results,
+    run,
+    scalars,
+    stopped_by,
+)
+from test_openvla import checkpoints, write_checkpoint  # noqa: F401 (a fixture)
+
+import bc_warmup
+import grpo_vla
+import ppo_vla
+from common.checkpoint import load_checkpoint
+
+OFT = f"{EVAL} --chunk 2 --unnorm-key none --lora-rank 2 --temperature 1.6"
+BC = f"{OFT} --num-demos 2 --gradient-steps 3 --batch-size 8 --warmup-steps 1 --learning-rate 1e-3"
+SHORT = "--update-epochs 2 --minibatch-size 6 --micro-batch-size 4 --save-freq 1 --learning-rate 1e-3"
+PPO = f"{OFT} {SHORT} --num-envs 4 --num-steps 3 --total-timesteps 40 --eval-freq 0 --critic-warmup 0"
+PPO += " --ratio-level token --tasks lift"
+GRPO = f"{OFT} {SHORT} --num-envs 4 --group-size 2 --num-groups 1 --total-timesteps 400 --eval-freq 0"
+GRPO += " --ratio-level token --accuracy-low 0 --accuracy-high 1 --max-decisions 3"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("vla")
+
+
+@pytest.fixture(scope="module")
+def warmup(home, checkpoints):  # noqa: F811
+    run(bc_warmup, BC, f"--backbone {checkpoints['oft']} --output-dir {home} --run-name warmup")
+    return home / "warmup"
+
+
+@pytest.fixture(scope="module")
+def trained(home, warmup):
+    run(
+        ppo_vla,
+        PPO,
+        f"--checkpoint {warmup} --output-dir {home} --run-name ppo --merge-and-save {home}/merged",
+    )
+    return home / "ppo"
+
+
+def test_a_checkpoint_holds_what_was_trained_and_no_more(warmup, trained):
+    for folder, heads in ((warmup, {"head"}), (trained, {"head", "value_head"})):
+        names = load_checkpoint(folder)["agent"]
+        assert any("lora_" in name for name in names)
+        rest = {name.split(".")[0] for name in names if "lora_" not in name}
+        assert "backbone" not in rest and rest <= heads
+    before, after = (flat(load_checkpoint(folder)["agent"]) for folder in (warmup, trained))
+    assert any(not torch.equal(before[name], after[name]) for name in before if "lora_B" in name)
+
+
+def test_ratio_is_one_on_the_first_minibatch(trained):
+    assert scalars(trained)["policy/first_ratio_error"][0][1] < 1e-4
+
+
+@pytest.mark.parametrize("flags", ["--checkpoint {run}", "--checkpoint {run}/../merged --lora-rank 0",
+                                   "--backbone {base} --adapter {run}/adapter"])  # fmt: skip
+def test_checkpoint_adapter_and_merged_model_are_one_policy(tmp_path, trained, checkpoints, flags):  # noqa: F811
+    flags = flags.format(run=trained, base=checkpoints["oft"])
+    run(ppo_vla, PPO, f"--evaluate {flags} --output-dir {tmp_path} --run-name e")
+    assert results(tmp_path / "e")["final"] == results(trained)["final"]
+
+
+@pytest.mark.parametrize("script", [ppo_vla, grpo_vla])
+def test_a_stopped_run_goes_on_bit_identically(tmp_path, monkeypatch, warmup, script):
+    base = f"{PPO if script is ppo_vla else GRPO} --checkpoint {warmup} --output-dir {tmp_path}"
+    run(script, base, "--run-name whole")
+    stopped_by(monkeypatch, script, "clipped_surrogate", 2)
+    assert call(script, base, "--run-name stopped").code == 130
+    monkeypatch.undo()
+    run(script, f"--resume {tmp_path}/stopped")
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, warmup, trained):
+    flags = f"--checkpoint {warmup} --output-dir {tmp_path} --run-name less --gradient-checkpointing"
+    run(ppo_vla, PPO, flags)
+    wanted = load_checkpoint(trained)["agent"]
+    for name, found in load_checkpoint(tmp_path / "less")["agent"].items():
+        torch.testing.assert_close(found, wanted[name], atol=1e-6, rtol=0)
+
+
+def test_tokens_one_after_another(tmp_path, checkpoints):  # noqa: F811
+    flags = f"--backbone {checkpoints['openvla']} --chunk 1 --train-vision --gradient-checkpointing"
+    run(ppo_vla, PPO, f"{flags} --output-dir {tmp_path} --run-name ar")
+    assert scalars(tmp_path / "ar")["policy/first_ratio_error"][0][1] < 1e-4
+    names = [name for name in load_checkpoint(tmp_path / "ar")["agent"] if "lora_" in name]
+    assert any("vision_backbone" in name for name in names)
+
+
+def test_the_l1_head_as_the_mean_of_a_gaussian(tmp_path, checkpoints):  # noqa: F811
+    flags = f"--backbone {checkpoints['l1']} --head gaussian --output-dir {tmp_path} --run-name l1"
+    done = call(ppo_vla, PPO, flags)  # its projector is for 8 numbers, and this world's are not as many
+    assert (done.code, "proprio" in done.err) in ((0, False), (2, True)), done
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "said"),
+    [
+        (ppo_vla, "--backbone tiny --adapter somewhere --chunk 4", "--adapter"),
+        (grpo_vla, "--backbone tiny --gradient-checkpointing --chunk 4", "--gradient-checkpointing"),
+        (ppo_vla, "--backbone {base} --adapter {tmp}/none", "adapter_model.safetensors"),
+        (ppo_vla, "--backbone {stranger} --adapter {run}/adapter", "another base"),
+        (ppo_vla, "--backbone {l1}", "noise"),
+        (ppo_vla, "--backbone {base} --unnorm-key bridge", "bridge_orig"),
+        (ppo_vla, "--backbone {other} --chunk 2", "--chunk 1"),
+        (ppo_vla, "--backbone {tmp}", "config.json"),
+        (ppo_vla, "--backbone no-such/model", "no-such/model"),
+        (bc_warmup, "--backbone {base} --merge-and-save {base}", "would replace"),
+    ],
+)
+def test_wrong_input_ends_in_one_sentence(tmp_path, trained, checkpoints, script, flags, said):  # noqa: F811
+    base = {ppo_vla: PPO, grpo_vla: GRPO, bc_warmup: BC}[script]
+    if "stranger" in flags:
+        write_checkpoint(tmp_path / "oft-stranger", "oft", seed=1)
+    flags = flags.replace("{stranger}", f"{tmp_path}/oft-stranger")
+    names = dict(base=checkpoints["oft"], other=checkpoints["openvla"], l1=checkpoints["l1"], run=trained)
+    done = call(script, base, flags.format(**names, tmp=tmp_path), f"--output-dir {tmp_path} --run-name bad")
+    assert done.code == 2 and said in done.err and done.err.count("\n") == 1, done
+
+
+def test_the_projects_cover_command_says_what_is_missing(tmp_path, monkeypatch):
+    """No LIBERO, no weights, no network: one sentence each, and which command runs instead."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for flags in ("--env libero --lora-rank 32", "--env libero --suite libero_90 --lora-rank 32"):
+        done = call(ppo_vla, flags, f"--output-dir {tmp_path} --run-name cover --num-workers 0")
+        assert done.code == 2 and done.err.count("\n") == 1, done
+    assert not (tmp_path / "cover").exists()
