@@ -33,8 +33,8 @@ def launch(tmp_path, script, processes, flags, patch=""):
         "-m",
         "torch.distributed.run",
         "--standalone",
-        "--nproc-per-node",
-        str(processes),
+        "--local-addr=127.0.0.1",  # the host may not know its own name
+        f"--nproc-per-node={processes}",
     ]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
