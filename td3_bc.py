@@ -556,6 +556,10 @@ def main():
     except (UserError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(".")[0]
+        print(f"error: {reason}; see --help for smaller batches; checkpoints are intact.", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -842,6 +842,18 @@ def test_a_missing_package_ends_in_one_sentence(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_full_gpu_ends_in_one_sentence(monkeypatch):
+    text = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has\n a total capacity of 8 GiB"
+
+    def train(args):
+        raise torch.OutOfMemoryError(text)
+
+    monkeypatch.setattr(ppo_vla, "train", train)
+    done = call(ppo_vla, "--micro-batch-size 64")
+    assert done.code == 2 and done.err.startswith("error: CUDA out of memory; see --help"), done
+    assert done.err.count("\n") == 1
+
+
 def test_no_gpu_ends_in_one_sentence(tmp_path):
     for script, flags in ((ppo_vla, PPO), (bc_warmup, BC)):
         done = call(script, flags, f"--device cuda --output-dir {tmp_path}")
