@@ -642,7 +642,8 @@ def build_agent(args, envs, saved, device):
     if old_rank and args.lora_rank not in (0, old_rank):
         raise UserError(f"The checkpoint's adapters have rank {old_rank}; use --lora-rank {old_rank} or 0.")
     if old_rank:
-        add_lora(backbone, old_rank)
+        args.adapter = saved["args"].get("adapter")  # its scale and modules are its own
+        load_adapter(backbone, args.adapter) if args.adapter else add_lora(backbone, old_rank)
         args.lora_rank = old_rank  # what this run's own checkpoints hold
     agent = Agent(backbone, args, envs)
     if saved:
@@ -733,7 +734,7 @@ def train(args):
         # The reference of the KL: adapters off where they alone are trained and were added here, else a copy.
         adapters_off = (
             args.head == "tokens" and args.lora_rank > 0 and not (saved and saved["args"]["lora_rank"])
-        )
+        ) and not args.adapter
         if args.resume:
             adapters_off = saved["reference"] is None
         reference = None

@@ -1,5 +1,8 @@
 """The scripts with OpenVLA's backbone through their command lines: small random checkpoints, tabletop."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from test_cli import (
@@ -101,8 +104,22 @@ def test_tokens_one_after_another(tmp_path, checkpoints):  # noqa: F811
 
 def test_the_l1_head_as_the_mean_of_a_gaussian(tmp_path, checkpoints):  # noqa: F811
     flags = f"--backbone {checkpoints['l1']} --head gaussian --output-dir {tmp_path} --run-name l1"
-    done = call(ppo_vla, PPO, flags)  # its projector is for 8 numbers, and this world's are not as many
-    assert (done.code, "proprio" in done.err) in ((0, False), (2, True)), done
+    run(ppo_vla, PPO, flags)
+    assert scalars(tmp_path / "l1")["policy/first_ratio_error"][0][1] < 1e-4
+    names = load_checkpoint(tmp_path / "l1")["agent"].keys()
+    assert "head.log_std" in names and not any(name.startswith("head.mean") for name in names)
+
+
+def test_an_adapter_keeps_its_own_scale_and_is_the_reference(tmp_path, trained, checkpoints):  # noqa: F811
+    """Published adapters have another alpha than this project's: it must outlive checkpoints."""
+    shutil.copytree(trained / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 60}))
+    flags = f"--backbone {checkpoints['oft']} --adapter {tmp_path}/adapter --output-dir {tmp_path}"
+    run(ppo_vla, PPO, flags, "--run-name run --kl-coef 0.1")
+    assert load_checkpoint(tmp_path / "run")["reference"] is not None  # adapters off would be another policy
+    run(ppo_vla, PPO, f"--evaluate --checkpoint {tmp_path}/run --output-dir {tmp_path} --run-name e")
+    assert results(tmp_path / "e")["final"] == results(tmp_path / "run")["final"]
 
 
 @pytest.mark.parametrize(
