@@ -270,7 +270,8 @@ class GaussianHead(nn.Module):
             mean = backbone.action_mean(action_hidden)
         else:
             mean = self.mean(action_hidden).squeeze(-1).float()  # (B, K*A)
-        return torch.distributions.Normal(mean, self.log_std.exp().repeat(self.shape[0]).expand_as(mean))
+        std = self.log_std.exp().repeat(self.shape[0]).expand_as(mean)
+        return torch.distributions.Normal(mean, std, validate_args=False)  # checks would wait for the GPU
 
     def sample(self, normal, deterministic, generator):
         if deterministic:
@@ -444,6 +445,11 @@ def resolve_args(args):
     for name in (nonnegative + "grounding_coef label_sigma").split():
         if not getattr(args, name) >= 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}.")
+    if args.backbone == "openvla" and args.device == "auto" and not torch.cuda.is_available():
+        raise UserError(
+            "--env libero runs OpenVLA 7B, which needs a CUDA GPU, and PyTorch finds none here; for a small "
+            "policy from scratch use --backbone tiny, or insist with --device cpu."
+        )
     if not 0 <= args.seed < 2**63:
         raise UserError(f"--seed must be in [0, 2**63), not {args.seed}.")
     if args.track and not importlib.util.find_spec("wandb"):
@@ -641,11 +647,11 @@ def train(args):
         videos = folder / "videos" if args.capture_video else None
         if args.evaluate:
             final = evaluate(agent, eval_envs, args, device, videos)
-            if args.merge_and_save:
-                agent.backbone.save_merged(args.merge_and_save)
             write_results(folder / "results.json", {"final": final} | results)
             name = args.checkpoint or agent.backbone.config["path"]
             print(f"evaluated {name}: {score(final):.3f} ({folder / 'results.json'})")
+            if args.merge_and_save:
+                agent.backbone.save_merged(args.merge_and_save)
             return
 
         print(
@@ -764,14 +770,14 @@ def train(args):
         save("checkpoint.pt")
         if published and args.lora_rank:
             save_adapter(backbone, folder / "adapter")
-        if args.merge_and_save:
-            backbone.save_merged(args.merge_and_save)
         numbers = dict(environment_steps=0, gradient_steps=step - first, wall_seconds=clock() - start)
         write_results(
             folder / "results.json", dict(initial=initial, final=final, best=best) | numbers | results
         )
         minutes = (clock() - start) / 60
         print(f"success {score(initial):.3f} -> {score(final):.3f} in {minutes:.1f} minutes ({folder})")
+        if args.merge_and_save:
+            backbone.save_merged(args.merge_and_save)
 
 
 def main():

@@ -16,7 +16,6 @@ episode's end, and the update sees valid chunks only. Expect on 2 CPU cores
 """
 
 import contextlib
-import copy
 import dataclasses
 import importlib.util
 import json
@@ -37,7 +36,7 @@ from tqdm import tqdm
 
 from common import UserError, distributed
 from common.action_tokenizer import ActionTokenizer
-from common.backbones import adapters_disabled, add_lora, load_adapter, load_backbone, save_adapter
+from common.backbones import add_lora, load_adapter, load_backbone, save_adapter
 from common.checkpoint import (
     CheckpointError,
     hardware,
@@ -154,7 +153,10 @@ class Args:
     accuracy_high: float = 0.9
     """or above this (DAPO's dynamic sampling)"""
     verifier_gamma: float = 1.0
-    """discount per decision of an episode's outcome: below 1 a late success counts less"""
+    """discount per --chunk environment steps of an episode's outcome: below 1 a late success counts less"""
+    advantage_level: Literal["episode", "decision"] = "episode"
+    """compare outcomes of whole episodes (GRPO), or at each decision the returns to go of the members still
+    running, so that who is late already is not blamed for it again; the next two are for whole episodes"""
     std_normalisation: bool = True
     """divide by the group's standard deviation; --no-std-normalisation is Dr. GRPO (Liu et al. 2025)"""
     leave_one_out: bool = False
@@ -220,9 +222,17 @@ PRESETS = {  # what differs from the defaults; flags on the command line win
 # --- the mathematics: pure functions on tensors
 
 
-def discounted_outcome(rewards, gamma):
-    """sum_t gamma^t r_t of an episode's rewards per decision: gamma^(n-1) for a success at the n-th."""
-    return sum(reward * gamma**t for t, reward in enumerate(rewards))
+def discounted_returns(rewards, steps, gamma, chunk):
+    """Return-to-go of each of an episode's decisions; the first is the episode's outcome.
+
+    rewards of the decisions, each of them paid at the last of the decision's executed `steps` -> list of
+    sum gamma^(i / chunk) r_i, with i the environment steps from the decision's first one to the reward's.
+    """
+    returns, following = [], 0.0
+    for reward, executed in zip(reversed(rewards), reversed(steps), strict=True):
+        following = gamma ** ((executed - 1) / chunk) * reward + gamma ** (executed / chunk) * following
+        returns.append(following)
+    return returns[::-1]
 
 
 def informative(outcomes, successes, low, high):
@@ -246,6 +256,20 @@ def grpo_advantages(outcomes, std_normalisation, leave_one_out, eps=1e-6):
         centred = centred / (outcomes.std(1, keepdim=True) + eps)
     uniform = outcomes.amin(1, keepdim=True) == outcomes.amax(1, keepdim=True)
     return torch.where(uniform, 0.0, centred)  # a mean's rounding must not become an advantage
+
+
+def decision_advantages(returns, present):
+    """Group-relative at every decision: A = G_t - the mean return-to-go of the group's members that are still
+    running, where the average of the whole batch at t stands in for the own one.
+
+    returns, present (M, G, T), present where an episode has a decision t -> advantages (M, G, T), else 0. Who
+    is late already is compared with those who are late too, not blamed for it again, and who has no rival
+    left, with the batch. What a baseline takes from others' episodes adds no bias.
+    """
+    returns = torch.where(present, returns, 0.0)
+    average = returns.sum((0, 1)) / present.sum((0, 1)).clamp(min=1)
+    others = returns.sum(1, keepdim=True) - returns + average
+    return torch.where(present, returns - others / present.sum(1, keepdim=True).clamp(min=1), 0.0)
 
 
 def aggregation_weights(counts, episode, num_episodes, aggregation, constant):
@@ -379,7 +403,8 @@ class GaussianHead(nn.Module):
             mean = backbone.action_mean(action_hidden)
         else:
             mean = self.mean(action_hidden).squeeze(-1).float()  # (B, K*A)
-        return torch.distributions.Normal(mean, self.log_std.exp().repeat(self.shape[0]).expand_as(mean))
+        std = self.log_std.exp().repeat(self.shape[0]).expand_as(mean)
+        return torch.distributions.Normal(mean, std, validate_args=False)  # its checks would wait for the GPU
 
     def sample(self, normal, deterministic, generator):
         if deterministic:
@@ -566,6 +591,11 @@ def resolve_args(args):
         raise UserError(f"--group-size must be at least 2, not {args.group_size}: one episode has no rival.")
     if args.accuracy_low > args.accuracy_high:
         raise UserError(f"--accuracy-low {args.accuracy_low} is above --accuracy-high {args.accuracy_high}.")
+    if args.backbone == "openvla" and args.device == "auto" and not torch.cuda.is_available():
+        raise UserError(
+            "--env libero runs OpenVLA 7B, which needs a CUDA GPU, and PyTorch finds none here; for a small "
+            "policy from scratch use --backbone tiny, or insist with --device cpu."
+        )
     if not 0 <= args.seed < 2**63:
         raise UserError(f"--seed must be in [0, 2**63), not {args.seed}.")
     if args.track and not importlib.util.find_spec("wandb"):
@@ -680,6 +710,33 @@ def map_tensors(function, value):
     return [map_tensors(function, item) for item in value] if isinstance(value, list) else value
 
 
+@contextlib.contextmanager
+def weights_of(reference, parameters):
+    """For a while, the values of `reference` in the place of the parameters' own."""
+    own = [p.detach().clone() for p in parameters]
+    for p, x in zip(parameters, reference, strict=True):
+        p.data.copy_(x)
+    yield
+    for p, x in zip(parameters, own, strict=True):
+        p.data.copy_(x)
+
+
+def micro_batches(rows, data, vision, words, size):
+    """-> (rows on the device, their batch, their vision features) of at most `size` of `rows` at a time.
+
+    rows (B,) int64 and words, the prompts' lengths where they differ, in the host's memory. Prompts of one
+    length come together: they need no mask, run the fastest kernel, and nobody asks the GPU for the length.
+    """
+    groups = [rows] if words is None else [rows[words[rows] == n] for n in words[rows].unique()]
+    parts = [part for x in groups for part in x.tensor_split(math.ceil(len(x) / size) or 1) if len(part)]
+    sizes, device = [len(part) for part in parts], next(iter(data.values())).device
+    for part, index in zip(parts, torch.cat([rows[:0], *parts]).to(device).split(sizes), strict=True):
+        batch = {key: x[index] for key, x in data.items()}
+        if words is not None:
+            batch["length"] = words[part]
+        yield index, batch, vision[index] if vision is not None else None
+
+
 def train(args):
     """One process, top to bottom: collect groups with the current policy, compare within them, update,
     repeat."""
@@ -710,11 +767,11 @@ def train(args):
         if args.evaluate:
             final = evaluate(agent, eval_envs, args, device, videos)
             if rank == 0:
-                if args.merge_and_save:
-                    agent.backbone.save_merged(args.merge_and_save)
                 write_results(folder / "results.json", {"final": final} | results)
                 name = args.checkpoint or agent.backbone.config["path"]
                 print(f"evaluated {name}: {score(final):.3f} ({folder / 'results.json'})")
+                if args.merge_and_save:
+                    agent.backbone.save_merged(args.merge_and_save)
             return
 
         envs = build_envs(args, "train", args.num_envs, autoreset=False)
@@ -731,15 +788,8 @@ def train(args):
         trained = [p for p in agent.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
         cache_vision = not any(p.requires_grad for p in backbone.vision_parameters())
-        # The reference of the KL: adapters off where they alone are trained and were added here, else a copy.
-        adapters_off = (
-            args.head == "tokens" and args.lora_rank > 0 and not (saved and saved["args"]["lora_rank"])
-        ) and not args.adapter
-        if args.resume:
-            adapters_off = saved["reference"] is None
-        reference = None
-        if args.kl_coef > 0 and not adapters_off:
-            reference = copy.deepcopy(agent).requires_grad_(False)
+        # The KL's reference: what is trained, as it was at first. Adapters that are new add nothing then.
+        reference = [p.detach().clone() for p in trained] if args.kl_coef > 0 else None
         sampler = torch.Generator(device).manual_seed(args.seed + rank)
         shuffler = torch.Generator().manual_seed(args.seed + rank)
         generators = {"sampler": sampler, "shuffler": shuffler}
@@ -748,8 +798,8 @@ def train(args):
         initial, best, recent = None, None, []
         N, G = envs.num_envs, args.group_size
         jobs, next_group = [], rank  # the groups of the episodes that are still to be started
-        playing = [None] * N  # the running episodes' groups, chunks and rewards
-        chunks, rewards = [[] for _ in range(N)], [[] for _ in range(N)]
+        playing = [None] * N  # the running episodes' groups, chunks, rewards and environment steps
+        chunks, rewards, steps = ([[] for _ in range(N)] for _ in range(3))
         groups, ready = {}, []  # finished episodes of incomplete groups; complete groups that wait to be used
         tally = {"groups": 0, "chunks": 0}  # finished groups and computed chunks since the last update
         if args.resume:
@@ -757,12 +807,12 @@ def train(args):
             step, iteration, gradient_steps, seconds = saved["counters"]
             initial, best, recent = saved["initial"], saved["best"], saved["recent"]
             if reference is not None:
-                reference.load_state_dict(saved["reference"])
+                reference = [x.to(device) for x in saved["reference"]]
             if len(saved["processes"]) != world:
                 raise UserError(
                     f"{args.resume} ran as {len(saved['processes'])} processes, not {world}; resume it so."
                 )
-            jobs, next_group, playing, chunks, rewards, groups, ready, tally = map_tensors(
+            jobs, next_group, playing, chunks, rewards, steps, groups, ready, tally = map_tensors(
                 lambda x: x.to(device), saved["processes"][rank]["rollout"]
             )
             obs = envs.set_state(saved["processes"][rank]["envs"])
@@ -770,10 +820,10 @@ def train(args):
         start = clock() - seconds
 
         def save(name):
-            rollout = [jobs, next_group, playing, chunks, rewards, groups, ready, tally]
+            rollout = [jobs, next_group, playing, chunks, rewards, steps, groups, ready, tally]
             rollout = map_tensors(lambda x: x.cpu().clone(), rollout)  # a view would take its batch along
             own = {"envs": envs.get_state(), "rng": rng_state(generators, {}), "rollout": rollout}
-            processes = distributed.all_gather(own)
+            processes = distributed.gather(own)
             if rank:
                 return
             weights = agent.state_dict()
@@ -782,7 +832,7 @@ def train(args):
             state = dict(
                 args=dataclasses.asdict(args), backbone=backbone.config, agent=weights, processes=processes,
                 optimizer=optimizer.state_dict(), initial=initial, best=best, recent=recent,
-                reference=reference.state_dict() if reference is not None else None,
+                reference=reference,
                 counters=[step, iteration, gradient_steps, clock() - start],
             )  # fmt: skip
             save_checkpoint(folder / name, script="grpo_vla", state=state)
@@ -831,7 +881,7 @@ def train(args):
                     for n in np.flatnonzero(idle):
                         if not jobs:
                             jobs, next_group = [next_group] * G, next_group + world
-                        playing[n], chunks[n], rewards[n] = jobs.pop(), [], []
+                        playing[n], chunks[n], rewards[n], steps[n] = jobs.pop(), [], [], []
                         # a reset with a seed fixes task, layout and all that the simulator draws
                         seeds[n] = np.random.SeedSequence([args.seed, playing[n]]).generate_state(1)[0]
                     obs = envs.reset(seeds, idle)
@@ -864,17 +914,18 @@ def train(args):
                         continue
                     chunks[n].append(dict(zip(columns, row, strict=True)))
                     rewards[n].append(float(reward[n]))
+                    steps[n].append(int(info["steps"][n]))
                     if not (terminated[n] or truncated[n] or len(chunks[n]) == args.max_decisions):
                         continue
                     row = [info[x][n] for x in ("success", "episode_return", "episode_length")]
                     recent.append([float(x) for x in row])
                     playing[n] = None
-                    outcome = discounted_outcome(rewards[n], args.verifier_gamma)
-                    episode = {"chunks": chunks[n], "outcome": outcome, "success": bool(info["success"][n])}
+                    returns = discounted_returns(rewards[n], steps[n], args.verifier_gamma, args.chunk)
+                    episode = {"chunks": chunks[n], "returns": returns, "success": bool(info["success"][n])}
                     members = groups.setdefault(group, [])
                     members.append(episode)
                     if len(members) == G:
-                        outcomes = [episode["outcome"] for episode in members]
+                        outcomes = [episode["returns"][0] for episode in members]
                         successes = [episode["success"] for episode in members] if envs.has_success else None
                         tally["groups"] += 1
                         if informative(outcomes, successes, args.accuracy_low, args.accuracy_high):
@@ -895,37 +946,45 @@ def train(args):
 
             # --- advantages
             batch, ready = ready[:wanted], ready[wanted:]  # too many wait for the next
-            outcomes = torch.tensor([[e["outcome"] for e in members] for members in batch], device=device)
-            advantages = grpo_advantages(outcomes, args.std_normalisation, args.leave_one_out).flatten()
             episodes = [e["chunks"] for members in batch for e in members]
             lengths = torch.tensor([len(each) for each in episodes], device=device)
             episode = torch.arange(len(episodes), device=device).repeat_interleave(lengths)
+            returns = [torch.tensor(e["returns"]) for members in batch for e in members]
+            returns = nn.utils.rnn.pad_sequence(returns, batch_first=True).to(device)  # (episodes, decisions)
+            present = torch.arange(returns.shape[1], device=device) < lengths[:, None]
+            outcomes = returns[:, 0].view(len(batch), G)
+            if args.advantage_level == "episode":
+                advantages = grpo_advantages(outcomes, args.std_normalisation, args.leave_one_out)
+                advantages = advantages.flatten()[episode]
+            else:
+                each = (len(batch), G, -1)
+                advantages = decision_advantages(returns.view(each), present.view(each))[present.view(each)]
 
             # --- flatten: valid chunks only, one after another
             rows = [chunk for each in episodes for chunk in each]
             data = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
             actions, log_probs, masks = (data.pop(key) for key in ("actions", "log_probs", "masks"))
             vision, fresh = data.pop("vision", None), data.pop("version") == iteration - 1
-            advantages = advantages[episode]
+            words = data.pop("length").cpu() if "length" in data else None
+            for row in rows:
+                row.clear()  # one copy is enough
             old_log_probs, covered = merge_tokens(log_probs, masks, args.ratio_level, args.chunk)
             constant = args.constant_length * (covered.shape[1] // args.chunk if covered.shape[1] > 1 else 1)
             weights = aggregation_weights(covered.sum(1), episode, len(episodes), args.aggregation, constant)
             if args.kl_coef > 0:
-                off = adapters_disabled(backbone) if reference is None else contextlib.nullcontext()
-                with torch.no_grad(), off:
-                    frozen, parts = reference or agent, []
-                    for index in torch.arange(len(rows), device=device).split(args.micro_batch_size):
-                        part = {key: x[index] for key, x in data.items()}
-                        seen = vision[index] if vision is not None else None  # frozen: the reference's too
-                        parts.append(frozen.evaluate_actions(part, actions[index], seen)[0])
-                    reference_log_probs = torch.cat(parts)
+                reference_log_probs = torch.empty_like(log_probs)
+                with torch.no_grad(), weights_of(reference, trained):
+                    for index, part, seen in micro_batches(
+                        torch.arange(len(rows)), data, vision, words, args.micro_batch_size
+                    ):
+                        reference_log_probs[index] = agent.evaluate_actions(part, actions[index], seen)[0]
 
             # --- update
             tick = clock()
             agent.train()
             metrics, kl_stop = [], False
             # What is shuffled: chunks, or whole episodes where a ratio covers one.
-            units = episode if args.ratio_level == "sequence" else torch.arange(len(rows), device=device)
+            units = episode.cpu() if args.ratio_level == "sequence" else torch.arange(len(rows))
             num_units = len(episodes) if args.ratio_level == "sequence" else len(rows)
             amount = int(covered.sum()) if args.aggregation == "token-mean" else len(episodes)
             everyone = distributed.all_gather([len(rows), len(batch), amount, recent[-200:]])
@@ -933,11 +992,10 @@ def train(args):
             share = amount / max(sum(amounts), 1)  # of this process in what the batch's mean is taken over
             parts_of_epoch = math.ceil(sum(num_rows) / args.minibatch_size)
             for _ in range(args.update_epochs):
-                order = torch.randperm(num_units, generator=shuffler).to(device)
+                order = torch.randperm(num_units, generator=shuffler)
                 for drawn in order.tensor_split(parts_of_epoch):
-                    minibatch = torch.isin(units, drawn).nonzero().squeeze(1)
-                    if "length" in data:  # prompts of one length need no mask, and run the fastest kernel
-                        minibatch = minibatch[data["length"][minibatch].argsort(stable=True)]
+                    chosen = torch.isin(units, drawn).nonzero().squeeze(1)
+                    minibatch = chosen.to(device)
                     # The minibatches' losses average to the batch's.
                     scale = share * num_units / max(len(drawn), 1)
                     # What the means divide by is the minibatch's, so that micro-batches, here and in
@@ -945,19 +1003,19 @@ def train(args):
                     totals = [covered[minibatch].sum(), masks[minibatch].sum()]
                     totals.append((covered[minibatch] & fresh[minibatch, None]).sum())
                     totals = distributed.all_sum(torch.stack(totals))
-                    if args.ratio_level == "sequence" and len(minibatch):  # of all of an episode's chunks
-                        parts = []
+                    if args.ratio_level == "sequence":  # of all of an episode's chunks
+                        drift = torch.zeros_like(log_probs)
                         with torch.no_grad():
-                            for index in minibatch.split(args.micro_batch_size):
-                                part = {key: x[index] for key, x in data.items()}
-                                seen = vision[index] if vision is not None else None
-                                parts.append(agent.evaluate_actions(part, actions[index], seen)[0])
-                        drift = torch.cat(parts) - log_probs[minibatch]
+                            for index, part, seen in micro_batches(
+                                chosen, data, vision, words, args.micro_batch_size
+                            ):
+                                drift[index] = agent.evaluate_actions(part, actions[index], seen)[0]
+                        drift = drift[minibatch] - log_probs[minibatch]
                         drift = sequence_log_ratio(drift, masks[minibatch], episode[minibatch], len(episodes))
                     sums = torch.zeros(6, device=device)
-                    for index in minibatch.split(args.micro_batch_size) if len(minibatch) else ():
-                        part = {key: x[index] for key, x in data.items()}
-                        seen = vision[index] if vision is not None else None
+                    for index, part, seen in micro_batches(
+                        chosen, data, vision, words, args.micro_batch_size
+                    ):
                         new_log_prob, entropy = agent.evaluate_actions(part, actions[index], seen)
                         merged, group = merge_tokens(new_log_prob, masks[index], args.ratio_level, args.chunk)
                         log_ratio = merged - old_log_probs[index]
@@ -1061,14 +1119,14 @@ def train(args):
             return
         if published and args.lora_rank:
             save_adapter(backbone, folder / "adapter")
-        if args.merge_and_save:
-            backbone.save_merged(args.merge_and_save)
         numbers = dict(environment_steps=step, gradient_steps=gradient_steps, wall_seconds=clock() - start)
         write_results(
             folder / "results.json", dict(initial=initial, final=final, best=best) | numbers | results
         )
         what, minutes = "success" if envs.has_success else "return", (clock() - start) / 60
         print(f"{what} {score(initial):.3f} -> {score(final):.3f} in {minutes:.1f} minutes ({folder})")
+        if args.merge_and_save:
+            backbone.save_merged(args.merge_and_save)
 
 
 def main():

@@ -14,7 +14,6 @@ in 11 minutes; CartPole 500 in half a minute.
 """
 
 import contextlib
-import copy
 import dataclasses
 import importlib.util
 import json
@@ -36,7 +35,7 @@ from tqdm import tqdm
 
 from common import UserError, distributed
 from common.action_tokenizer import ActionTokenizer
-from common.backbones import adapters_disabled, add_lora, load_adapter, load_backbone, save_adapter
+from common.backbones import add_lora, load_adapter, load_backbone, save_adapter
 from common.checkpoint import (
     CheckpointError,
     hardware,
@@ -355,7 +354,8 @@ class GaussianHead(nn.Module):
             mean = backbone.action_mean(action_hidden)
         else:
             mean = self.mean(action_hidden).squeeze(-1).float()  # (B, K*A)
-        return torch.distributions.Normal(mean, self.log_std.exp().repeat(self.shape[0]).expand_as(mean))
+        std = self.log_std.exp().repeat(self.shape[0]).expand_as(mean)
+        return torch.distributions.Normal(mean, std, validate_args=False)  # its checks would wait for the GPU
 
     def sample(self, normal, deterministic, generator):
         if deterministic:
@@ -562,6 +562,11 @@ def resolve_args(args):
     for name in ("gamma", "gae_lambda", "clip_low"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name.replace('_', '-')} must be in [0, 1], not {getattr(args, name)}.")
+    if args.backbone == "openvla" and args.device == "auto" and not torch.cuda.is_available():
+        raise UserError(
+            "--env libero runs OpenVLA 7B, which needs a CUDA GPU, and PyTorch finds none here; for a small "
+            "policy from scratch use --backbone tiny, or insist with --device cpu."
+        )
     if not 0 <= args.seed < 2**63:
         raise UserError(f"--seed must be in [0, 2**63), not {args.seed}.")
     if args.track and not importlib.util.find_spec("wandb"):
@@ -666,6 +671,33 @@ def build_agent(args, envs, saved, device):
 # --- training
 
 
+@contextlib.contextmanager
+def weights_of(reference, parameters):
+    """For a while, the values of `reference` in the place of the parameters' own."""
+    own = [p.detach().clone() for p in parameters]
+    for p, x in zip(parameters, reference, strict=True):
+        p.data.copy_(x)
+    yield
+    for p, x in zip(parameters, own, strict=True):
+        p.data.copy_(x)
+
+
+def micro_batches(rows, data, vision, words, size):
+    """-> (rows on the device, their batch, their vision features) of at most `size` of `rows` at a time.
+
+    rows (B,) int64 and words, the prompts' lengths where they differ, in the host's memory. Prompts of one
+    length come together: they need no mask, run the fastest kernel, and nobody asks the GPU for the length.
+    """
+    groups = [rows] if words is None else [rows[words[rows] == n] for n in words[rows].unique()]
+    parts = [part for x in groups for part in x.tensor_split(math.ceil(len(x) / size) or 1) if len(part)]
+    sizes, device = [len(part) for part in parts], next(iter(data.values())).device
+    for part, index in zip(parts, torch.cat([rows[:0], *parts]).to(device).split(sizes), strict=True):
+        batch = {key: x[index] for key, x in data.items()}
+        if words is not None:
+            batch["length"] = words[part]
+        yield index, batch, vision[index] if vision is not None else None
+
+
 def train(args):
     """One process, top to bottom: collect with the current policy, estimate advantages, update, repeat."""
     clock = time.perf_counter
@@ -693,11 +725,11 @@ def train(args):
         if args.evaluate:
             final = evaluate(agent, eval_envs, args, device, videos)
             if rank == 0:
-                if args.merge_and_save:
-                    agent.backbone.save_merged(args.merge_and_save)
                 write_results(folder / "results.json", {"final": final} | results)
                 name = args.checkpoint or agent.backbone.config["path"]
                 print(f"evaluated {name}: {score(final):.3f} ({folder / 'results.json'})")
+                if args.merge_and_save:
+                    agent.backbone.save_merged(args.merge_and_save)
             return
 
         envs = build_envs(args, "train", args.num_envs, autoreset=True)
@@ -719,15 +751,8 @@ def train(args):
         ]
         optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0)
         cache_vision = not any(p.requires_grad for p in backbone.vision_parameters())
-        # The reference of the KL: adapters off where they alone are trained and were added here, else a copy.
-        adapters_off = (
-            args.head == "tokens" and args.lora_rank > 0 and not (saved and saved["args"]["lora_rank"])
-        ) and not args.adapter
-        if args.resume:
-            adapters_off = saved["reference"] is None
-        reference = None
-        if args.kl_coef > 0 and not adapters_off:
-            reference = copy.deepcopy(agent).requires_grad_(False)
+        # The KL's reference: what is trained, as it was at first. Adapters that are new add nothing then.
+        reference = [p.detach().clone() for _, p in trained] if args.kl_coef > 0 else None
         sampler = torch.Generator(device).manual_seed(args.seed + rank)
         shuffler = torch.Generator().manual_seed(args.seed + rank)
         generators = {"sampler": sampler, "shuffler": shuffler}
@@ -739,7 +764,7 @@ def train(args):
             step, iteration, gradient_steps, seconds = saved["counters"]
             initial, best, recent = saved["initial"], saved["best"], saved["recent"]
             if reference is not None:
-                reference.load_state_dict(saved["reference"])
+                reference = [x.to(device) for x in saved["reference"]]
             if len(saved["processes"]) != world:
                 raise UserError(
                     f"{args.resume} ran as {len(saved['processes'])} processes, not {world}; resume it so."
@@ -752,7 +777,7 @@ def train(args):
 
         def save(name):
             own = {"envs": envs.get_state(), "rng": rng_state(generators, {})}
-            processes = distributed.all_gather(own)
+            processes = distributed.gather(own)
             if rank:
                 return
             weights = agent.state_dict()
@@ -761,7 +786,7 @@ def train(args):
             state = dict(
                 args=dataclasses.asdict(args), backbone=backbone.config, agent=weights, processes=processes,
                 optimizer=optimizer.state_dict(), initial=initial, best=best, recent=recent,
-                reference=reference.state_dict() if reference is not None else None,
+                reference=reference,
                 counters=[step, iteration, gradient_steps, clock() - start],
             )  # fmt: skip
             save_checkpoint(folder / name, script="ppo_vla", state=state)
@@ -859,14 +884,18 @@ def train(args):
             advantages, returns = compute_gae(rewards, values, next_values, ends, args.gamma, args.gae_lambda)
 
             # --- flatten, valid decisions only
-            keep = torch.as_tensor(valid.reshape(-1), device=device).nonzero().squeeze(1)
-            everyone = distributed.all_gather([len(keep), collected, finished, envs.lost_episodes])
+            rows, keep = int(valid.sum()), slice(None)
+            if rows < valid.size:
+                keep = torch.as_tensor(valid.reshape(-1), device=device).nonzero().squeeze(1)
+            everyone = distributed.all_gather([rows, collected, finished, envs.lost_episodes])
             kept, collected, finished, lost = zip(*everyone, strict=True)
             step, finished = step + sum(collected), sum(finished, [])
             if not min(kept):  # every environment's worker died
                 continue
-            data = {key: torch.cat([b[key] for b in batches])[keep] for key in batches[0]}
+            data = {key: torch.cat([b.pop(key) for b in batches])[keep] for key in list(batches[0])}
+            words = data.pop("length").cpu() if "length" in data else None
             vision = torch.cat(visions)[keep] if cache_vision and visions[0] is not None else None
+            visions.clear()  # the largest of all: one copy is enough
             actions, log_probs, masks = (torch.cat(x)[keep] for x in (actions, log_probs, masks))
             advantages, returns, values = (x.reshape(-1)[keep] for x in (advantages, returns, values))
             if args.normalize_advantages and sum(kept) > 1:
@@ -874,33 +903,28 @@ def train(args):
                 advantages = (advantages - whole.mean()) / (whole.std() + 1e-8)
             old_log_probs, covered = merge_tokens(log_probs, masks, args.ratio_level, args.chunk)
             if args.kl_coef > 0:
-                off = adapters_disabled(backbone) if reference is None else contextlib.nullcontext()
-                with torch.no_grad(), off:
-                    frozen, parts = reference or agent, []
-                    for index in torch.arange(len(keep), device=device).split(args.micro_batch_size):
-                        part = {key: x[index] for key, x in data.items()}
-                        seen = vision[index] if vision is not None else None  # frozen: the reference's too
-                        parts.append(frozen.evaluate_actions(part, actions[index], seen)[0])
-                    reference_log_probs = torch.cat(parts)
+                reference_log_probs = torch.empty_like(log_probs)
+                with torch.no_grad(), weights_of(reference, [p for _, p in trained]):
+                    for index, part, seen in micro_batches(
+                        torch.arange(rows), data, vision, words, args.micro_batch_size
+                    ):
+                        reference_log_probs[index] = agent.evaluate_actions(part, actions[index], seen)[0]
 
             # --- update
             tick = clock()
             agent.train()
             metrics, kl_stop = [], False
             for _ in range(args.update_epochs):
-                order = torch.randperm(len(keep), generator=shuffler).to(device)
-                for minibatch in order.tensor_split(math.ceil(sum(kept) / args.minibatch_size)):
-                    if "length" in data:  # prompts of one length need no mask, and run the fastest kernel
-                        minibatch = minibatch[data["length"][minibatch].argsort(stable=True)]
+                order = torch.randperm(rows, generator=shuffler)
+                for drawn in order.tensor_split(math.ceil(sum(kept) / args.minibatch_size)):
+                    minibatch = drawn.to(device)
                     # What the means divide by is the minibatch's, so that micro-batches, here and in
                     # torchrun's other processes, add up to it exactly.
                     totals = [covered[minibatch].sum(), masks[minibatch].sum()]
                     totals = torch.stack([*totals, totals[0].new_tensor(len(minibatch))])
                     totals = distributed.all_sum(totals)
                     sums = torch.zeros(7, device=device)
-                    for index in minibatch.split(args.micro_batch_size) if len(minibatch) else ():
-                        part = {key: x[index] for key, x in data.items()}
-                        seen = vision[index] if vision is not None else None
+                    for index, part, seen in micro_batches(drawn, data, vision, words, args.micro_batch_size):
                         new_log_prob, entropy, new_value = agent.evaluate_actions(part, actions[index], seen)
                         merged, group = merge_tokens(new_log_prob, masks[index], args.ratio_level, args.chunk)
                         log_ratio = merged - old_log_probs[index]
@@ -1005,14 +1029,14 @@ def train(args):
             return
         if published and args.lora_rank:
             save_adapter(backbone, folder / "adapter")
-        if args.merge_and_save:
-            backbone.save_merged(args.merge_and_save)
         numbers = dict(environment_steps=step, gradient_steps=gradient_steps, wall_seconds=clock() - start)
         write_results(
             folder / "results.json", dict(initial=initial, final=final, best=best) | numbers | results
         )
         what, minutes = "success" if envs.has_success else "return", (clock() - start) / 60
         print(f"{what} {score(initial):.3f} -> {score(final):.3f} in {minutes:.1f} minutes ({folder})")
+        if args.merge_and_save:
+            backbone.save_merged(args.merge_and_save)
 
 
 def main():

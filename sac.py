@@ -45,7 +45,7 @@ from common.checkpoint import (
     versions,
     write_results,
 )
-from common.datasets import reference_scores, save_d4rl
+from common.datasets import load_dataset, reference_scores, save_d4rl
 from common.envs import make_envs
 from common.video import annotate, write_video
 
@@ -89,6 +89,8 @@ class Args:
     """at the end write the replay to this file, in D4RL's layout"""
     collect: int = 0
     """write this many steps of the final policy (sampled, as in training) instead of the replay"""
+    append: bool = False
+    """add to what the file of --save-dataset holds, as medium-expert is both"""
 
     # --- algorithm
     total_timesteps: int = 1_000_000
@@ -251,7 +253,7 @@ def resolve_args(args):
     that cannot work."""
     args = tyro.cli(Args, default=dataclasses.replace(Args(), env=args.env, **PRESETS.get(args.env, {})))
     if args.resume:
-        free = {"resume", "device", "capture_video", "track", "save_dataset", "collect"}
+        free = {"resume", "device", "capture_video", "track", "save_dataset", "collect", "append"}
         args = resume_args(args, free)
     check_args(
         args,
@@ -348,8 +350,9 @@ def keep_freed_memory():
 # --- data sets
 
 
-def write_dataset(path, rows, count, widths, env_id):
-    """The first `count` rows of (T, N, W), N recordings of T steps in the order of time, as a D4RL file."""
+def write_dataset(path, rows, count, widths, env_id, append):
+    """The first `count` rows of (T, N, W), N recordings of T steps in the order of time, as a D4RL file,
+    after what it holds already where they are to be appended. UserError if that is of another world."""
     obs, action, reward, terminated, truncated, next_obs = rows.split(widths, -1)
     truncated = (truncated > 0).squeeze(-1)
     truncated[-1] |= terminated[-1, :, 0] == 0  # the recording ends here, the episode does not
@@ -357,6 +360,15 @@ def write_dataset(path, rows, count, widths, env_id):
     action = low + (action.numpy() + 1) / 2 * (high - low)
     columns = (obs, action, reward[..., 0], next_obs, terminated[..., 0] > 0, truncated)
     columns = [np.asarray(x).swapaxes(0, 1).reshape(-1, *x.shape[2:])[:count] for x in columns]
+    if append and Path(path).exists():
+        old = load_dataset(path)
+        if old.env_id != env_id:
+            raise UserError(f"{path} has steps of {old.env_id}; steps of {env_id} need a file of their own.")
+        ended = np.zeros(len(old.actions), bool)
+        ended[np.append(old.episode_starts[1:], 0) - 1] = True
+        before = (old.observations, old.actions, old.rewards, old.next_observations, old.terminations)
+        before = (*before, ended & ~old.terminations)
+        columns = [np.concatenate(pair) for pair in zip(before, columns, strict=True)]
     save_d4rl(path, *columns, env_id=env_id)
     print(f"{count} steps written to {path}")
 
@@ -428,7 +440,7 @@ def train(args):
             print(f"evaluated {args.checkpoint}: {score(final):.1f} ({folder / 'results.json'})")
             if args.collect:
                 rows = collect(agent, args, widths, device)
-                write_dataset(args.save_dataset, rows, args.collect, widths, args.env)
+                write_dataset(args.save_dataset, rows, args.collect, widths, args.env, args.append)
             return
 
         if args.track:
@@ -605,13 +617,12 @@ def train(args):
         minutes = (clock() - start) / 60
         print(f"return {score(initial):.1f} -> {score(final):.1f} in {minutes:.1f} minutes ({folder})")
         if args.save_dataset and args.collect:
-            write_dataset(
-                args.save_dataset, collect(agent, args, widths, device), args.collect, widths, args.env
-            )
+            rows = collect(agent, args, widths, device)
+            write_dataset(args.save_dataset, rows, args.collect, widths, args.env, args.append)
         elif args.save_dataset:
             first = step // N % T if step // N > T else 0  # the oldest row of the ring
             rows = replay[: min(step // N, T)].roll(-first, 0).cpu()
-            write_dataset(args.save_dataset, rows, len(rows) * N, widths, args.env)
+            write_dataset(args.save_dataset, rows, len(rows) * N, widths, args.env, args.append)
 
 
 def main():

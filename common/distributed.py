@@ -4,6 +4,7 @@ torchrun --nproc-per-node 8 ppo_vla.py ...
 """
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,9 @@ def start(device):
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Tensors through NCCL, objects through the host; one process may be hours ahead of another.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=6))
     return device
 
 
@@ -49,6 +52,15 @@ def all_gather(value):
         return [value]
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
+    return values
+
+
+def gather(value):
+    """-> `all_gather`'s list in the first process, the only one that needs the memory; None elsewhere."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values)
     return values
 
 

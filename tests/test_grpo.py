@@ -122,7 +122,7 @@ def test_the_number_of_workers_changes_nothing(tmp_path, warmup):
 
 def episodes_of(state):
     """(group, episode's chunks) of all that a checkpoint holds."""
-    jobs, next_group, playing, chunks, rewards, groups, ready, tally = state["processes"][0]["rollout"]
+    jobs, next_group, playing, chunks, rewards, steps, groups, ready, tally = state["processes"][0]["rollout"]
     found = [(group, c) for group, c in zip(playing, chunks, strict=True) if group is not None and c]
     return found + [(group, e["chunks"]) for group, members in groups.items() for e in members]
 

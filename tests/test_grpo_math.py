@@ -11,7 +11,8 @@ import grpo_vla
 from grpo_vla import (
     aggregation_weights,
     clipped_surrogate,
-    discounted_outcome,
+    decision_advantages,
+    discounted_returns,
     grpo_advantages,
     informative,
     merge_tokens,
@@ -19,11 +20,44 @@ from grpo_vla import (
 )
 
 
-def test_outcome_by_hand():
-    assert discounted_outcome([0.0, 0.0, 1.0], 1.0) == 1.0
-    assert discounted_outcome([0.0, 0.0, 1.0], 0.9) == pytest.approx(0.81)
-    assert discounted_outcome([1.0, 2.0, 4.0], 0.5) == pytest.approx(1 + 1 + 1)
-    assert discounted_outcome([3.0, 7.0], 0.0) == 3.0
+def test_returns_by_hand():
+    one = [1, 1, 1]  # an environment step a decision
+    assert discounted_returns([0.0, 0.0, 1.0], one, 1.0, 1) == [1.0] * 3
+    assert discounted_returns([0.0, 0.0, 1.0], one, 0.9, 1) == pytest.approx([0.81, 0.9, 1.0])
+    assert discounted_returns([1.0, 2.0, 4.0], one, 0.5, 1) == pytest.approx([1 + 1 + 1, 2 + 2, 4])
+    assert discounted_returns([3.0, 7.0], [1, 1], 0.0, 1) == [3.0, 7.0]
+    # chunks of 4, success at environment step 10: 9, 5 and 1 steps after each decision's first
+    found = discounted_returns([0.0, 0.0, 1.0], [4, 4, 2], 0.9, 4)
+    assert found == pytest.approx([0.9 ** (9 / 4), 0.9 ** (5 / 4), 0.9 ** (1 / 4)])
+
+
+def test_decision_advantages_against_a_loop():
+    rng = torch.Generator().manual_seed(0)
+    returns = torch.rand(3, 4, 6, generator=rng, dtype=torch.float64)
+    lengths = torch.tensor([[6, 1, 2, 2], [5, 3, 3, 1], [1, 1, 1, 1]])
+    present = torch.arange(6) < lengths[..., None]
+    found = decision_advantages(returns.masked_fill(~present, 77.0), present)  # what is not there is not read
+    for t in range(6):
+        running = [(m, i) for m in range(3) for i in range(4) if lengths[m, i] > t]
+        average = sum(returns[m, i, t].item() for m, i in running) / len(running)
+        for m in range(3):
+            for i in range(4):
+                rivals = [returns[m, j, t].item() for j in range(4) if j != i and lengths[m, j] > t]
+                wanted = 0.0
+                if lengths[m, i] > t:
+                    wanted = returns[m, i, t].item() - (sum(rivals) + average) / (len(rivals) + 1)
+                assert found[m, i, t].item() == pytest.approx(wanted, abs=1e-12)
+
+
+def test_a_late_success_is_better_than_the_failures_it_was_among():
+    """GRPO blames every decision of the slow success; its rivals at the time show that it did well."""
+    returns = torch.zeros(1, 4, 3)
+    returns[0, 0] = torch.tensor([0.25, 0.5, 1.0])  # success at decision 3; 1 and 2 at once; 3 never
+    returns[0, 1:3, 0] = 1.0
+    present = torch.tensor([[[1, 1, 1], [1, 0, 0], [1, 0, 0], [1, 1, 1]]], dtype=torch.bool)
+    assert (grpo_advantages(returns[:, :, 0], False, False)[0, 0] < 0).all()
+    assert decision_advantages(returns, present)[0, 0, 1:].min() > 0
+    assert decision_advantages(returns, present)[0, 3].max() < 0
 
 
 @pytest.mark.parametrize(

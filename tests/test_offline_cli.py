@@ -300,6 +300,12 @@ def test_steps_of_the_policy_as_a_data_set(tmp_path, trained_sac):
     z = (torch.from_numpy(dataset.actions / 2).clamp(-1 + 1e-6, 1 - 1e-6).atanh() - mean) / log_std.exp()
     inside = z[np.abs(dataset.actions) < 1.99]  # sampled, as in training
     assert abs(z.median().item()) < 0.1 and 0.8 < inside.std() < 1.1
+    run(sac, flags, f"--evaluate --checkpoint {trained_sac} --collect 250 --append --run-name c")
+    both = load_dataset(tmp_path / "policy.hdf5")
+    for name in ("observations", "actions", "rewards", "next_observations", "terminations"):
+        assert np.array_equal(getattr(both, name)[:2055], getattr(dataset, name)), name
+    assert_pendulum(both)
+    assert both.episode_starts.tolist() == [*dataset.episode_starts, *range(2055, 2305, 25)]
     run(sac, flags, f"--checkpoint {trained_sac} --collect 30 --total-timesteps 20 --run-name b")
     assert len(load_dataset(tmp_path / "policy.hdf5").actions) == 30  # at the end of a training
 

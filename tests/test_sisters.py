@@ -16,7 +16,7 @@ import sac
 import td3_bc
 
 ALL = "TokenHead GaussianHead wilson_interval summarize evaluate score choose_device build_envs main".split()
-ONLINE = "clipped_surrogate kl_k3 masked_mean DiscreteHead make_head".split()
+ONLINE = "clipped_surrogate kl_k3 masked_mean DiscreteHead make_head weights_of micro_batches".split()
 
 
 @pytest.mark.parametrize(

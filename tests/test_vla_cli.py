@@ -1,6 +1,7 @@
 """The scripts with OpenVLA's backbone through their command lines: small random checkpoints, tabletop."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -150,7 +151,14 @@ def test_wrong_input_ends_in_one_sentence(tmp_path, trained, checkpoints, script
 def test_the_projects_cover_command_says_what_is_missing(tmp_path, monkeypatch):
     """No LIBERO, no weights, no network: one sentence each, and which command runs instead."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for flags in ("--env libero --lora-rank 32", "--env libero --suite libero_90 --lora-rank 32"):
-        done = call(ppo_vla, flags, f"--output-dir {tmp_path} --run-name cover --num-workers 0")
-        assert done.code == 2 and done.err.count("\n") == 1, done
+    for flags, wanted in (
+        ("--lora-rank 32", "needs a CUDA GPU.*--backbone tiny"),
+        ("--lora-rank 32 --device cpu", "libero-spatial-traj1|LIBERO_ASSETS|pip install"),
+        ("--suite libero_90 --lora-rank 32 --device cpu", "libero_90|LIBERO_ASSETS|pip install"),
+    ):
+        if "--device" not in flags and torch.cuda.is_available():
+            continue
+        flags += f" --env libero --output-dir {tmp_path} --run-name cover --num-workers 0"
+        done = call(ppo_vla, flags)
+        assert done.code == 2 and done.err.count("\n") == 1 and re.search(wanted, done.err), done
     assert not (tmp_path / "cover").exists()

@@ -14,7 +14,6 @@ and `hidden_size`, `chunk`, `action_dim`, `autoregressive`, `config` (a dict of 
 action_mean(action_hidden) -> (B, K*A), the trained continuous actions.
 """
 
-import contextlib
 import importlib
 from pathlib import Path
 
@@ -112,16 +111,3 @@ def load_adapter(backbone, folder):
         raise wrong
     for name, parameter in mine.items():
         parameter.data.copy_(state[name])
-
-
-@contextlib.contextmanager
-def adapters_disabled(backbone):
-    """The model as it was before LoRA, for reference log-probs: no second copy in memory."""
-    layers = [module for module in backbone.modules() if isinstance(module, BaseTunerLayer)]
-    try:
-        for layer in layers:
-            layer.enable_adapters(False)
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
