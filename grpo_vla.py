@@ -107,7 +107,7 @@ class Args:
     """iterations between checkpoints"""
 
     # --- algorithm
-    total_timesteps: int = 1_100_000
+    total_timesteps: int = 1_150_000
     """environment steps to train for"""
     backbone: str = "tiny"
     """tiny, mlp, the folder or hub id of an OpenVLA checkpoint, or openvla for the suite's published one;
@@ -209,7 +209,10 @@ PLAIN = dict(
 )  # fmt: skip
 PRESETS = {  # what differs from the defaults; flags on the command line win
     # A late success counts less than an early one, which also gives groups of successes something to compare.
-    "tabletop": dict(verifier_gamma=0.9, accuracy_high=1.0, std_normalisation=False),
+    "tabletop": dict(
+        verifier_gamma=0.95, accuracy_high=1.0, advantage_level="decision", minibatch_size=96,
+        micro_batch_size=96,
+    ),
     "libero": dict(
         backbone="openvla", chunk=8, num_envs=32, eval_envs=32, minibatch_size=256, micro_batch_size=16,
         learning_rate=2e-5, temperature=1.6, ratio_level="token", eval_freq=10, save_freq=2,
@@ -259,17 +262,17 @@ def grpo_advantages(outcomes, std_normalisation, leave_one_out, eps=1e-6):
 
 
 def decision_advantages(returns, present):
-    """Group-relative at every decision: A = G_t - the mean return-to-go of the group's members that are still
-    running, where the average of the whole batch at t stands in for the own one.
+    """Group-relative at every decision: A = G_t - mean of G_t over the members of the group still running.
 
-    returns, present (M, G, T), present where an episode has a decision t -> advantages (M, G, T), else 0. Who
-    is late already is compared with those who are late too, not blamed for it again, and who has no rival
-    left, with the batch. What a baseline takes from others' episodes adds no bias.
+    returns, present (M, G, T), present where an episode has a decision t -> advantages (M, G, T), exactly 0
+    elsewhere and where all who still run end alike. Who is late already is compared with those who are late
+    too, not blamed for it again.
     """
     returns = torch.where(present, returns, 0.0)
-    average = returns.sum((0, 1)) / present.sum((0, 1)).clamp(min=1)
-    others = returns.sum(1, keepdim=True) - returns + average
-    return torch.where(present, returns - others / present.sum(1, keepdim=True).clamp(min=1), 0.0)
+    mean = returns.sum(1, keepdim=True) / present.sum(1, keepdim=True).clamp(min=1)
+    lowest = returns.masked_fill(~present, torch.inf).amin(1, keepdim=True)
+    highest = returns.masked_fill(~present, -torch.inf).amax(1, keepdim=True)
+    return torch.where(present & (lowest < highest), returns - mean, 0.0)
 
 
 def aggregation_weights(counts, episode, num_episodes, aggregation, constant):
@@ -404,7 +407,7 @@ class GaussianHead(nn.Module):
         else:
             mean = self.mean(action_hidden).squeeze(-1).float()  # (B, K*A)
         std = self.log_std.exp().repeat(self.shape[0]).expand_as(mean)
-        return torch.distributions.Normal(mean, std, validate_args=False)  # its checks would wait for the GPU
+        return torch.distributions.Normal(mean, std, validate_args=False)  # checks would wait for the GPU
 
     def sample(self, normal, deterministic, generator):
         if deterministic:
@@ -983,21 +986,25 @@ def train(args):
             tick = clock()
             agent.train()
             metrics, kl_stop = [], False
-            # What is shuffled: chunks, or whole episodes where a ratio covers one.
-            units = episode.cpu() if args.ratio_level == "sequence" else torch.arange(len(rows))
-            num_units = len(episodes) if args.ratio_level == "sequence" else len(rows)
+            # What is shuffled: whole episodes where a ratio covers one, else the chunks that have a gradient.
+            units, pool = torch.arange(len(rows)), torch.arange(len(rows))
+            if args.ratio_level == "sequence":
+                units, pool = episode.cpu(), torch.arange(len(episodes))
+            elif not args.kl_coef and not args.entropy_coef:
+                pool = advantages.nonzero().squeeze(1).cpu()
+            used = len(rows) if args.ratio_level == "sequence" else len(pool)
             amount = int(covered.sum()) if args.aggregation == "token-mean" else len(episodes)
-            everyone = distributed.all_gather([len(rows), len(batch), amount, recent[-200:]])
-            num_rows, kept, amounts, recents = (list(x) for x in zip(*everyone, strict=True))
+            everyone = distributed.all_gather([len(rows), used, len(batch), amount, recent[-200:]])
+            num_rows, num_used, kept, amounts, recents = (list(x) for x in zip(*everyone, strict=True))
             share = amount / max(sum(amounts), 1)  # of this process in what the batch's mean is taken over
-            parts_of_epoch = math.ceil(sum(num_rows) / args.minibatch_size)
+            parts_of_epoch = math.ceil(sum(num_used) / args.minibatch_size)
             for _ in range(args.update_epochs):
-                order = torch.randperm(num_units, generator=shuffler)
+                order = pool[torch.randperm(len(pool), generator=shuffler)]
                 for drawn in order.tensor_split(parts_of_epoch):
                     chosen = torch.isin(units, drawn).nonzero().squeeze(1)
                     minibatch = chosen.to(device)
                     # The minibatches' losses average to the batch's.
-                    scale = share * num_units / max(len(drawn), 1)
+                    scale = share * len(pool) / max(len(drawn), 1)
                     # What the means divide by is the minibatch's, so that micro-batches, here and in
                     # torchrun's other processes, add up to it exactly.
                     totals = [covered[minibatch].sum(), masks[minibatch].sum()]
@@ -1076,11 +1083,12 @@ def train(args):
                 "rollout/mean_reward": reward, "rollout/mean_length": length,
                 "rollout/groups_kept": sum(counts), "rollout/groups_waiting": sum(counts) - sum(kept),
                 "rollout/refill_factor": groups_done / sum(kept),
-                "rollout/trained_share": sum(num_rows) / max(computed, 1),
+                "rollout/kept_share": sum(num_rows) / max(computed, 1),
+                "rollout/trained_share": sum(num_used) / max(computed, 1),
                 "rollout/lost_episodes": sum(lost),
                 "time/chunks_per_second": computed / spent,
                 "time/env_steps_per_second": (step - first_step) / spent,
-                "time/samples_per_second": sum(num_rows) * args.update_epochs / seconds_update,
+                "time/samples_per_second": sum(num_used) * args.update_epochs / seconds_update,
                 "time/env_share": seconds_env / spent, "time/policy_share": seconds_policy / spent,
                 "time/update_share": seconds_update / spent,
             }  # fmt: skip

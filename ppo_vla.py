@@ -355,7 +355,7 @@ class GaussianHead(nn.Module):
         else:
             mean = self.mean(action_hidden).squeeze(-1).float()  # (B, K*A)
         std = self.log_std.exp().repeat(self.shape[0]).expand_as(mean)
-        return torch.distributions.Normal(mean, std, validate_args=False)  # its checks would wait for the GPU
+        return torch.distributions.Normal(mean, std, validate_args=False)  # checks would wait for the GPU
 
     def sample(self, normal, deterministic, generator):
         if deterministic:

@@ -37,16 +37,23 @@ def test_decision_advantages_against_a_loop():
     lengths = torch.tensor([[6, 1, 2, 2], [5, 3, 3, 1], [1, 1, 1, 1]])
     present = torch.arange(6) < lengths[..., None]
     found = decision_advantages(returns.masked_fill(~present, 77.0), present)  # what is not there is not read
-    for t in range(6):
-        running = [(m, i) for m in range(3) for i in range(4) if lengths[m, i] > t]
-        average = sum(returns[m, i, t].item() for m, i in running) / len(running)
-        for m in range(3):
-            for i in range(4):
-                rivals = [returns[m, j, t].item() for j in range(4) if j != i and lengths[m, j] > t]
-                wanted = 0.0
-                if lengths[m, i] > t:
-                    wanted = returns[m, i, t].item() - (sum(rivals) + average) / (len(rivals) + 1)
-                assert found[m, i, t].item() == pytest.approx(wanted, abs=1e-12)
+    for m, i, t in itertools.product(range(3), range(4), range(6)):
+        running = [returns[m, j, t].item() for j in range(4) if lengths[m, j] > t]
+        wanted = 0.0
+        if lengths[m, i] > t and len(running) > 1:
+            wanted = returns[m, i, t].item() - sum(running) / len(running)
+        assert found[m, i, t].item() == pytest.approx(wanted, abs=1e-12)
+
+
+def test_decisions_after_which_all_end_alike_have_no_advantage_at_all():
+    returns = torch.full((1, 7, 3), 1 / 3)
+    present = torch.ones(1, 7, 3, dtype=torch.bool)
+    present[:, 1:, 2], returns[0, 0, 0] = (
+        False,
+        0.9,
+    )  # a group with a difference, a uniform one, a lone member
+    found = decision_advantages(returns, present)
+    assert (found[:, :, 0] != 0).all() and (found[:, :, 1:] == 0).all()
 
 
 def test_a_late_success_is_better_than_the_failures_it_was_among():
@@ -56,8 +63,8 @@ def test_a_late_success_is_better_than_the_failures_it_was_among():
     returns[0, 1:3, 0] = 1.0
     present = torch.tensor([[[1, 1, 1], [1, 0, 0], [1, 0, 0], [1, 1, 1]]], dtype=torch.bool)
     assert (grpo_advantages(returns[:, :, 0], False, False)[0, 0] < 0).all()
-    assert decision_advantages(returns, present)[0, 0, 1:].min() > 0
-    assert decision_advantages(returns, present)[0, 3].max() < 0
+    found = decision_advantages(returns, present)[0]
+    assert found[0, 1] > 0 > found[3, 1] and found[0, 0] < 0
 
 
 @pytest.mark.parametrize(
