@@ -997,7 +997,7 @@ def train(args):
             everyone = distributed.all_gather([len(rows), used, len(batch), amount, recent[-200:]])
             num_rows, num_used, kept, amounts, recents = (list(x) for x in zip(*everyone, strict=True))
             share = amount / max(sum(amounts), 1)  # of this process in what the batch's mean is taken over
-            parts_of_epoch = math.ceil(sum(num_used) / args.minibatch_size)
+            parts_of_epoch = math.ceil(max(sum(num_used), 1) / args.minibatch_size)
             for _ in range(args.update_epochs):
                 order = pool[torch.randperm(len(pool), generator=shuffler)]
                 for drawn in order.tensor_split(parts_of_epoch):

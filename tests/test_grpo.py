@@ -60,7 +60,7 @@ class Spy:
 
     def __init__(self, monkeypatch, keep=None):
         self.complete, self.kept, self.batches = [], [], []
-        informative, advantages = grpo_vla.informative, grpo_vla.grpo_advantages
+        informative, advantages = grpo_vla.informative, grpo_vla.decision_advantages
 
         def watch(outcomes, *rest):
             kept = informative(outcomes, *rest) if keep is None else keep(len(self.complete))
@@ -68,12 +68,12 @@ class Spy:
             self.kept += [outcomes] if kept else []
             return kept
 
-        def batch(outcomes, *rest):
-            self.batches.append(outcomes.tolist())
-            return advantages(outcomes, *rest)
+        def batch(returns, present):
+            self.batches.append(returns[:, :, 0].tolist())
+            return advantages(returns, present)
 
         monkeypatch.setattr(grpo_vla, "informative", watch)
-        monkeypatch.setattr(grpo_vla, "grpo_advantages", batch)
+        monkeypatch.setattr(grpo_vla, "decision_advantages", batch)
 
 
 # --- a run
@@ -207,8 +207,30 @@ def test_no_chunk_is_computed_after_an_end(tmp_path, warmup, monkeypatch):
     run(grpo_vla, GRPO, flags)
     state = load_checkpoint(tmp_path / "r")
     left = sum(len(chunks) for _, chunks in episodes_of(state))
-    left += sum(len(e["chunks"]) for members in state["processes"][0]["rollout"][6] for e in members)
+    left += sum(len(e["chunks"]) for members in state["processes"][0]["rollout"][7] for e in members)
     assert sum(computed) == sum(trained) + left
+
+
+def test_no_chunk_without_an_advantage_is_trained_on(tmp_path, warmup, monkeypatch):
+    trained, informed = [], []
+    evaluate, advantages = grpo_vla.Agent.evaluate_actions, grpo_vla.decision_advantages
+
+    def watch(self, batch, *rest):
+        trained.append(len(batch["proprio"]))
+        return evaluate(self, batch, *rest)
+
+    def count(returns, present):
+        found = advantages(returns, present)
+        informed.append((int((found != 0).sum()), int(present.sum())))
+        return found
+
+    monkeypatch.setattr(grpo_vla.Agent, "evaluate_actions", watch)
+    monkeypatch.setattr(grpo_vla, "decision_advantages", count)
+    run(grpo_vla, GRPO, f"--checkpoint {warmup} --output-dir {tmp_path} --run-name r")
+    some, every = (sum(column) for column in zip(*informed, strict=True))
+    assert sum(trained) == some * results(tmp_path / "r")["args"]["update_epochs"] and 0 < some < every
+    logged = scalars(tmp_path / "r")
+    assert logged["rollout/trained_share"][-1][1] <= logged["rollout/kept_share"][-1][1] <= 2
 
 
 def test_a_worker_that_dies_does_not_end_the_run(tmp_path, warmup, monkeypatch):
@@ -238,7 +260,8 @@ def test_a_worker_that_dies_does_not_end_the_run(tmp_path, warmup, monkeypatch):
     "flags",
     [
         "--ratio-level sequence --aggregation sequence-mean-token-mean --kl-coef 0.1 --lora-rank 2",
-        "--num-groups 2 --num-envs 9 --ratio-level token --aggregation constant-length --leave-one-out",
+        "--num-groups 2 --num-envs 9 --ratio-level token --aggregation constant-length --leave-one-out "
+        "--advantage-level episode",
         "--ratio-level chunk --kl-coef 0.1 --train-vision --verifier-gamma 0.9",
         "--ratio-level sequence --entropy-coef 0.01 --head gaussian",
     ],
@@ -257,7 +280,7 @@ def test_every_variant_goes_on_bit_identically(tmp_path, monkeypatch, flags):
     state = load_checkpoint(tmp_path / "stopped")
     assert episodes_of(state) and state["counters"][0] < found["environment_steps"]
     assert (
-        "--num-groups 2" not in flags or len(state["processes"][0]["rollout"][6]) == 1
+        "--num-groups 2" not in flags or len(state["processes"][0]["rollout"][7]) == 1
     )  # the third group waits
     monkeypatch.undo()
     assert call(grpo_vla, f"--resume {tmp_path}/stopped/checkpoint.pt").code == 0

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_cli import (
     EVAL,
     assert_same_run,
@@ -118,7 +119,14 @@ def test_an_adapter_keeps_its_own_scale_and_is_the_reference(tmp_path, trained, 
     file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 60}))
     flags = f"--backbone {checkpoints['oft']} --adapter {tmp_path}/adapter --output-dir {tmp_path}"
     run(ppo_vla, PPO, flags, "--run-name run --kl-coef 0.1")
-    assert load_checkpoint(tmp_path / "run")["reference"] is not None  # adapters off would be another policy
+    saved, adapter = (
+        load_checkpoint(tmp_path / "run"),
+        load_file(tmp_path / "adapter/adapter_model.safetensors"),
+    )
+    for tensor in adapter.values():  # adapters off would be another policy
+        assert any(x.shape == tensor.shape and torch.equal(x, tensor) for x in saved["reference"])
+    trained_ones = [x for group in saved["optimizer"]["param_groups"] for x in group["params"]]
+    assert len(saved["reference"]) == len(trained_ones)  # the base is in its own files
     run(ppo_vla, PPO, f"--evaluate --checkpoint {tmp_path}/run --output-dir {tmp_path} --run-name e")
     assert results(tmp_path / "e")["final"] == results(tmp_path / "run")["final"]
 
