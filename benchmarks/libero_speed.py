@@ -85,11 +85,14 @@ def main(args):
     reset = rate(args.seconds / 2, lambda: env.reset(seed=next(seeds)))
     times = f"a step of physics {1e3 * step:.1f} ms, a picture {1e3 * look:.0f} ms, a reset {reset:.2f} s"
     if args.num_tasks > 1:
-        several = libero.make(suite=args.suite, tasks=range(args.num_tasks), split="eval")
-        seeds = itertools.count()
+        env.close()
+        env, seeds = (
+            libero.make(suite=args.suite, tasks=range(args.num_tasks), split="eval"),
+            itertools.count(),
+        )
         for _ in range(args.num_tasks):
-            several.reset(seed=next(seeds))
-        change = rate(args.seconds / 2, lambda: several.reset(seed=next(seeds)))
+            env.reset(seed=next(seeds))
+        change = rate(args.seconds / 2, lambda: env.reset(seed=next(seeds)))
         times += f", one to another of {args.num_tasks} tasks {change:.2f} s"
     print(f"\nin one process: {times}")
 

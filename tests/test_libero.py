@@ -109,13 +109,16 @@ class FakeSimulation:
     """Records how episodes begin."""
 
     def __init__(self, suite, task, size):
-        self.task, self.owner, self.log = task, None, LOG
+        self.task, self.owner, self.log, self.renderer = task, None, LOG, "the GPU's memory"
 
     def save(self):
         return {}
 
     def load(self, state):
         pass
+
+    def release(self):
+        self.renderer = None
 
     def begin_fixed(self, state, resets):
         self.log.append((self.task, state, resets))
@@ -192,6 +195,7 @@ def test_simulations_are_kept_while_memory_allows(fake, monkeypatch):
     assert [task for _, task, _ in libero._simulations] == [0, 2, 1, 3]
     one.reset(seed=4)
     assert [task for _, task, _ in libero._simulations] == [0, 1, 3, 4]
+    assert [bool(x.renderer) for x in libero._simulations.values()] == [True, False, False, True]
     one.reset(seed=1)
     assert one.simulation is kept
     monkeypatch.setattr(libero, "_memory", lambda: ([each], 0.1))

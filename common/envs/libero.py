@@ -131,7 +131,8 @@ def _check_memory():
 
 class Simulation:
     """A compiled task and its renderer. The environments of a process share it and take turns, which keeps
-    host and GPU memory to one copy a task; all that belongs to an episode is in `save` and `load`."""
+    host and GPU memory to one copy a task; all that belongs to an episode is in `save` and `load`. It takes
+    seconds to compile, so that a process keeps its tasks' while there is memory."""
 
     def __init__(self, suite, task, size):
         libero = _libero()
@@ -291,11 +292,15 @@ _random_states = {}  # (suite, task) -> numpy's before the k-th reset after env.
 _renders_in = set()  # this process, or the one that it was forked from
 
 
-def _make_room():
-    """Ends simulations that no episode runs in, the least recently used first, until a new one leaves the
-    memory of a further worker to each."""
+def _idle():
+    """-> the keys of the simulations that no episode runs in, the least recently used first."""
     used = {env.simulation for env in _open}
-    for key in [key for key, simulation in _simulations.items() if simulation not in used]:
+    return [key for key, simulation in _simulations.items() if simulation not in used]
+
+
+def _make_room():
+    """Ends idle simulations until a new one leaves the memory of a further worker to each."""
+    for key in _idle():
         growth, free = _memory()
         if sum(growth) + len(growth) * WORKER_GB <= free:
             break
@@ -404,6 +409,10 @@ class LiberoEnv(gym.Env):
             _simulations[key] = Simulation(*key)
         self.task, self.simulation = task, _simulations.pop(key)
         _simulations[key] = self.simulation  # now the last
+        for idle in _idle():
+            _simulations[
+                idle
+            ].release()  # made anew in XX s, and its memory is the GPU's, which the model needs
         return self._turn()
 
     def _turn(self):
