@@ -242,8 +242,10 @@ class Simulation:
                 )
             try:
                 backend = importlib.import_module("mujoco." + os.environ["MUJOCO_GL"])  # robosuite's choice
-                if os.environ["MUJOCO_GL"] == "egl" and any(Path("/dev").glob("nvidia[0-9]*")):
-                    os.environ |= egl_device(os.environ, len(backend.EGL.eglQueryDevicesEXT()))
+                gpus = len([*Path("/dev").glob("nvidia[0-9]*")])
+                if os.environ["MUJOCO_GL"] == "egl" and gpus:  # some may not be EGL's
+                    gpus = min(gpus, len(backend.EGL.eglQueryDevicesEXT()))
+                    os.environ |= egl_device(os.environ, gpus)
                 mujoco.rendering.classic.gl_context.GLContext = backend.GLContext
                 self.model.vis.global_.offwidth = max(self.model.vis.global_.offwidth, self.size)
                 self.model.vis.global_.offheight = max(self.model.vis.global_.offheight, self.size)
@@ -410,9 +412,7 @@ class LiberoEnv(gym.Env):
         self.task, self.simulation = task, _simulations.pop(key)
         _simulations[key] = self.simulation  # now the last
         for idle in _idle():
-            _simulations[
-                idle
-            ].release()  # made anew in XX s, and its memory is the GPU's, which the model needs
+            _simulations[idle].release()  # soon made anew, and the GPU's memory is the model's
         return self._turn()
 
     def _turn(self):
@@ -446,16 +446,16 @@ class LiberoEnv(gym.Env):
         }
 
 
-def egl_device(environ, count):
-    """-> {"MUJOCO_EGL_DEVICE_ID": n}, which of `count` EGL devices is the GPU of this process's model: the
+def egl_device(environ, gpus):
+    """-> {"MUJOCO_EGL_DEVICE_ID": n}, which of EGL's first `gpus` devices is that of this process's model: the
     LOCAL_RANK-th of CUDA_VISIBLE_DEVICES (robosuite accepts no other), else of all. {} leaves it to EGL:
     neither is set, the user has chosen, or n is unknown, as where GPUs are named by UUID."""
     visible, rank = environ.get("CUDA_VISIBLE_DEVICES"), environ.get("LOCAL_RANK")
     if "MUJOCO_EGL_DEVICE_ID" in environ or (visible is None and rank is None):
         return {}
-    names = [str(i) for i in range(count)] if visible is None else visible.replace(" ", "").split(",")
+    names = [str(i) for i in range(gpus)] if visible is None else visible.replace(" ", "").split(",")
     name = names[int(rank or 0) % len(names)]
-    return {"MUJOCO_EGL_DEVICE_ID": name} if name.isdigit() and int(name) < count else {}
+    return {"MUJOCO_EGL_DEVICE_ID": name} if name.isdigit() and int(name) < gpus else {}
 
 
 def axis_angle(quaternion):
