@@ -132,8 +132,10 @@ def rollout(envs, steps, seed=0):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_chunk_stops_at_the_end_and_final_obs_is_before_the_reset(envs, num_workers):
-    e = envs(chunk=3, num_workers=num_workers)
+@pytest.mark.parametrize("end", ["truncated", "terminated"])
+def test_chunk_stops_at_the_end_and_final_obs_is_before_the_reset(envs, num_workers, end):
+    """Rendered where it is bootstrapped, after a truncation; else it is the last that was rendered."""
+    e = envs(chunk=3, num_workers=num_workers, end=end)
     first = e.reset()
     assert (
         first["proprio"].shape == (2, 3)
@@ -147,10 +149,13 @@ def test_chunk_stops_at_the_end_and_final_obs_is_before_the_reset(envs, num_work
     assert (obs["image"] == 2).all()  # rendered by reset and once for the chunk
     obs, rewards, terminated, truncated, info = e.step(actions(e))
     assert info["steps"].tolist() == [2, 2] and rewards.tolist() == [2, 2]
-    assert terminated.all() and not truncated.any() and info["success"].all()
-    assert (info["final_obs"]["proprio"] == np.c_[[5, 5], first["proprio"][:, 1], [2.5, 2.5]]).all()
+    assert (truncated == (end == "truncated")).all() and (terminated != truncated).all()
+    assert info["success"].all()
+    count, total, renders = (5, 2.5, 3) if end == "truncated" else (3, 1.5, 2)
+    expected = np.c_[[count, count], first["proprio"][:, 1], [total, total]]
+    assert (info["final_obs"]["proprio"] == expected).all()
     assert (obs["proprio"][:, 0] == 0).all() and (obs["proprio"][:, 1] != first["proprio"][:, 1]).all()
-    assert (info["final_obs"]["image"] == 3).all() and (obs["image"] == 4).all()
+    assert (info["final_obs"]["image"] == renders).all() and (obs["image"] == renders + 1).all()
     assert (info["episode_return"] == 5).all() and (info["episode_length"] == 5).all()
     assert (e.step(actions(e))[4]["episode_length"] == 3).all()
 
@@ -173,6 +178,17 @@ def test_time_limit_truncates(envs):
     assert out[3][3].all() and not out[3][2].any() and not out[2][3].any()
 
 
+@pytest.mark.parametrize("autoreset", [True, False])
+def test_gymnasium_tells_every_last_observation(envs, autoreset):
+    e = envs("CartPole-v1", 1, autoreset=autoreset)
+    e.reset()
+    terminated = False
+    while not terminated:
+        obs, _, terminated, _, info = e.step(np.ones((1, 1), np.int64))
+    assert info["final_obs"]["proprio"][0, 2] < -0.2095  # rad, where the pole has fallen
+    assert (obs["proprio"][0, 2] < -0.2095) == (not autoreset)
+
+
 def test_observations_are_copies(envs):
     e = envs()
     first = e.reset()
@@ -192,7 +208,8 @@ def test_mask_reset_and_record_without_autoreset(envs):
     assert info["steps"].tolist() == [2, 0, 2] and rewards.tolist() == [2, 0, 2] and obs["proprio"][1, 0] == 0
     assert [f.max() for f in info["frames"][0]] == [1, 2] and set(info["frames"]) == {0}
     obs, _, terminated, _, info = e.step(actions(e), mask=mask)
-    assert terminated.tolist() == mask.tolist() and obs["proprio"][:, 0].tolist() == [3, 0, 3]
+    assert terminated.tolist() == mask.tolist()
+    assert obs["proprio"][:, 0].tolist() == [2, 0, 2]  # the end of an episode is not rendered
     assert flat(info["final_obs"]) == flat(obs)
     with pytest.raises(ValueError, match=r"environments \[0, 2\] have no running episode"):
         e.step(actions(e))
@@ -202,7 +219,7 @@ def test_mask_reset_and_record_without_autoreset(envs):
 
 
 def test_action_history(envs):
-    e = envs(num_envs=1, chunk=2, action_history=3, length=3)
+    e = envs(num_envs=1, chunk=2, action_history=3, length=3, end="truncated")
     assert e.single_observation_space["proprio"].shape == (3 + 3 * 2,)
     assert (e.reset()["proprio"][0, 3:] == 0).all()
     chunk = np.array([[[0.1, 0.2], [0.3, 4.0]]], np.float32)

@@ -10,11 +10,11 @@ import os
 import subprocess
 import sys
 import types
+import weakref
 from pathlib import Path
 
 import h5py
 import numpy as np
-import psutil
 import pytest
 import torch
 
@@ -109,13 +109,16 @@ class FakeSimulation:
     """Records how episodes begin."""
 
     def __init__(self, suite, task, size):
-        self.task, self.owner, self.log = task, None, LOG
+        self.task, self.owner, self.log, self.renderer = task, None, LOG, "the GPU's memory"
 
     def save(self):
         return {}
 
     def load(self, state):
         pass
+
+    def release(self):
+        self.renderer = None
 
     def begin_fixed(self, state, resets):
         self.log.append((self.task, state, resets))
@@ -135,6 +138,7 @@ def fake(monkeypatch):
     monkeypatch.setattr(libero, "_libero", lambda: package)
     monkeypatch.setattr(libero, "Simulation", FakeSimulation)
     monkeypatch.setattr(libero, "_simulations", {})
+    monkeypatch.setattr(libero, "_open", weakref.WeakSet())
     monkeypatch.setattr(libero.LiberoEnv, "observe", lambda self: {})
     LOG.clear()
 
@@ -176,6 +180,47 @@ def test_training_draws(fake):
     for k in range(400):
         env.reset(seed=k)
     assert {entry for entry in LOG} == {(0, i, i) for i in range(50)}
+
+
+def test_simulations_are_kept_while_memory_allows(fake, monkeypatch):
+    """Four fit beside the margin; the least recently used that no episode runs in gives way to a fifth."""
+    each = libero.TASK_GB
+    monkeypatch.setattr(libero, "_memory", lambda: ([each], 3.2 - each * len(libero._simulations)))
+    one, two = libero.make(split="eval"), libero.make(split="eval")
+    two.reset(seed=0)
+    for task in (1, 2, 1):
+        one.reset(seed=task)
+    kept = one.simulation
+    one.reset(seed=3)
+    assert [task for _, task, _ in libero._simulations] == [0, 2, 1, 3]
+    one.reset(seed=4)
+    assert [task for _, task, _ in libero._simulations] == [0, 1, 3, 4]
+    assert [bool(x.renderer) for x in libero._simulations.values()] == [True, False, False, True]
+    one.reset(seed=1)
+    assert one.simulation is kept
+    monkeypatch.setattr(libero, "_memory", lambda: ([each], 0.1))
+    one.reset(seed=2)
+    assert [task for _, task, _ in libero._simulations] == [0, 2]
+    one.close()
+    assert len(libero._simulations) == 2
+    one.reset(seed=2)
+    two.close()
+    one.close()
+    assert not libero._simulations
+
+
+def test_resets_are_replayed_once():
+    """Reset k begins from the random state that reset k - 1 left."""
+    placed = []
+    simulation = types.SimpleNamespace(
+        random_states=[0], _place=lambda state, k: placed.append((state, k)) or 10 * (k + 1),
+        wrapper=types.SimpleNamespace(set_init_state=placed.append), states="abcd", _settle=lambda: None,
+    )  # fmt: skip
+    for resets, expected in ((2, [(0, 0), (10, 1), (20, 2), "c"]), (3, [(30, 3), "d"]), (1, [(10, 1), "b"])):
+        placed.clear()
+        libero.Simulation.begin_fixed(simulation, resets, resets)
+        assert placed == expected
+    assert simulation.random_states == [0, 10, 20, 30, 40]
 
 
 # --- the real simulator
@@ -336,7 +381,37 @@ def test_environments_take_turns_and_states_are_exact(env):
     assert env.simulation in libero._simulations.values()
 
 
+def test_a_kept_simulation_begins_the_same_episode(env, monkeypatch):
+    other = libero.make(suite="libero_object", tasks=(0, 5), split="eval", size=48)
+    first, began = other.reset(seed=3)[0], physics(other)
+    assert other.simulation.random_states is libero._random_states["libero_object", 5]
+    other.step(np.ones(7))
+    other.reset(seed=0)
+    assert other.simulation is env.simulation
+    monkeypatch.setattr(libero, "Simulation", None)  # nothing is compiled
+    assert same(other.reset(seed=3)[0], first) and np.array_equal(physics(other), began)
+    other.close()
+
+
 # --- pure functions and wrong input
+
+
+@pytest.mark.parametrize(
+    "environ,expected",
+    [
+        ({}, None),
+        ({"LOCAL_RANK": "1"}, "1"),
+        ({"LOCAL_RANK": "5"}, "1"),  # more processes than GPUs
+        ({"CUDA_VISIBLE_DEVICES": "2"}, "2"),
+        ({"CUDA_VISIBLE_DEVICES": "3, 2", "LOCAL_RANK": "1"}, "2"),
+        ({"CUDA_VISIBLE_DEVICES": "7", "LOCAL_RANK": "0"}, None),  # no such device: EGL sees other GPUs
+        ({"CUDA_VISIBLE_DEVICES": "GPU-8f3a,GPU-91c2", "LOCAL_RANK": "1"}, None),
+        ({"CUDA_VISIBLE_DEVICES": "", "LOCAL_RANK": "1"}, None),
+        ({"MUJOCO_EGL_DEVICE_ID": "0", "LOCAL_RANK": "1"}, None),
+    ],
+)
+def test_egl_device_of_a_rank(environ, expected):
+    assert libero.egl_device(environ, 4).get("MUJOCO_EGL_DEVICE_ID") == expected
 
 
 @pytest.mark.parametrize("angle", [1e-6, 0.7, 3.0, 4.5])
@@ -377,6 +452,9 @@ def test_assets_missing(assets, monkeypatch, tmp_path):
     monkeypatch.setattr(package, "_assets_path_cache", package._assets_path_cache)
     with pytest.raises(UserError, match="LIBERO_ASSETS"):
         libero._libero.__wrapped__()
+    monkeypatch.setenv("LIBERO_ASSETS", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="nowhere; set LIBERO_ASSETS"):
+        libero._libero.__wrapped__()
     assert os.environ["LIBERO_CONFIG_PATH"] == "/mine"
 
 
@@ -410,9 +488,8 @@ def test_fork_after_rendering(env):
 
 
 def test_memory_is_short(monkeypatch):
-    memory = psutil.virtual_memory()
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=int(1e8)))
+    monkeypatch.setattr(libero, "available_memory", lambda: 1e8)
     with pytest.raises(UserError, match="--num-workers"):
         libero._check_memory()
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=int(2e9)))
+    monkeypatch.setattr(libero, "available_memory", lambda: 2e9)
     libero._check_memory()

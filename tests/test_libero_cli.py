@@ -3,11 +3,15 @@
 Needs what test_libero.py needs.
 """
 
+import collections
 import json
+import multiprocessing
 
+import imageio_ffmpeg
+import numpy as np
 import pytest
 import torch
-from test_cli import call, frames, results, run, scalars, stopped_by
+from test_cli import call, results, run, scalars, stopped_by
 from test_libero import write_demonstration
 from test_openvla import STATISTICS, checkpoints  # noqa: F401 (a fixture)
 
@@ -29,18 +33,27 @@ def base(assets, checkpoints, tmp_path_factory):  # noqa: F811
     return f"{LIBERO} --checkpoint {checkpoints['oft']} --statistics {file}"
 
 
-@pytest.fixture(autouse=True)
-def short(monkeypatch):
+def shorten(patch):
     """Episodes of 40 steps, and a success made up: a random policy has none, and without any nothing is
     learned."""
     step = libero.Simulation.step
-    monkeypatch.setattr(
-        libero.Simulation, "step", lambda self, action: step(self, action) or action[0] > 0.45
-    )
-    monkeypatch.setitem(libero.PROTOCOLS["oft"], "libero_object", 40)
+    patch.setattr(libero.Simulation, "step", lambda self, action: step(self, action) or action[0] > 0.45)
+    patch.setitem(libero.PROTOCOLS["oft"], "libero_object", 40)
 
 
-def test_ppo_trains_stops_resumes_evaluates_two_tasks_and_shows_them(tmp_path, base):
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    shorten(monkeypatch)
+
+
+def film(path):
+    """The frames of a video, uint8 (T, H, W, 3)."""
+    reader = imageio_ffmpeg.read_frames(str(path))
+    width, height = next(reader)["size"]
+    return np.stack([np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader])
+
+
+def test_ppo_trains_stops_resumes_evaluates_two_tasks_and_shows_them(tmp_path, base, monkeypatch):
     flags = f"{base} {EVAL} --num-envs 2 --num-steps 2 --total-timesteps 64 --minibatch-size 4 --save-freq 1"
     with pytest.MonkeyPatch.context() as patch:
         stopped_by(patch, ppo_vla, "clipped_surrogate", 1)
@@ -48,6 +61,10 @@ def test_ppo_trains_stops_resumes_evaluates_two_tasks_and_shows_them(tmp_path, b
     assert done.code == 130, done
     before = load_checkpoint(tmp_path / "run")
     assert before["counters"][1:3] == [1, 1] and 4 <= before["counters"][0] <= 32  # 2 x 2 chunks of 8 steps
+    render, scenes = libero.LiberoEnv.render, collections.defaultdict(list)
+    monkeypatch.setattr(
+        libero.LiberoEnv, "render", lambda env: scenes[env.task].append(render(env)) or scenes[env.task][-1]
+    )
     run(ppo_vla, f"--resume {tmp_path}/run --capture-video")
     found, after = results(tmp_path / "run"), load_checkpoint(tmp_path / "run")
     assert found["environment_steps"] >= 64 and after["counters"][1] >= 2
@@ -57,14 +74,28 @@ def test_ppo_trains_stops_resumes_evaluates_two_tasks_and_shows_them(tmp_path, b
     moved = [n for n in after["agent"] if not torch.equal(after["agent"][n], before["agent"][n])]
     assert any("lora_B" in name for name in moved) and not any("vision" in name for name in after["agent"])
     assert scalars(tmp_path / "run")["policy/first_ratio_error"][0][1] < 1e-4
-    (width, height), count = frames(tmp_path / "run" / "videos" / "episode_1.mp4")
-    assert width >= 512 and height >= 256 and count > 10
+    for episode, task in enumerate((0, 5)):
+        video, rendered = film(tmp_path / f"run/videos/episode_{episode}.mp4"), np.stack(scenes[task])
+        assert len(video) == len(rendered) + 10 and rendered.std((1, 2, 3)).min() > 20
+        loss = np.abs(video[: len(rendered), :256, :512] - rendered.astype(int))  # of the compression
+        assert loss.mean((1, 2, 3)).max() < 5
 
 
-def test_grpo_trains_one_iteration_on_one_task(tmp_path, base):
+def grpo(flags):
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch)
+        run(grpo_vla, flags)
+
+
+def test_grpo_trains_one_iteration_on_one_task_in_two_workers(tmp_path, base):
     flags = f"{base} --tasks 5 --eval-episodes 1 --eval-envs 1 --num-envs 2 --group-size 2 --num-groups 1"
-    flags += " --max-decisions 2 --total-timesteps 60 --save-freq 1"
-    run(grpo_vla, flags, f"--output-dir {tmp_path} --run-name run --accuracy-low 0 --accuracy-high 1")
+    flags += f" --max-decisions 2 --total-timesteps 60 --save-freq 1 --output-dir {tmp_path} --run-name run"
+    flags += " --accuracy-low 0 --accuracy-high 1 --num-workers 2"
+    # The tests before it have rendered, and OpenGL does not survive a fork.
+    process = multiprocessing.get_context("spawn").Process(target=grpo, args=(flags,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
     state = load_checkpoint(tmp_path / "run")
     assert state["counters"][2] >= 1 and state["counters"][0] >= 60
     assert any(x.any() for name, x in state["agent"].items() if "lora_B" in name)

@@ -88,6 +88,7 @@ class _Slice:
             box, size = obs_space["proprio"], action_history * env.action_space.shape[0]
             low, high = np.r_[box.low, -np.ones(size)], np.r_[box.high, np.ones(size)]
             obs_space["proprio"] = spaces.Box(low.astype(np.float32), high.astype(np.float32))
+        self.keys = tuple(obs_space)
         self.spec = {
             "single_observation_space": spaces.Dict(obs_space),
             "single_action_space": env.action_space,
@@ -103,16 +104,16 @@ class _Slice:
         """Maps the arrays that parent and worker share: in the file `fd`, or in this process."""
         self.shared = _map_arrays(self.spec, self.num_envs, self.chunk, fd)
 
-    def _write(self, kind, j, obs):
+    def _write(self, j, obs):
         for key, value in obs.items():
             if key == "proprio" and self.history[j].size:
                 value = np.concatenate([value, self.history[j].ravel()])
-            self.shared[f"{kind}/{key}"][self.rows[j]] = value
+            self.shared[f"obs/{key}"][self.rows[j]] = value
 
     def _begin(self, j, seed):
         obs, _ = self.envs[j].reset(seed=seed)
         self.history[j][:], self.returns[j], self.lengths[j], self.started[j] = 0.0, 0.0, 0, True
-        self._write("obs", j, obs)
+        self._write(j, obs)
 
     def reset(self, seeds: dict):
         """seeds: row -> seed, or None to go on with the environment's own random state."""
@@ -147,8 +148,11 @@ class _Slice:
             shared["success"][row] = info.get("success", False)
             shared["episode_return"][row], shared["episode_length"][row] = self.returns[j], self.lengths[j]
             ended = terminated or truncated
-            self._write("final" if ended and self.autoreset else "obs", j, env.observe())
+            if not ended or "image" not in self.keys or (self.autoreset and not terminated):
+                self._write(j, env.observe())  # elsewhere nobody reads the picture
             if ended and self.autoreset:
+                for key in self.keys:
+                    shared[f"final/{key}"][row] = shared[f"obs/{key}"][row]
                 self._begin(j, None)
         return frames
 
@@ -448,8 +452,8 @@ class Envs(gymnasium.vector.VectorEnv):
         if self._outstanding is not None:
             raise RuntimeError("a step is in flight: call step_wait first")
 
-    def _copy(self, kind="obs"):
-        return {key: self._shared[f"{kind}/{key}"].copy() for key in self._obs_keys}
+    def _copy(self):
+        return {key: self._shared[f"obs/{key}"].copy() for key in self._obs_keys}
 
     def _rows(self, mask, name="mask"):
         mask = np.ones(self.num_envs, bool) if mask is None else np.asarray(mask)
@@ -548,8 +552,10 @@ class Envs(gymnasium.vector.VectorEnv):
         `steps` executed; `success`; `final_obs`, like obs, but the episode's last where it ended;
         `episode_return`, `episode_length` so far; `lost`, the running episode died with its worker, obs is
         the first of a new one (0 steps, for any mask); `restarted`, rebuilt since the last step; `frames`,
-        {row: list of uint8 (H, W, 3)}. Raises ValueError for bad actions, RuntimeError when a worker keeps
-        dying.
+        {row: list of uint8 (H, W, 3)}. Pictures are rendered only where they are read: with `image` in obs,
+        an episode's last observation is its end after a truncation with autoreset, whose value is
+        bootstrapped, and otherwise the one that its last chunk was chosen from. Raises ValueError for bad
+        actions, RuntimeError when a worker keeps dying.
         """
         self.step_async(actions, mask, record)
         return self.step_wait()

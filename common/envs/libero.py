@@ -38,6 +38,7 @@ import psutil
 import torch
 
 from common import UserError
+from common.memory import available_memory
 
 
 def _no_gl(error):
@@ -95,20 +96,19 @@ def _libero():
     finally:
         os.environ.pop("LIBERO_CONFIG_PATH", None)
         os.environ |= {"LIBERO_CONFIG_PATH": config} if config else {}
-    package._assets_path_cache = os.environ.get("LIBERO_ASSETS")
-    assets = Path(package.get_assets_path())  # downloads without one
-    if not all((assets / name).is_dir() for name in ASSETS):
+    assets = package._assets_path_cache = os.environ.get("LIBERO_ASSETS") or package.get_assets_path()
+    if not all((Path(assets) / name).is_dir() for name in ASSETS):
         raise UserError(
             f"LIBERO's assets are not in {assets}; set LIBERO_ASSETS to the folder with {', '.join(ASSETS)}."
         )
     return package
 
 
-def _check_memory():
-    """UserError unless this worker and its like can all grow to what a simulation takes."""
+def _memory():
+    """-> GB by which this worker and each of its like may grow with one more simulation, GB that are free."""
     me, parent = psutil.Process(), multiprocessing.parent_process()
     siblings = psutil.Process(parent.pid).children() if parent else [me]
-    growth, free = [], psutil.virtual_memory().available / 1e9
+    growth = []
     for process in siblings:
         try:
             if process.cmdline() == me.cmdline():
@@ -116,6 +116,12 @@ def _check_memory():
                 growth.append(max(least, WORKER_GB - process.memory_full_info().uss / 1e9))
         except psutil.Error:  # it has ended
             continue
+    return growth, available_memory() / 1e9
+
+
+def _check_memory():
+    """UserError unless this worker and its like can all grow to what a simulation takes."""
+    growth, free = _memory()
     if sum(growth) > free:
         raise UserError(
             f"LIBERO takes {WORKER_GB} GB for each worker process, and {len(growth)} of them need "
@@ -125,7 +131,8 @@ def _check_memory():
 
 class Simulation:
     """A compiled task and its renderer. The environments of a process share it and take turns, which keeps
-    host and GPU memory to one copy a task; all that belongs to an episode is in `save` and `load`."""
+    host and GPU memory to one copy a task; all that belongs to an episode is in `save` and `load`. It takes
+    seconds to compile, so that a process keeps its tasks' while there is memory."""
 
     def __init__(self, suite, task, size):
         libero = _libero()
@@ -147,7 +154,8 @@ class Simulation:
         self.fixtures = [env.obj_body_id[name] for name in env.fixtures_dict]
         self.samplers = list(env.object_property_initializers)
         self.free = self.model.jnt_qposadr[self.model.jnt_type == mujoco.mjtJoint.mjJNT_FREE]
-        self.random_states = [np.random.RandomState(0).get_state()]  # before the k-th reset after env.seed(0)
+        seeded = [np.random.RandomState(0).get_state()]
+        self.random_states = _random_states.setdefault((suite, task), seeded)
         self.owner, self.size, self.renderer, self.seen = None, size, None, None
 
     def _place(self, random_state, resets=0, noise=0.0):
@@ -175,9 +183,10 @@ class Simulation:
         """An episode from initial state `state`, the fixtures where the `resets`-th reset after env.seed(0)
         puts them."""
         known = self.random_states
-        while len(known) <= resets:
-            known.append(self._place(known[-1], len(known) - 1))
-        self._place(known[resets], resets)
+        for k in range(min(resets, len(known) - 1), resets + 1):  # from the last that is known
+            after = self._place(known[k], k)
+            if k + 1 == len(known):
+                known.append(after)
         self.wrapper.set_init_state(self.states[state])
         self._settle()
 
@@ -233,6 +242,10 @@ class Simulation:
                 )
             try:
                 backend = importlib.import_module("mujoco." + os.environ["MUJOCO_GL"])  # robosuite's choice
+                gpus = len([*Path("/dev").glob("nvidia[0-9]*")])
+                if os.environ["MUJOCO_GL"] == "egl" and gpus:  # some may not be EGL's
+                    gpus = min(gpus, len(backend.EGL.eglQueryDevicesEXT()))
+                    os.environ |= egl_device(os.environ, gpus)
                 mujoco.rendering.classic.gl_context.GLContext = backend.GLContext
                 self.model.vis.global_.offwidth = max(self.model.vis.global_.offwidth, self.size)
                 self.model.vis.global_.offheight = max(self.model.vis.global_.offheight, self.size)
@@ -275,8 +288,26 @@ class Simulation:
     __del__ = release
 
 
-_simulations = weakref.WeakValueDictionary()  # of this process, kept by the environments that use them
+_open = weakref.WeakSet()  # this process's environments that have begun an episode and are not closed
+_simulations = {}  # (suite, task, size) -> their Simulation, the least recently used first
+_random_states = {}  # (suite, task) -> numpy's before the k-th reset after env.seed(0)
 _renders_in = set()  # this process, or the one that it was forked from
+
+
+def _idle():
+    """-> the keys of the simulations that no episode runs in, the least recently used first."""
+    used = {env.simulation for env in _open}
+    return [key for key, simulation in _simulations.items() if simulation not in used]
+
+
+def _make_room():
+    """Ends idle simulations until a new one leaves the memory of a further worker to each."""
+    for key in _idle():
+        growth, free = _memory()
+        if sum(growth) + len(growth) * WORKER_GB <= free:
+            break
+        del _simulations[key]
+        gc.collect()  # robosuite's reference cycles keep its memory
 
 
 class LiberoEnv(gym.Env):
@@ -315,7 +346,7 @@ class LiberoEnv(gym.Env):
         self.suite, self.split, self.protocol, self.cameras, self.size = suite, split, protocol, cameras, size
         self.fixed = split == "eval" or train_on_eval_states
         self.max_steps = max_steps or PROTOCOLS[protocol][suite]
-        self.key = self.simulation = self.parked = None
+        self.simulation = self.parked = None
         box = gym.spaces.Box
         self.observation_space = gym.spaces.Dict(
             image=box(0, 255, (len(cameras), size, size, 3), np.uint8),
@@ -359,21 +390,29 @@ class LiberoEnv(gym.Env):
         return np.concatenate(self._turn().look(CAMERAS)[0], 1)
 
     def close(self):
-        """Gives up the episode and its place at the simulation."""
+        """Gives up the episode; the last environment of a process gives up the simulations too."""
+        self._leave()
+        _open.discard(self)
+        if not _open:
+            _simulations.clear()
+
+    def _leave(self):
         if self.simulation and self.simulation.owner is self:
             self.simulation.owner = None
         self.simulation = self.parked = None
 
     def _enter(self, task):
         """-> the simulation of `task`, this process's or a new one, for a new episode."""
-        key, kept = (self.suite, task, self.size), self.simulation
-        self.close()
-        if self.key != key:
-            kept = None  # frees it before the next is built, unless another environment is there
-        self.task, self.key = task, key
-        self.simulation = kept or _simulations.get(key)
-        if self.simulation is None:
-            self.simulation = _simulations[key] = Simulation(*key)
+        key = (self.suite, task, self.size)
+        self._leave()
+        _open.add(self)
+        if key not in _simulations:
+            _make_room()
+            _simulations[key] = Simulation(*key)
+        self.task, self.simulation = task, _simulations.pop(key)
+        _simulations[key] = self.simulation  # now the last
+        for idle in _idle():
+            _simulations[idle].release()  # soon made anew, and the GPU's memory is the model's
         return self._turn()
 
     def _turn(self):
@@ -405,6 +444,18 @@ class LiberoEnv(gym.Env):
             "has_uint32": state["rng_buffer"][0],
             "uinteger": state["rng_buffer"][1],
         }
+
+
+def egl_device(environ, gpus):
+    """-> {"MUJOCO_EGL_DEVICE_ID": n}, which of EGL's first `gpus` devices is that of this process's model: the
+    LOCAL_RANK-th of CUDA_VISIBLE_DEVICES (robosuite accepts no other), else of all. {} leaves it to EGL:
+    neither is set, the user has chosen, or n is unknown, as where GPUs are named by UUID."""
+    visible, rank = environ.get("CUDA_VISIBLE_DEVICES"), environ.get("LOCAL_RANK")
+    if "MUJOCO_EGL_DEVICE_ID" in environ or (visible is None and rank is None):
+        return {}
+    names = [str(i) for i in range(gpus)] if visible is None else visible.replace(" ", "").split(",")
+    name = names[int(rank or 0) % len(names)]
+    return {"MUJOCO_EGL_DEVICE_ID": name} if name.isdigit() and int(name) < gpus else {}
 
 
 def axis_angle(quaternion):
