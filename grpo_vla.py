@@ -101,13 +101,13 @@ class Args:
     """parallel environments of an evaluation"""
     eval_episodes: int = 200
     """episodes of an evaluation, on layouts that training never shows"""
-    eval_freq: int = 25
+    eval_freq: int = 50
     """iterations between evaluations; 0 for the first and the last only"""
     save_freq: int = 10
     """iterations between checkpoints"""
 
     # --- algorithm
-    total_timesteps: int = 1_150_000
+    total_timesteps: int = 1_050_000
     """environment steps to train for"""
     backbone: str = "tiny"
     """tiny, mlp, the folder or hub id of an OpenVLA checkpoint, or openvla for the suite's published one;
