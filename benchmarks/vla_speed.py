@@ -152,8 +152,10 @@ def count(agent, batch, actions, train=False):
 
 def count_memory(agent, batch, actions):
     """Bytes that a micro-batch's forward and backward hold at their peak, weights and adapters apart."""
-    with torch.no_grad():
-        vision = agent.backbone.encode_vision(batch)[0]
+    vision = None
+    if not any(p.requires_grad for p in agent.backbone.vision_parameters()):
+        with torch.no_grad():
+            vision = agent.backbone.encode_vision(batch)[0]
     with (
         mock.patch.object(F, "scaled_dot_product_attention", flash),
         mock.patch.object(F, "rms_norm", FusedNorm.apply),
@@ -265,16 +267,16 @@ def inference_rows(name, agent, flops, args, device):
         return model.to_env(agent.head.to_env(actions))
 
     for size in args.batch_sizes:
-        obs = observe(size)
-        try:
+        obs, memory = observe(size), "out of memory"
+        with contextlib.suppress(torch.OutOfMemoryError):
             batch = model.preprocess(obs, [INSTRUCTION])
-            bare, memory = measure(lambda batch=batch: act(batch), device, args.seconds)
-            again = measure(lambda obs=obs: act(model.preprocess(obs, [INSTRUCTION])), device, args.seconds)
-        except torch.OutOfMemoryError:
-            yield name, size, "out of memory", *"----"
+            bare, _ = measure(lambda batch=batch: act(batch), device, args.seconds)
+            work = lambda obs=obs: act(model.preprocess(obs, [INSTRUCTION]))  # noqa: E731
+            whole, memory = measure(work, device, args.seconds)
+        if memory == "out of memory":
             release()
+            yield name, size, memory, *"----"
             continue
-        whole = again[0]
         floor = max(flops * size / FLOPS, weights / BANDWIDTH)
         if model.autoregressive:  # its later tokens are bounded by reading the weights
             floor += 6 * weights / BANDWIDTH
@@ -289,13 +291,13 @@ def update_rows(name, agent, flops, args, device):
     for agent.backbone.checkpointing in (False, True):
         passes = 3 if agent.backbone.checkpointing else 2  # forwards' worth of FLOPs
         floor = passes * sum(SPECIFIED[row][3:5]) * 1e12 / FLOPS
-        start = name, on(agent.backbone.checkpointing), micro
-        try:
+        start, memory = (name, on(agent.backbone.checkpointing), micro), "out of memory"
+        with contextlib.suppress(torch.OutOfMemoryError):
             update = make_update(agent, args.minibatch_size, micro)
             seconds, memory = measure(update, device, args.seconds)
-        except torch.OutOfMemoryError:
-            yield *start, "out of memory", *"----"
+        if memory == "out of memory":
             release()
+            yield *start, memory, *"----"
             continue
         seconds /= args.minibatch_size
         mfu = flops / seconds / args.peak_tflops / 1e12

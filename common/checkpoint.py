@@ -46,8 +46,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`, moved over `path` once the body has written it (POSIX).
 
     A reader sees the old file or the whole new one, also after a kill or a power cut. Missing folders are
-    made; on failure the temporary file goes and `path` stays. An OSError, also in the form that torch.save or
-    safetensors give it, becomes a CheckpointError.
+    made; on failure the temporary file goes and `path` stays. An OSError, or what torch.save and safetensors
+    make of it, becomes a CheckpointError.
     """
     path = Path(path)
     # the suffix stays: ffmpeg picks the format by it
@@ -64,7 +64,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         _fsync(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:
         cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save wraps it
-        if not isinstance(cause, OSError) and "I/O error" not in str(cause):  # safetensors has only its text
+        if not isinstance(cause, (OSError, SafetensorError)):
             raise
         reason = str(cause).partition("\n")[0]
         raise CheckpointError(
