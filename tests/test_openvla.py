@@ -637,16 +637,21 @@ def test_bfloat16_is_close_to_float32(checkpoints):
 
 
 def test_norms_stay_in_16_bits_under_cudas_autocast(checkpoints, monkeypatch):
-    """CUDA's autocast would make them, and all that follows, float32. The CPU's does not, so what is looked at
-    is that CUDA's is off where they run, with weights and input in 16 bits."""
+    """CUDA's autocast would make them, and all that follows, float32. The CPU's does not, so this looks
+    whether CUDA's is off where they run, with weights and input in 16 bits."""
     model, seen = load(checkpoints, "l1", dtype="bfloat16"), []
-    for name in ("rms_norm", "layer_norm"):
 
-        def watch(x, shape, weight, *rest, name=name, norm=getattr(F, name), **more):
+    def watched(name):
+        norm = getattr(F, name)
+
+        def watch(x, shape, weight, *rest):
             seen.append((name, x.dtype, weight.dtype, torch.is_autocast_enabled("cuda")))
-            return norm(x, shape, weight, *rest, **more)
+            return norm(x, shape, weight, *rest)
 
-        monkeypatch.setattr(F, name, watch)
+        return watch
+
+    for name in ("rms_norm", "layer_norm"):
+        monkeypatch.setattr(F, name, watched(name))
     torch.set_autocast_enabled("cuda", True)
     try:
         with torch.no_grad():
@@ -656,7 +661,7 @@ def test_norms_stay_in_16_bits_under_cudas_autocast(checkpoints, monkeypatch):
         torch.set_autocast_enabled("cuda", False)
     sixteen = (torch.bfloat16, torch.bfloat16, False)
     assert set(seen) == {("rms_norm", *sixteen), ("layer_norm", *sixteen)}
-    assert len(seen) == 2 * 2 + 1 + 2 * (2 + 3) + 2 + 2  # Llama's, the towers' blocks', the L1 head's
+    assert len(seen) == 2 * 2 + 1 + 2 * (2 + 3) + 4  # Llama's, those of the towers' blocks, the L1 head's
 
 
 def test_four_bits():
@@ -768,9 +773,7 @@ def test_a_full_disk_while_merging_is_one_sentence(checkpoints, tmp_path, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(
-        CheckpointError, match="/proprio_projector--150_checkpoint.pt cannot be written .*No sp"
-    ):
+    with pytest.raises(CheckpointError, match="/proprio_projector--150_checkpoint.pt cannot be written .*No"):
         load(checkpoints, "l1").save_merged(tmp_path / "oft")
     assert not [file for file in (tmp_path / "oft").iterdir() if file.suffix == ".pt"]
 
@@ -805,9 +808,7 @@ def test_half_an_adapter_is_one_sentence(checkpoints, tmp_path, name):
     add_lora(model, 2)
     save_adapter(model, tmp_path)
     cut(name)(tmp_path)
-    with pytest.raises(
-        UserError, match=rf"/{name} is missing, truncated or damaged \([^\n]+\): download it again.$"
-    ):
+    with pytest.raises(UserError, match=rf"/{name} is missing, truncated or damaged \([^\n]+\): down[^\n]+$"):
         load_adapter(model, tmp_path)
     (tmp_path / name).unlink()
     with pytest.raises(UserError, match=f"holds no {name}; give a folder in PEFT's format.$"):
@@ -929,8 +930,10 @@ def test_loaded_weights_are_the_files(checkpoints):
 
 
 def change(folder, **values):
+    """In config.json; to ..., for none"""
     file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    values = json.loads(file.read_text()) | values
+    file.write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))
 
 
 def drop_tensor(folder):
@@ -958,8 +961,8 @@ def cut(pattern):
             "openvla",
             None,
             dict(unnorm_key="libero_goal"),
-            "no statistics of 'libero_goal' but of bridge_orig, fractal, and moojink/openvla-7b-oft-finetuned-"
-            r"libero-goal, which should have it, could not be reached \(.+\); choose one of these as --unnorm",
+            "no statistics of 'libero_goal' but of bridge_orig, fractal, and moojink/openvla-7b-oft-finetuned"
+            r"-libero-goal, which should have it, could not be reached \(.+\); choose one of these as --unn",
         ),
         ("openvla", None, dict(unnorm_key=None), "but of bridge_orig, fractal"),
         ("l1", None, dict(family="openvla", chunk=1), "of OpenVLA-OFT: noise under a causal mask"),
@@ -982,7 +985,7 @@ def cut(pattern):
         ("oft", lambda f: (f / "vision_backbone--1.pt").touch(), {}, "uses FiLM"),
         ("oft", drop_tensor, {}, "1 tensors that do not fit, such as projector.fc2"),
         ("oft", lambda f: (f / "tokenizer.json").unlink(), {}, "/tokenizer.json is missing"),
-        ("oft", lambda f: change(f, text_config=None), {}, "incomplete, or not laid out as openvla-7b"),
+        ("oft", lambda f: change(f, text_config=...), {}, r"not laid out as openvla-7b: KeyError\('text"),
         ("oft", lambda f: (f / "config.json").unlink(), {}, "has no config.json"),
     ],
 )
@@ -1081,33 +1084,33 @@ def test_too_little_memory_is_said_before_loading(checkpoints, monkeypatch):
     trained, activations = openvla.update_memory(model, 16, lora_rank=32)
     assert trained == 18 * 79_953_920 and activations == 16 * 348 * 2 * (32 * layer + gradients)
     trained, activations = openvla.update_memory(model, 16, True, lora_rank=0, cameras=2)
-    assert trained == 12 * (7_541_237_184 - 303_230_976 - 427_683_000)
+    assert trained == pytest.approx(12 * (7_541_237_184 - 303_230_976 - 427.68e6), rel=1e-5)
     assert activations == 16 * 604 * 2 * (32 * 4096 + layer + gradients)
 
-    less, cases = r"a smaller --micro-batch-size \(bc_warmup.py: --batch-size\), ", [
-        ("cpu", 15, dict(), "15.1 GB for its weights", "use "),
-        ("cuda", 15, dict(), "15.1 GB for its weights", "use --load-in-4bit, "),
-        ("cuda", 5, dict(load_in_4bit=True), "5.5 GB for its weights", "use "),
-        ("cuda", 15, dict(micro_batch_size=16), "15.1 GB .* update", "use --load-in-4bit, "),
-        ("cuda", 40, dict(micro_batch_size=16, lora_rank=32), "15.1 GB for its weights and 29.3 GB for an update",
-         f"use {less}--gradient-checkpointing, --load-in-4bit, "),
-        ("cuda", 17, dict(micro_batch_size=1, lora_rank=32, checkpointing=True, load_in_4bit=True), "5.5 GB",
-         None),
-        ("cuda", 80, dict(micro_batch_size=1, lora_rank=0, checkpointing=True), "15.1 GB .* 8.\d GB for an up",
-         "use --lora-rank 32, --load-in-4bit, "),
-    ]  # fmt: skip
+    less = r"a smaller --micro-batch-size \(bc_warmup.py: --batch-size\), --gradient-checkpointing, "
+    adapters, full = dict(micro_batch_size=16, lora_rank=32), dict(micro_batch_size=1, lora_rank=0)
+    small = dict(micro_batch_size=1, lora_rank=32, checkpointing=True, load_in_4bit=True)
+    cases = [
+        ("cpu", 15, {}, "15.1 GB for its weights", ""),
+        ("cuda", 15, {}, "15.1 GB for its weights", "--load-in-4bit, "),
+        ("cuda", 5, dict(load_in_4bit=True), "5.5 GB for its weights", ""),
+        ("cuda", 15, adapters, "15.1 GB for its weights and 29.3 GB for an update", "--load-in-4bit, "),
+        ("cuda", 40, adapters, "15.1 GB for .* 29.3 GB for an update", f"{less}--load-in-4bit, "),
+        ("cpu", 40, adapters, "15.1 GB for .* 29.3 GB for an update", less),
+        ("cuda", 80, full, ".* 82.. GB for .*", "--gradient-checkpointing, --lora-rank 32, --load-in-4bit, "),
+        ("cuda", 8, small, None, None),
+    ]
     default = dict(load_in_4bit=False, micro_batch_size=0, checkpointing=False, lora_rank=None, cameras=1)
     for device, free, settings, needs, use in cases:
-        monkeypatch.setattr(
-            openvla.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free * 1e9)
-        )
+        available = SimpleNamespace(available=free * 1e9)
+        monkeypatch.setattr(openvla.psutil, "virtual_memory", lambda available=available: available)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free * 1e9, 80e9))
         check = ("openvla", model, torch.device(device))
-        if use is None:
+        if needs is None:
             openvla.check_memory(*check, **default | settings)
             continue
         sentence = (
-            rf"^openvla needs {needs}.*, and {device} has {free}.0 GB free; {use}another device, or --back"
+            f"^openvla needs {needs}, and {device} has {free}.0 GB free; use {use}another device, or --b"
         )
         with pytest.raises(UserError, match=sentence) as caught:
             openvla.check_memory(*check, **default | settings)
@@ -1115,17 +1118,12 @@ def test_too_little_memory_is_said_before_loading(checkpoints, monkeypatch):
 
     monkeypatch.setattr(openvla.psutil, "virtual_memory", lambda: SimpleNamespace(available=15e9))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("a download"))
-    with pytest.raises(
-        UserError, match="^Haozhan72/Openvla-oft-SFT-libero-goal-traj1 needs 15.1 GB for its w"
-    ):
+    with pytest.raises(UserError, match="^Haozhan72/Openvla-oft-SFT-libero-goal-traj1 needs 15.1 GB for its"):
         load_backbone("openvla", path="libero_goal")
     with pytest.raises(
-        UserError, match="and [0-9.]+ GB for an update, and cpu has 15.0 GB free; use a smaller"
+        UserError, match=f"and [0-9.]+ GB for an update, and cpu has 15.0 GB free; use {less}"
     ):
         load(checkpoints, "oft", micro_batch_size=10**6)
-    model = load(checkpoints, "oft", micro_batch_size=2, checkpointing=True, lora_rank=4)
-    assert model.checkpointing and not model.config.keys() & {
-        "checkpointing",
-        "micro_batch_size",
-        "lora_rank",
-    }
+    of_the_run = dict(micro_batch_size=2, checkpointing=True, lora_rank=4, cameras=1)
+    model = load(checkpoints, "oft", **of_the_run)
+    assert model.checkpointing and not model.config.keys() & of_the_run.keys()
