@@ -13,6 +13,7 @@ import sys
 import time
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -266,13 +267,15 @@ def inference_rows(name, agent, flops, args, device):
         actions = agent.get_action_and_value(batch, generator=generator)[0]
         return model.to_env(agent.head.to_env(actions))
 
+    def see_and_act(obs):
+        return act(model.preprocess(obs, [INSTRUCTION]))
+
     for size in args.batch_sizes:
         obs, memory = observe(size), "out of memory"
         with contextlib.suppress(torch.OutOfMemoryError):
             batch = model.preprocess(obs, [INSTRUCTION])
-            bare, _ = measure(lambda batch=batch: act(batch), device, args.seconds)
-            work = lambda obs=obs: act(model.preprocess(obs, [INSTRUCTION]))  # noqa: E731
-            whole, memory = measure(work, device, args.seconds)
+            bare, _ = measure(partial(act, batch), device, args.seconds)
+            whole, memory = measure(partial(see_and_act, obs), device, args.seconds)
         if memory == "out of memory":
             release()
             yield name, size, memory, *"----"

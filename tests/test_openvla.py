@@ -1097,7 +1097,7 @@ def test_too_little_memory_is_said_before_loading(checkpoints, monkeypatch):
         ("cuda", 15, adapters, "15.1 GB for its weights and 29.3 GB for an update", "--load-in-4bit, "),
         ("cuda", 40, adapters, "15.1 GB for .* 29.3 GB for an update", f"{less}--load-in-4bit, "),
         ("cpu", 40, adapters, "15.1 GB for .* 29.3 GB for an update", less),
-        ("cuda", 80, full, ".* 82.. GB for .*", "--gradient-checkpointing, --lora-rank 32, --load-in-4bit, "),
+        ("cuda", 80, full, ".* 83.5 GB for .*", "--gradient-checkpointing, --lora-rank 32, --load-in-4bit, "),
         ("cuda", 8, small, None, None),
     ]
     default = dict(load_in_4bit=False, micro_batch_size=0, checkpointing=False, lora_rank=None, cameras=1)
