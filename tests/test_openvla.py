@@ -962,7 +962,7 @@ def cut(pattern):
             None,
             dict(unnorm_key="libero_goal"),
             "no statistics of 'libero_goal' but of bridge_orig, fractal, and moojink/openvla-7b-oft-finetuned"
-            r"-libero-goal, which should have it, could not be reached \(.+\); choose one of these as --unn",
+            r"-libero-goal, which may have it, could not be reached \(.+\); choose one of these as --unn",
         ),
         ("openvla", None, dict(unnorm_key=None), "but of bridge_orig, fractal"),
         ("l1", None, dict(family="openvla", chunk=1), "of OpenVLA-OFT: noise under a causal mask"),

@@ -619,7 +619,7 @@ def read_statistics(path, folder, published, key, file):
             file = huggingface_hub.hf_hub_download(repository, own.name)
         except Exception as error:  # the hub's many ways to say no
             reason = str(error).strip().partition("\n")[0]
-            elsewhere = f", and {repository}, which should have it, could not be reached ({reason})"
+            elsewhere = f", and {repository}, which may have it, could not be reached ({reason})"
         else:
             return read_statistics(path, folder, published, key, file)
     raise UserError(
