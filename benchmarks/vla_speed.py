@@ -1,7 +1,7 @@
-"""Speed, memory and FLOPs of OpenVLA and OpenVLA-OFT with random weights, as tables in Markdown.
+"""Speed, memory and FLOPs of OpenVLA and OpenVLA-OFT, as tables in Markdown.
 
-    python benchmarks/vla_speed.py              # a GPU with 24 GB or more; nothing is downloaded
-    python benchmarks/vla_speed.py --tiny       # the same code at a tiny width, on the CPU in seconds
+    python benchmarks/vla_speed.py --random-init    # a GPU with 24 GB or more; the default: downloads nothing
+    python benchmarks/vla_speed.py --tiny           # the same code at a tiny width, on the CPU in seconds
 
 Pictures are noise of LIBERO's size, the prompt has 35 tokens. FLOPs and the presets' estimated memory are
 those of the full size in either case: PyTorch counts them on the meta device, where nothing is computed.
@@ -13,6 +13,7 @@ import sys
 import time
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -32,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ppo_vla  # noqa: E402
 from common import UserError  # noqa: E402
 from common.backbones import add_lora, load_backbone  # noqa: E402
-from common.backbones.openvla import memory_needed  # noqa: E402
+from common.backbones.openvla import LIBERO_CHECKPOINTS, memory_needed, update_memory  # noqa: E402
 
 PRESETS = {  # GPU memory in GB -> settings of the PPO update, one picture, LoRA on the language model
     24: dict(micro_batch_size=8, gradient_checkpointing=True, load_in_4bit=False),
@@ -49,6 +50,7 @@ SPECIFIED = {
     "openvla-oft, 2 pictures, proprioception": (8, 2, 0, 0.810, 8.04, 11.1),
 }
 MODELS = {"openvla-oft": 8, "openvla": 1}  # -> chunk
+PUBLISHED = {8: LIBERO_CHECKPOINTS["libero_spatial"], 1: "openvla/openvla-7b-finetuned-libero-spatial"}
 INSTRUCTION = " ".join(["word"] * 24)  # with "In: What action should the robot take to" and so on 35 tokens
 TINY = dict(
     featurizer=dict(dim=64, depth=3, hidden=128, head_dim=64, patch=14, patches=16, registers=4),
@@ -60,6 +62,8 @@ TINY = dict(
 
 @dataclass
 class Args:
+    random_init: bool = True
+    """random weights; with --no-random-init the published ones, from the hub or its cache"""
     tiny: bool = False
     """measure a tiny width instead of the full size"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -110,6 +114,19 @@ def flash(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, e
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
 
 
+class FusedNorm(torch.autograd.Function):
+    """What RMSNorm's kernel on a GPU keeps, its input; the meta device would take the plain formula."""
+
+    @staticmethod
+    def forward(ctx, x, shape, weight, eps):
+        ctx.save_for_backward(x)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.empty_like(gradient), None, None, None
+
+
 def count_flops(work):
     """FLOPs of work(), 2 a multiplication and addition, and how many of them are attention's"""
     with (
@@ -136,9 +153,15 @@ def count(agent, batch, actions, train=False):
 
 def count_memory(agent, batch, actions):
     """Bytes that a micro-batch's forward and backward hold at their peak, weights and adapters apart."""
-    with torch.no_grad():
-        vision = agent.backbone.encode_vision(batch)[0]
-    with mock.patch.object(F, "scaled_dot_product_attention", flash), PeakMemory() as memory:
+    vision = None
+    if not any(p.requires_grad for p in agent.backbone.vision_parameters()):
+        with torch.no_grad():
+            vision = agent.backbone.encode_vision(batch)[0]
+    with (
+        mock.patch.object(F, "scaled_dot_product_attention", flash),
+        mock.patch.object(F, "rms_norm", FusedNorm.apply),
+        PeakMemory() as memory,
+    ):
         losses(agent, batch, actions, vision)
     return memory.peak
 
@@ -146,13 +169,12 @@ def count_memory(agent, batch, actions):
 # --- the model and the work
 
 
-def make_agent(chunk, device, sizes=None, rank=0, **config):
-    model = load_backbone(
-        "openvla", path="random", chunk=chunk, sizes=sizes, libero=True, device=device, **config
-    )
+def make_agent(chunk, device, sizes=None, rank=0, path="random", **config):
+    config |= dict(path=path, sizes=sizes, chunk=chunk, libero=True, unnorm_key="none", device=device)
+    model = load_backbone("openvla", **config)
     if rank:
         add_lora(model, rank)
-    if device == "meta":  # which has no autocast
+    if device == "meta":  # it has no autocast; all that is kept has 16 bits with it, too
         model.bfloat16()._autocast = contextlib.nullcontext
     box = gymnasium.spaces.Box(-1, 1, (7,), np.float32)
     args = ppo_vla.Args(head="tokens", chunk=chunk, temperature=1.6, detach_value=True)
@@ -245,11 +267,19 @@ def inference_rows(name, agent, flops, args, device):
         actions = agent.get_action_and_value(batch, generator=generator)[0]
         return model.to_env(agent.head.to_env(actions))
 
+    def see_and_act(obs):
+        return act(model.preprocess(obs, [INSTRUCTION]))
+
     for size in args.batch_sizes:
-        obs = observe(size)
-        batch = model.preprocess(obs, [INSTRUCTION])
-        bare, memory = measure(lambda batch=batch: act(batch), device, args.seconds)
-        whole, _ = measure(lambda obs=obs: act(model.preprocess(obs, [INSTRUCTION])), device, args.seconds)
+        obs, memory = observe(size), "out of memory"
+        with contextlib.suppress(torch.OutOfMemoryError):
+            batch = model.preprocess(obs, [INSTRUCTION])
+            bare, _ = measure(partial(act, batch), device, args.seconds)
+            whole, memory = measure(partial(see_and_act, obs), device, args.seconds)
+        if memory == "out of memory":
+            release()
+            yield name, size, memory, *"----"
+            continue
         floor = max(flops * size / FLOPS, weights / BANDWIDTH)
         if model.autoregressive:  # its later tokens are bounded by reading the weights
             floor += 6 * weights / BANDWIDTH
@@ -264,12 +294,13 @@ def update_rows(name, agent, flops, args, device):
     for agent.backbone.checkpointing in (False, True):
         passes = 3 if agent.backbone.checkpointing else 2  # forwards' worth of FLOPs
         floor = passes * sum(SPECIFIED[row][3:5]) * 1e12 / FLOPS
-        start = name, on(agent.backbone.checkpointing), micro
-        try:
+        start, memory = (name, on(agent.backbone.checkpointing), micro), "out of memory"
+        with contextlib.suppress(torch.OutOfMemoryError):
             update = make_update(agent, args.minibatch_size, micro)
             seconds, memory = measure(update, device, args.seconds)
-        except torch.OutOfMemoryError:
-            yield *start, "out of memory", *"----"
+        if memory == "out of memory":
+            release()
+            yield *start, memory, *"----"
             continue
         seconds /= args.minibatch_size
         mfu = flops / seconds / args.peak_tflops / 1e12
@@ -281,16 +312,15 @@ def preset_rows(args, device):
     """The full size's estimates and, where the GPU is large enough, the peak of an update."""
     agent = make_agent(8, "meta", rank=args.lora_rank)
     shapes = {name: p.shape for name, p in agent.backbone.named_parameters() if "lora_" not in name}
-    trained = sum(p.numel() for p in agent.parameters() if p.requires_grad)
     for size, preset in PRESETS.items():
         four, micro = preset["load_in_4bit"], preset["micro_batch_size"]
         agent.backbone.checkpointing = preset["gradient_checkpointing"]
         actions = torch.empty(micro, 56, dtype=torch.long, device="meta")
         estimate = (
             memory_needed(shapes, torch.bfloat16, four),
-            16 * trained,  # float32 weights, gradients and AdamW's two moments
-            count_memory(agent, empty_batch(agent.backbone, micro, 1), actions),
+            *update_memory(agent.backbone, micro, agent.backbone.checkpointing, args.lora_rank),
         )
+        counted = count_memory(agent, empty_batch(agent.backbone, micro, 1), actions)
         measured = "not measured yet"
         if device.type == "cuda" and not args.tiny:
             measured = "does not fit here"
@@ -300,7 +330,7 @@ def preset_rows(args, device):
                 measured = gigabytes(measure(make_update(real, 2 * micro, micro), device, 0)[1])
             real = None
             release()
-        sums = (f"{x / 1e9:.1f}" for x in (*estimate, sum(estimate)))
+        sums = (gigabytes(x / 1e9) for x in (*estimate, sum(estimate), counted))
         yield size, micro, on(preset["gradient_checkpointing"]), 4 if four else 16, *sums, measured
 
 
@@ -343,6 +373,8 @@ def specified_rows():
 
 
 def main(args):
+    if args.tiny and not args.random_init:
+        raise UserError("There are no published weights of a tiny width; drop --tiny or --no-random-init.")
     device = ppo_vla.choose_device(args.device)
     args.seconds /= 10 if args.tiny else 1
     sizes, dtype = (TINY, "float32") if args.tiny else (None, "bfloat16")
@@ -350,7 +382,8 @@ def main(args):
         torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     )
     width = "a tiny width" if args.tiny else "full size"
-    print(f"{where}, PyTorch {torch.__version__}, {width}, {dtype}, random weights")
+    weights = "random" if args.random_init else "published"
+    print(f"{where}, PyTorch {torch.__version__}, {width}, {dtype}, {weights} weights")
 
     table(
         "FLOPs of a forward of the full size: counted, and by hand from the published sizes. By hand, the "
@@ -358,36 +391,41 @@ def main(args):
         "forward | vision, T | by hand | language model, T | by hand | floor, ms | by hand",
         specified_rows(),
     )
-    inference, updates = [], []
+    flops = {}
     for name, chunk in MODELS.items():
         agent = make_agent(chunk, "meta", sizes, args.lora_rank)
         actions = torch.empty(1, chunk * 7, dtype=torch.long, device="meta")
         batch = empty_batch(agent.backbone, 1, 1)
         forward, update = sum(count(agent, batch, actions)), count(agent, batch, actions, train=True)[1]
+        flops[name] = dict(forward=forward, update=update)
         print(f"\n{name}: {forward / 1e12:.3g} TFLOPs a forward with the adapters", end=", ")
         print(f"{update / 1e12:.3g} an update of them, vision features at hand (of a decision, {width})")
-        agent = make_agent(chunk, device, sizes, args.lora_rank, dtype=dtype)
-        inference += inference_rows(name, agent, forward, args, device)
-        updates += update_rows(name, agent, update, args, device)
-        agent = None
-        release()
+
+    def rows(kind, work):  # as they come: what is measured stays, whatever happens next
+        for name, chunk in MODELS.items():
+            path = "random" if args.random_init else PUBLISHED[chunk]
+            agent = make_agent(chunk, device, sizes, args.lora_rank, path, dtype=dtype)
+            yield from kind(name, agent, flops[name][work], args, device)
+            agent = None
+            release()
+
     table(
         "Inference",
         "model | batch | chunks/s | with preprocessing | ms an environment action | of the floor's speed | "
         "peak GB",
-        inference,
+        rows(inference_rows, "forward"),
     )
     table(
         f"PPO update, LoRA rank {args.lora_rank} on the language model, minibatch {args.minibatch_size}",
         "model | checkpointing | micro-batch | samples/s | ms a sample | of the floor's speed | MFU | "
         "peak GB",
-        updates,
+        rows(update_rows, "update"),
     )
     table(
         f"Presets of the full size, LoRA rank {args.lora_rank}: estimated GB of an update. A rollout keeps "
         "the vision features of its decisions, 1.1 MB each, on top.",
         "GPU | micro-batch | checkpointing | bits | weights | adapters, AdamW | activations | sum | "
-        "measured peak",
+        "activations, counted | measured peak",
         preset_rows(args, device),
     )
 

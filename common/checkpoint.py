@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 FORMAT, VERSION = "vla-rl", 1
 
@@ -45,7 +46,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`, moved over `path` once the body has written it (POSIX).
 
     A reader sees the old file or the whole new one, also after a kill or a power cut. Missing folders are
-    made; on failure the temporary file goes and `path` stays. An OSError becomes a CheckpointError.
+    made; on failure the temporary file goes and `path` stays. An OSError, or what torch.save and safetensors
+    make of it, becomes a CheckpointError.
     """
     path = Path(path)
     # the suffix stays: ffmpeg picks the format by it
@@ -60,9 +62,9 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         _fsync(temporary)  # first the bytes, then the name that points at them
         os.replace(temporary, path)
         _fsync(path.parent)
-    except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save wraps it
-        if not isinstance(cause, OSError):
+    except (OSError, RuntimeError, SafetensorError) as error:
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save wraps it
+        if not isinstance(cause, (OSError, SafetensorError)):
             raise
         reason = str(cause).partition("\n")[0]
         raise CheckpointError(

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from common import checkpoint
 from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -107,19 +108,24 @@ def test_the_temporary_file_of_a_living_process_stays(tmp_path):
     assert other.exists() and foreign.exists()
 
 
-def _save_on_full_disk(path: Path, queue) -> None:
+def _save_on_full_disk(path: Path, library: str, queue) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     try:
-        save_checkpoint(path, "ppo_vla", {"content": np.zeros(1_000_000)})
+        if library == "torch":
+            save_checkpoint(path, "ppo_vla", {"content": np.zeros(1_000_000)})
+        else:
+            with checkpoint.atomic_path(path) as temporary:
+                save_file({"content": torch.zeros(1_000_000)}, temporary)
     except CheckpointError as error:
         queue.put(str(error))
 
 
-def test_a_disk_that_refuses_leaves_the_old_checkpoint(tmp_path):
+@pytest.mark.parametrize("library", ["torch", "safetensors"])
+def test_a_disk_that_refuses_leaves_the_old_checkpoint(tmp_path, library):
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, "ppo_vla", {"step": 1})
     queue = FORK.Queue()
-    process = FORK.Process(target=_save_on_full_disk, args=(path, queue))
+    process = FORK.Process(target=_save_on_full_disk, args=(path, library, queue))
     process.start()
     message = queue.get(timeout=20)
     process.join()

@@ -26,6 +26,7 @@ import ppo_vla
 from common import UserError
 from common.action_tokenizer import ActionTokenizer
 from common.backbones import add_lora, inject_lora, load_adapter, load_backbone, openvla, save_adapter
+from common.checkpoint import CheckpointError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 INSTRUCTIONS = ["Open the drawer", "put the red cube in the drawer now please", "lift it"]
@@ -635,6 +636,34 @@ def test_bfloat16_is_close_to_float32(checkpoints):
         assert (outputs[0] - outputs[1]).norm() < 0.03 * outputs[0].norm()
 
 
+def test_norms_stay_in_16_bits_under_cudas_autocast(checkpoints, monkeypatch):
+    """CUDA's autocast would make them, and all that follows, float32. The CPU's does not, so this looks
+    whether CUDA's is off where they run, with weights and input in 16 bits."""
+    model, seen = load(checkpoints, "l1", dtype="bfloat16"), []
+
+    def watched(name):
+        norm = getattr(F, name)
+
+        def watch(x, shape, weight, *rest):
+            seen.append((name, x.dtype, weight.dtype, torch.is_autocast_enabled("cuda")))
+            return norm(x, shape, weight, *rest)
+
+        return watch
+
+    for name in ("rms_norm", "layer_norm"):
+        monkeypatch.setattr(F, name, watched(name))
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        with torch.no_grad():
+            model.action_mean(model(model.preprocess(observe(1), INSTRUCTIONS))[0])
+        assert torch.is_autocast_enabled("cuda")
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    sixteen = (torch.bfloat16, torch.bfloat16, False)
+    assert set(seen) == {("rms_norm", *sixteen), ("layer_norm", *sixteen)}
+    assert len(seen) == 2 * 2 + 1 + 2 * (2 + 3) + 4  # Llama's, those of the towers' blocks, the L1 head's
+
+
 def test_four_bits():
     """Against 16 bits with the same rounded weights; adapters train; the size is memory_needed's."""
     if not torch.cuda.is_available():
@@ -731,8 +760,22 @@ def test_merged_checkpoint_reloads_to_the_same_outputs(checkpoints, tmp_path, fa
     for file in source.glob("*.pt"):
         old, new = torch.load(file), torch.load(folder / file.name)
         assert old.keys() == new.keys() and all(t.equal(new[n].bfloat16()) for n, t in old.items())
-    with pytest.raises(UserError, match="replace its own base"):
-        model.save_merged(source)
+    for write in (model.check_merge_target, model.save_merged):
+        with pytest.raises(UserError, match="replace its own base"):
+            write(source)
+    with pytest.raises(UserError, match=r"/config.json cannot be made \(.*\); name another folder.$"):
+        model.check_merge_target(folder / "config.json")
+
+
+def test_a_full_disk_while_merging_is_one_sentence(checkpoints, tmp_path, monkeypatch):
+    def full(content, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match="/proprio_projector--150_checkpoint.pt cannot be written .*No"):
+        load(checkpoints, "l1").save_merged(tmp_path / "oft")
+    assert not [file for file in (tmp_path / "oft").iterdir() if file.suffix == ".pt"]
 
 
 def test_adapters_are_pefts(checkpoints, tmp_path):
@@ -757,6 +800,19 @@ def test_adapters_are_pefts(checkpoints, tmp_path):
         load_adapter(load(other, "oft"), tmp_path)
     with pytest.raises(UserError, match=r"adapter_model.safetensors"):
         load_adapter(mine, tmp_path / "other-oft")
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_half_an_adapter_is_one_sentence(checkpoints, tmp_path, name):
+    model = load(checkpoints, "oft")
+    add_lora(model, 2)
+    save_adapter(model, tmp_path)
+    cut(name)(tmp_path)
+    with pytest.raises(UserError, match=rf"/{name} is missing, truncated or damaged \([^\n]+\): down[^\n]+$"):
+        load_adapter(model, tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=f"holds no {name}; give a folder in PEFT's format.$"):
+        load_adapter(model, tmp_path)
 
 
 # --- pictures
@@ -874,8 +930,10 @@ def test_loaded_weights_are_the_files(checkpoints):
 
 
 def change(folder, **values):
+    """In config.json; to ..., for none"""
     file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    values = json.loads(file.read_text()) | values
+    file.write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))
 
 
 def drop_tensor(folder):
@@ -885,9 +943,14 @@ def drop_tensor(folder):
     save_file(state, file)
 
 
-def truncate(folder):
-    file = next(folder.glob("*.safetensors"))
-    file.write_bytes(file.read_bytes()[:-1000])
+def cut(pattern):
+    """Half a download: -> what takes away the second half of the folder's file of this name"""
+
+    def spoil(folder):
+        (file,) = folder.glob(pattern)
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+    return spoil
 
 
 @pytest.mark.parametrize(
@@ -898,7 +961,8 @@ def truncate(folder):
             "openvla",
             None,
             dict(unnorm_key="libero_goal"),
-            "no statistics of 'libero_goal' but of bridge_orig, fractal",
+            "no statistics of 'libero_goal' but of bridge_orig, fractal, and moojink/openvla-7b-oft-finetuned"
+            r"-libero-goal, which may have it, could not be reached \(.+\); choose one of these as --unn",
         ),
         ("openvla", None, dict(unnorm_key=None), "but of bridge_orig, fractal"),
         ("l1", None, dict(family="openvla", chunk=1), "of OpenVLA-OFT: noise under a causal mask"),
@@ -911,10 +975,17 @@ def truncate(folder):
         ("oft", lambda f: change(f, model_type="llama"), {}, "has the model_type 'llama'"),
         ("oft", lambda f: change(f, image_resize_strategy="letterbox"), {}, "only 'resize-naive' loads"),
         ("oft", lambda f: next(f.glob("*.safetensors")).unlink(), {}, r"lacks model-0000\d-of-00002"),
-        ("oft", truncate, {}, "truncated or damaged"),
+        ("oft", cut("*1-of-00002.safetensors"), {}, "/model-00001-of-00002.safetensors is missing, trunc"),
+        ("oft", cut("config.json"), {}, "/config.json is missing, truncated or damaged"),
+        ("oft", cut("*.index.json"), {}, "/model.safetensors.index.json is missing, truncated or damaged"),
+        ("oft", cut("tokenizer.json"), {}, "/tokenizer.json is missing, truncated or damaged"),
+        ("l1", cut("action_head*"), {}, "/action_head--150_checkpoint.pt is missing, truncated or damaged"),
+        ("l1", cut("proprio*"), {}, "/proprio_projector--150_checkpoint.pt is missing, truncated or damaged"),
+        ("l1", cut("dataset_statistics.json"), {}, "/dataset_statistics.json cannot be read"),
         ("oft", lambda f: (f / "vision_backbone--1.pt").touch(), {}, "uses FiLM"),
         ("oft", drop_tensor, {}, "1 tensors that do not fit, such as projector.fc2"),
-        ("oft", lambda f: (f / "tokenizer.json").unlink(), {}, "incomplete, or not laid out as openvla-7b"),
+        ("oft", lambda f: (f / "tokenizer.json").unlink(), {}, "/tokenizer.json is missing"),
+        ("oft", lambda f: change(f, text_config=...), {}, r"not laid out as openvla-7b: KeyError\('text"),
         ("oft", lambda f: (f / "config.json").unlink(), {}, "has no config.json"),
     ],
 )
@@ -967,9 +1038,40 @@ def test_the_hub_does_not_answer_or_has_no_such_name(monkeypatch, tmp_path):
         load_backbone("openvla/openvla-7b")  # nobody listens there any more
 
 
-def test_too_little_memory_is_said_before_loading(monkeypatch):
+@pytest.mark.parametrize(
+    ("suite", "repository", "statistics"),
+    [
+        ("libero_spatial", "Openvla-oft-SFT-libero-spatial-traj1", "libero-spatial"),
+        ("libero_object", "Openvla-oft-SFT-libero-object-traj1", "libero-object"),
+        ("libero_goal", "Openvla-oft-SFT-libero-goal-traj1", "libero-goal"),
+        ("libero_10", "Openvla-oft-SFT-libero10-traj1", "libero-10"),
+    ],
+)
+def test_a_suites_weights_and_statistics_come_from_the_hub(
+    checkpoints, tmp_path, monkeypatch, suite, repository, statistics
+):
+    """The weights' own statistics are of other data, so the suite's come from openvla-oft's checkpoint."""
+    asked, own = [], STATISTICS | {"action": STATISTICS["action"] | {"q01": [-9] * 7}}
+    file = tmp_path / "dataset_statistics.json"
+    file.write_text(json.dumps({f"{suite}_no_noops": own}))
+    weights = str(checkpoints["oft"])
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **_: asked.append(a) or weights)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **_: asked.append(a) or str(file))
+    monkeypatch.setattr(openvla.psutil, "virtual_memory", lambda: SimpleNamespace(available=1e12))
+    config = dict(unnorm_key=suite, libero=True, chunk=2, head="tokens", dtype="float32")
+    model = load_backbone("openvla", path=suite, **config)
+    found = [(f"Haozhan72/{repository}",)]
+    found += [(f"moojink/openvla-7b-oft-finetuned-{statistics}", "dataset_statistics.json")]
+    assert asked == found and model.statistics == own and not model.autoregressive
+    assert model.config["path"] == found[0][0] and model.config["unnorm_key"] == suite
+    wanted = load(checkpoints, "oft").state_dict()
+    assert all(tensor.equal(wanted[name]) for name, tensor in model.state_dict().items())
+    assert load_backbone(**model.config).statistics == own and asked == 2 * found  # as a resumed run does
+
+
+def test_too_little_memory_is_said_before_loading(checkpoints, monkeypatch):
     """On the host and on a GPU, in 16 and in 4 bits: 32 layers' 4 * 4096^2 + 3 * 4096 * 11008 numbers have
-    half a byte and their scales, the rest has two."""
+    half a byte and their scales, the rest has two. With an update, what makes it smaller is named."""
     model = load_backbone("openvla", path="random", device="meta")
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     assert openvla.memory_needed(shapes, torch.bfloat16, False) == 2 * 7_541_237_184
@@ -977,16 +1079,51 @@ def test_too_little_memory_is_said_before_loading(monkeypatch):
     layers = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     four = openvla.memory_needed(shapes, torch.bfloat16, True)
     assert four == pytest.approx(2 * (7_541_237_184 - layers) + layers * (0.5 + 1 / 64), rel=0.01)
-    gigabyte = 10**9
-    for device, free in (("cpu", 15), ("cuda", 15), ("cuda", 5)):
-        monkeypatch.setattr(
-            openvla.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free * gigabyte)
-        )
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free * gigabyte, 80 * gigabyte))
-        model.is_loaded_in_4bit = free == 5
-        needs, hint = ("5.5", "another") if free == 5 else ("15.1", "4 bits")
+    # 348 tokens of 2 bytes; adapters of 18 bytes, all weights but the towers' of 12
+    layer, gradients = 8 * 4096 + 4 * 11008, 4 * 11008
+    trained, activations = openvla.update_memory(model, 16, lora_rank=32)
+    assert trained == 18 * 79_953_920 and activations == 16 * 348 * 2 * (32 * layer + gradients)
+    trained, activations = openvla.update_memory(model, 16, True, lora_rank=0, cameras=2)
+    assert trained == pytest.approx(12 * (7_541_237_184 - 303_230_976 - 427.68e6), rel=1e-5)
+    assert activations == 16 * 604 * 2 * (32 * 4096 + layer + gradients)
+
+    less = r"a smaller --micro-batch-size \(bc_warmup.py: --batch-size\), --gradient-checkpointing, "
+    adapters, full = dict(micro_batch_size=16, lora_rank=32), dict(micro_batch_size=1, lora_rank=0)
+    small = dict(micro_batch_size=1, lora_rank=32, checkpointing=True, load_in_4bit=True)
+    cases = [
+        ("cpu", 15, {}, "15.1 GB for its weights", ""),
+        ("cuda", 15, {}, "15.1 GB for its weights", "--load-in-4bit, "),
+        ("cuda", 5, dict(load_in_4bit=True), "5.5 GB for its weights", ""),
+        ("cuda", 15, adapters, "15.1 GB for its weights and 29.3 GB for an update", "--load-in-4bit, "),
+        ("cuda", 40, adapters, "15.1 GB for .* 29.3 GB for an update", f"{less}--load-in-4bit, "),
+        ("cpu", 40, adapters, "15.1 GB for .* 29.3 GB for an update", less),
+        ("cuda", 80, full, ".* 83.5 GB for .*", "--gradient-checkpointing, --lora-rank 32, --load-in-4bit, "),
+        ("cuda", 8, small, None, None),
+    ]
+    default = dict(load_in_4bit=False, micro_batch_size=0, checkpointing=False, lora_rank=None, cameras=1)
+    for device, free, settings, needs, use in cases:
+        available = SimpleNamespace(available=free * 1e9)
+        monkeypatch.setattr(openvla.psutil, "virtual_memory", lambda available=available: available)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free * 1e9, 80e9))
+        check = ("openvla", model, torch.device(device))
+        if needs is None:
+            openvla.check_memory(*check, **default | settings)
+            continue
         sentence = (
-            rf"^random needs {needs} GB for its weights, and {device} has {free}.0 GB free; use {hint}[^\n]*$"
+            f"^openvla needs {needs}, and {device} has {free}.0 GB free; use {use}another device, or --b"
         )
-        with pytest.raises(UserError, match=sentence):
-            openvla.fill(model, shapes, {}, torch.device(device))
+        with pytest.raises(UserError, match=sentence) as caught:
+            openvla.check_memory(*check, **default | settings)
+        assert "\n" not in str(caught.value)
+
+    monkeypatch.setattr(openvla.psutil, "virtual_memory", lambda: SimpleNamespace(available=15e9))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("a download"))
+    with pytest.raises(UserError, match="^Haozhan72/Openvla-oft-SFT-libero-goal-traj1 needs 15.1 GB for its"):
+        load_backbone("openvla", path="libero_goal")
+    with pytest.raises(
+        UserError, match=f"and [0-9.]+ GB for an update, and cpu has 15.0 GB free; use {less}"
+    ):
+        load(checkpoints, "oft", micro_batch_size=10**6)
+    of_the_run = dict(micro_batch_size=2, checkpointing=True, lora_rank=4, cameras=1)
+    model = load(checkpoints, "oft", **of_the_run)
+    assert model.checkpointing and not model.config.keys() & of_the_run.keys()

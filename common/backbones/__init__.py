@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from common import UserError
+from common.checkpoint import atomic_path
 
 BACKBONES = {
     "tiny": "common.backbones.tiny",
@@ -65,31 +66,44 @@ def inject_lora(backbone, config):
             module.cast_input_dtype_enabled = False  # the backbone's autocast does it once
 
 
+@contextlib.contextmanager
+def intact(file):
+    """One UserError about `file` for whatever goes wrong while it is read: half a file fails in many ways."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{file} is missing, truncated or damaged ({reason}): download it again.") from error
+
+
 def save_adapter(backbone, folder):
     """Write the LoRA adapters as PEFT does: adapter_config.json and adapter_model.safetensors."""
-    config = backbone.peft_config["default"]
-    config.base_model_name_or_path = backbone.config.get("path")
-    config.save_pretrained(folder)
     state = {name: p.detach().contiguous() for name, p in backbone.named_parameters() if "lora_" in name}
     state = {"base_model.model." + name.replace(".default", ""): p for name, p in state.items()}
     metadata = {"format": "pt", "base": backbone.fingerprint}
-    save_file(state, Path(folder) / "adapter_model.safetensors", metadata)
+    with atomic_path(Path(folder) / "adapter_model.safetensors") as temporary:
+        save_file(state, temporary, metadata)
+    config = backbone.peft_config["default"]
+    config.base_model_name_or_path = backbone.config.get("path")
+    config.save_pretrained(folder)
 
 
 def load_adapter(backbone, folder):
     """Put PEFT's adapters in `folder`, of this project or published, on the backbone, their base.
 
-    Raises UserError for the adapters of another base: by the fingerprint that `save_adapter` left, by a base
-    weight that PEFT stored with them, or by names and shapes.
+    Raises UserError for missing or damaged files, and for the adapters of another base: by the fingerprint
+    that `save_adapter` left, by a base weight that PEFT stored with them, or by names and shapes.
     """
-    file = Path(folder) / "adapter_model.safetensors"
-    if not file.is_file():
-        raise UserError(f"{folder} holds no adapter_model.safetensors; give a folder in PEFT's format.")
+    file, settings = (Path(folder) / f"adapter_{name}" for name in ("model.safetensors", "config.json"))
+    for name in (file.name, settings.name):
+        if not (Path(folder) / name).is_file():
+            raise UserError(f"{folder} holds no {name}; give a folder in PEFT's format.")
     device = next(backbone.parameters()).device
-    with safe_open(file, "pt", device=str(device)) as stored:
+    with intact(file), safe_open(file, "pt", device=str(device)) as stored:
         mark = (stored.metadata() or {}).get("base", backbone.fingerprint)
         state = {n.removeprefix("base_model.model."): stored.get_tensor(n) for n in stored.keys()}  # noqa: SIM118
-    config = LoraConfig.from_pretrained(folder)
+    with intact(settings):
+        config = LoraConfig.from_pretrained(folder)
     wrong = UserError(
         f"The adapter {folder} belongs to another base ({config.base_model_name_or_path}), not to "
         f"{backbone.config.get('path')}; load its own, or drop it where the weights hold it already."

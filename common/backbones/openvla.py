@@ -10,12 +10,12 @@ adapters fit as they are, and what is saved loads in the published code again. W
 block and the norm of each tower, SigLIP's pooling) is kept for that reason, and never run here either.
 """
 
-import contextlib
 import hashlib
 import importlib.util
 import io
 import json
 import math
+import re
 import shutil
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
@@ -38,10 +38,12 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from common import UserError
 from common.action_tokenizer import normalize, unnormalize
+from common.backbones import intact
 from common.checkpoint import atomic_path
 
 BOS, STOP, SPACE = 1, 2, 29871  # SPACE: the lone word start that training put between "Out:" and the actions
 BINS = 256
+PROMPT = 35  # tokens of a prompt, about: memory is estimated before there is one
 LIBERO_CHECKPOINTS = {  # token-trained on one trajectory a task (SimpleVLA-RL): where RL on tokens can start
     "libero_spatial": "Haozhan72/Openvla-oft-SFT-libero-spatial-traj1",
     "libero_object": "Haozhan72/Openvla-oft-SFT-libero-object-traj1",
@@ -119,6 +121,23 @@ def jpeg(image):
 # --- modules, with timm's and the published names
 
 
+class InItsInputsDtype:
+    """A norm in 16 bits, as published: CUDA's autocast (the CPU's does not) would cast its input to float32
+    and return that, for every layer after it to cast again. The kernels add up in float32 anyway."""
+
+    def forward(self, x):
+        with torch.autocast("cuda", enabled=False):
+            return super().forward(x)
+
+
+class LayerNorm(InItsInputsDtype, nn.LayerNorm):
+    pass
+
+
+class RMSNorm(InItsInputsDtype, nn.RMSNorm):
+    pass
+
+
 class MLP(nn.Module):
     def __init__(self, inputs, hidden, outputs):
         super().__init__()
@@ -150,8 +169,8 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     def __init__(self, dim, hidden, head_dim, scaled):
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, head_dim)
-        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), MLP(dim, hidden, dim)
+        self.norm1, self.attn = LayerNorm(dim, eps=1e-6), Attention(dim, head_dim)
+        self.norm2, self.mlp = LayerNorm(dim, eps=1e-6), MLP(dim, hidden, dim)
         self.ls1, self.ls2 = (LayerScale(dim) if scaled else nn.Identity() for _ in range(2))
 
     def forward(self, x):
@@ -166,7 +185,7 @@ class AttentionPool(nn.Module):
         super().__init__()
         self.latent = nn.Parameter(torch.empty(1, 1, dim))
         self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
-        self.norm, self.mlp = nn.LayerNorm(dim, eps=1e-6), MLP(dim, hidden, dim)
+        self.norm, self.mlp = LayerNorm(dim, eps=1e-6), MLP(dim, hidden, dim)
 
 
 class Tower(nn.Module):
@@ -180,7 +199,7 @@ class Tower(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, patches, dim))
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch, patch)})
         self.blocks = nn.ModuleList(Block(dim, hidden, head_dim, registers >= 0) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = LayerNorm(dim, eps=1e-6)
         if registers < 0:
             self.attn_pool = AttentionPool(dim, hidden)
         self.prefix = registers + 1
@@ -207,7 +226,7 @@ class Projector(MLP):
 class ResidualMLP(nn.Module):
     def __init__(self, width):
         super().__init__()
-        self.ffn = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU())
+        self.ffn = nn.Sequential(LayerNorm(width), nn.Linear(width, width), nn.ReLU())
 
     def forward(self, x):
         return x + self.ffn(x)
@@ -218,10 +237,10 @@ class L1Head(nn.Module):
 
     def __init__(self, width, action_dim, blocks=2):
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(action_dim * width)
+        self.layer_norm1 = LayerNorm(action_dim * width)
         self.fc1 = nn.Linear(action_dim * width, width)
         self.mlp_resnet_blocks = nn.ModuleList(ResidualMLP(width) for _ in range(blocks))
-        self.layer_norm2, self.fc2 = nn.LayerNorm(width), nn.Linear(width, action_dim)
+        self.layer_norm2, self.fc2 = LayerNorm(width), nn.Linear(width, action_dim)
 
     def forward(self, x):
         x = F.relu(self.fc1(self.layer_norm1(x)))
@@ -248,9 +267,9 @@ class OpenVLA(nn.Module):
         self.projector = Projector(sum(sizes[name]["dim"] for name in towers), width)
         self.language_model = LlamaForCausalLM(text)
         llama, eps = self.language_model.model, text.rms_norm_eps
-        llama.norm = nn.RMSNorm(width, eps)  # the same function, in one kernel instead of six
+        llama.norm = RMSNorm(width, eps)  # the same function; on a GPU in one kernel instead of six
         for layer in llama.layers:
-            layer.input_layernorm, layer.post_attention_layernorm = (nn.RMSNorm(width, eps) for _ in range(2))
+            layer.input_layernorm, layer.post_attention_layernorm = (RMSNorm(width, eps) for _ in range(2))
         self.proprio_projector = MLP(sizes["proprio"], width, width) if sizes["proprio"] else None
         self.action_head = L1Head(width, sizes["action_head"]) if sizes["action_head"] else None
         # the 256 last ids before the vocabulary's padding are the actions; the first is bin 0, a = +1
@@ -446,19 +465,31 @@ class OpenVLA(nn.Module):
             actions = normalize(torch.as_tensor(actions), q["q01"], q["q99"], mask).numpy()
         return actions
 
+    def check_merge_target(self, folder):
+        """-> the folder of the model's own files. UserError where `save_merged(folder)` would overwrite them
+        or `folder` cannot be made: for the start of a run, which merges at its end."""
+        source = find_checkpoint(self.config["path"])
+        if Path(folder).resolve() == source.resolve():
+            raise UserError(f"The merged checkpoint would replace its own base {source}; name another.")
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be made ({error.strerror}); name another folder.") from error
+        return source
+
     @torch.no_grad()
     def save_merged(self, folder):
         """Write the model in the published layout, adapters added to the weights: the shards, names and small
-        files of its source, one shard in memory at a time."""
-        source, folder = find_checkpoint(self.config["path"]), Path(folder)
-        if folder.resolve() == source.resolve():
-            raise UserError(f"The merged checkpoint would replace its own base {source}; name another.")
-        folder.mkdir(parents=True, exist_ok=True)
+        files of its source, one shard in memory at a time. Raises UserError, and CheckpointError for a full
+        disk."""
+        source, folder = self.check_merge_target(folder), Path(folder)
         for file in source.iterdir():
             if file.is_file() and file.suffix in (".json", ".model", ".txt", ".py", ".md"):
-                shutil.copyfile(file, folder / file.name)
+                with atomic_path(folder / file.name) as temporary:
+                    shutil.copyfile(file, temporary)
         published = json.loads((source / "config.json").read_text()) | {"family": self.config["family"]}
-        (folder / "config.json").write_text(json.dumps(published, indent=2))
+        with atomic_path(folder / "config.json") as temporary:
+            temporary.write_text(json.dumps(published, indent=2))
         shards = {}
         for name, (file, _) in read_headers(source).items():
             shards.setdefault(file, []).append(name)
@@ -469,7 +500,9 @@ class OpenVLA(nn.Module):
         for name, prefix in EXTRAS.items():
             if (module := getattr(self, name)) is not None:
                 state = {prefix + key: tensor.cpu() for key, tensor in module.state_dict().items()}
-                torch.save(state, folder / find_extra(source, name).name)
+                target = folder / find_extra(source, name).name
+                with atomic_path(target) as temporary, open(temporary, "wb") as file:
+                    torch.save(state, file)
 
     def _merge(self, name, stored):
         """The published tensor `name` and its adapter's part; from the file where memory has 4 bits."""
@@ -517,16 +550,14 @@ def read_headers(folder):
     """-> {name: (shard, shape)} of all tensors. UserError for missing or truncated shards."""
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        with intact(index):
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise UserError(f"{folder} lacks {', '.join(missing)}: finish its download.")
     found = {}
     for file in (folder / name for name in names):
-        try:
-            with safe_open(file, "pt") as shard:
-                found |= {name: (file, shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise UserError(f"{file} is truncated or damaged ({error}): download it again.") from error
+        with intact(file), safe_open(file, "pt") as shard:
+            found |= {name: (file, shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
     return found
 
 
@@ -536,12 +567,13 @@ def find_extra(folder, name):
 
 
 def read_extras(folder):
-    """-> {name: state dict} of OFT's extra files that are there"""
+    """-> {name: state dict} of OFT's extra files that are there. UserError for truncated ones."""
     found = {}
     for name, prefix in EXTRAS.items():
         if file := find_extra(folder, name):
-            state = torch.load(file, weights_only=True, map_location="cpu")
-            found[name] = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+            with intact(file):
+                state = torch.load(file, weights_only=True, map_location="cpu")
+                found[name] = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
     return found
 
 
@@ -580,33 +612,47 @@ def read_statistics(path, folder, published, key, file):
     for name in (key, suite, f"{suite}_no_noops"):
         if name in found:
             return found[name]
+    elsewhere = ""
     if not file and suite.startswith("libero_"):  # SimpleVLA-RL's checkpoints lack what these have
         repository = f"moojink/openvla-7b-oft-finetuned-{suite.replace('_', '-')}"
-        with contextlib.suppress(Exception):  # no network, no such suite: the sentence below says what to do
+        try:
             file = huggingface_hub.hf_hub_download(repository, own.name)
-        if file:
+        except Exception as error:  # the hub's many ways to say no
+            reason = str(error).strip().partition("\n")[0]
+            elsewhere = f", and {repository}, which may have it, could not be reached ({reason})"
+        else:
             return read_statistics(path, folder, published, key, file)
     raise UserError(
-        f"{path} has no statistics of {key!r} but of {', '.join(found) or 'nothing'}; choose one of these as "
-        "unnorm_key, or name a dataset_statistics.json that has it."
+        f"{path} has no statistics of {key!r} but of {', '.join(found) or 'nothing'}{elsewhere}; choose one "
+        "of these as --unnorm-key, or name a dataset_statistics.json that has it as --statistics."
     )
 
 
 def build(
     *, path, family=None, chunk=None, action_dim=7, head=None, unnorm_key=None, statistics=None, libero=False,
-    lora_modules=("language_model",), dtype="bfloat16", load_in_4bit=False, sizes=None, device="cpu", **_,
+    lora_modules=("language_model",), dtype="bfloat16", load_in_4bit=False, sizes=None, device="cpu",
+    micro_batch_size=0, checkpointing=False, lora_rank=None, cameras=1, **_,
 ):  # fmt: skip
     """Load a checkpoint straight onto `device`. path: a folder, a hub id, a suite of `LIBERO_CHECKPOINTS`, or
     "random" for random weights.
 
-    family: openvla or openvla-oft; None looks for OFT's traces. chunk: None for 1 or 8. head: "tokens" is
-    refused where an L1 head was trained instead, "gaussian" where tokens come one after another.
-    unnorm_key: the data set whose statistics apply, or "none"; statistics: a file in place of the
-    checkpoint's. libero: pictures and gripper as in the published LIBERO evaluation; else the published
-    processor. lora_modules: of language_model, projector, vision. dtype: bfloat16, float32. sizes: for
-    "random", what differs from `SIZES`. device "meta" loads nothing. Raises UserError.
+    family: openvla or openvla-oft; None looks for OFT's traces (a head, its code, its name), and takes a
+    folder without any for openvla's: nothing tells it from OFT's with chunk 1, so name the family of those.
+    chunk: None for 1 or 8. head: "tokens" is refused where an L1 head was trained instead, "gaussian" where
+    tokens come one after another. unnorm_key: the data set whose statistics apply, or "none"; statistics: a
+    file in place of the checkpoint's. libero: pictures and gripper as in the published LIBERO evaluation;
+    else the published processor. lora_modules: of language_model, projector, vision. dtype: bfloat16,
+    float32. sizes: for "random", what differs from `SIZES`. device "meta" loads nothing.
+
+    checkpointing: recompute each block in the backward pass. With a micro_batch_size, memory must do for an
+    update, too: of all weights (lora_rank 0), of adapters, or without what trains (None); see
+    `update_memory`. These are the run's affair, and not in `config`. Raises UserError.
     """
     device, loaded, extras, path = torch.device(device), {}, {}, LIBERO_CHECKPOINTS.get(path, path)
+    needs = dict(
+        load_in_4bit=load_in_4bit, micro_batch_size=micro_batch_size, checkpointing=checkpointing,
+        lora_rank=lora_rank, cameras=cameras,
+    )  # fmt: skip
     means, stds = [[0.485, 0.456, 0.406], [0.5] * 3], [[0.229, 0.224, 0.225], [0.5] * 3]
     if path == "random":
         sizes, stats, oft = SIZES | (sizes or {}), None, chunk != 1
@@ -614,8 +660,12 @@ def build(
         def tokenize(text):
             return [3 + zlib.crc32(word.encode()) % 31000 for word in text.split()]
     else:
+        if path in LIBERO_CHECKPOINTS.values() and device.type != "meta":  # before 15 GB are downloaded
+            same = build(path="random", chunk=chunk, lora_modules=lora_modules, dtype=dtype, device="meta")
+            check_memory(path, same, device, **needs)
         folder = find_checkpoint(path)
-        published = json.loads((folder / "config.json").read_text())
+        with intact(file := folder / "config.json"):
+            published = dict(json.loads(file.read_text()))
         known = dict(model_type="openvla", image_resize_strategy="resize-naive", n_action_bins=BINS)
         for name, value in known.items():
             if published.get(name) != value:
@@ -626,14 +676,14 @@ def build(
         loaded, extras = read_headers(folder), read_extras(folder)
         try:
             sizes = infer_sizes({name: shape for name, (_, shape) in loaded.items()}, published, extras)
-            stats = read_statistics(path, folder, published, unnorm_key, statistics)
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            if (file := folder / "preprocessor_config.json").is_file():
-                means, stds = (json.loads(file.read_text())[name] for name in ("means", "stds"))
-        except UserError:
-            raise
-        except Exception as error:  # the tokenizer raises no other class
+        except (LookupError, TypeError, ValueError) as error:
             raise UserError(f"{path} is incomplete, or not laid out as openvla-7b: {error!r}.") from error
+        stats = read_statistics(path, folder, published, unnorm_key, statistics)
+        with intact(file := folder / "tokenizer.json"):
+            tokenizer = Tokenizer.from_file(str(file))
+        if (file := folder / "preprocessor_config.json").is_file():
+            with intact(file):
+                means, stds = (json.loads(file.read_text())[name] for name in ("means", "stds"))
 
         def tokenize(text):
             return tokenizer.encode(text, add_special_tokens=False).ids
@@ -674,7 +724,9 @@ def build(
     wrong = sorted(name for name in loaded.keys() | shapes if loaded.get(name, (0, 0))[1] != shapes.get(name))
     if path != "random" and wrong:
         raise UserError(f"{path} has {len(wrong)} tensors that do not fit, such as {', '.join(wrong[:3])}.")
+    model.checkpointing = checkpointing
     if device.type != "meta":
+        check_memory(path, model, device, **needs)
         fill(model, shapes, loaded, device)
         for name, values in (("pixel_mean", means), ("pixel_std", stds)):
             setattr(model, name, torch.tensor(values, device=device).reshape(6, 1, 1))
@@ -695,17 +747,65 @@ def memory_needed(shapes, dtype, load_in_4bit):
     )
 
 
+def update_memory(model, micro_batch_size, checkpointing=False, lora_rank=None, cameras=1):
+    """About how many bytes an update of `model`, on whatever device, holds beside the weights
+    -> of what trains, of a micro-batch's activations.
+
+    What trains has its gradient and AdamW's two moments in float32; adapters also themselves, and their
+    copies in 16 bits. For the backward, a layer keeps eight tensors of its width (its input, both norms'
+    outputs, q, k, v, attention's output, the sum with it) and of its MLP's width Llama four (gate, SiLU, up,
+    their product), a tower's block two. Beside that there are the gradients of one layer's MLP. With
+    checkpointing there is every layer's input, and the rest of one layer at a time.
+    """
+    llama, vision, trained = model.language_model.config, "vision" in model.config["lora_modules"], 0
+    if lora_rank:
+        tuned = (m.weight.shape for n, m in model.named_modules() if re.fullmatch(model.lora_targets, n))
+        trained = 18 * lora_rank * sum(map(sum, tuned))
+    elif lora_rank == 0:
+        frozen = () if vision else model.vision_parameters()
+        trained = 12 * (sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in frozen))
+    patches = cameras * model.vision_backbone["featurizer"].pos_embed.shape[1]
+    actions = model.chunk * model.action_dim
+    tokens = patches + PROMPT + actions + (-1 if model.autoregressive else 1)
+    stacks = [(tokens, llama.num_hidden_layers, llama.hidden_size, 4 * llama.intermediate_size)]
+    for tower in model.vision_backbone.values() if vision else ():
+        fc1, tokens = tower.blocks[0].mlp.fc1, patches + cameras * tower.prefix
+        stacks.append((tokens, len(tower.blocks) - 1, fc1.in_features, 2 * fc1.out_features))
+    kept = sum(n * depth * (dim if checkpointing else 8 * dim + mlp) for n, depth, dim, mlp in stacks)
+    moment = max(n * (mlp + checkpointing * (8 * dim + mlp)) for n, _, dim, mlp in stacks)
+    return trained, getattr(torch, model.config["dtype"]).itemsize * micro_batch_size * (kept + moment)
+
+
+def check_memory(path, model, device, load_in_4bit, micro_batch_size, checkpointing, lora_rank, cameras):
+    """UserError if `device` has too little free memory for the weights of `model`, which is on the meta
+    device, or, where micro_batch_size is not 0, for its update."""
+    shapes, update = {name: tensor.shape for name, tensor in model.state_dict().items()}, 0
+    weights = memory_needed(shapes, getattr(torch, model.config["dtype"]), load_in_4bit)
+    if micro_batch_size:
+        update = sum(update_memory(model, micro_batch_size, checkpointing, lora_rank, cameras))
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if weights + update <= free:
+        return
+    training = update and weights < free  # else no smaller update is of help
+    hints = {
+        "a smaller --micro-batch-size (bc_warmup.py: --batch-size)": training and micro_batch_size > 1,
+        "--gradient-checkpointing": training and not checkpointing,
+        "--lora-rank 32": training and lora_rank == 0,
+        "--load-in-4bit": device.type == "cuda" and not load_in_4bit,
+        "another device": True,
+    }
+    needs = f"{weights / 1e9:.1f} GB for its weights"
+    needs += f" and {update / 1e9:.1f} GB for an update" if update else ""
+    raise UserError(
+        f"{path} needs {needs}, and {device} has {free / 1e9:.1f} GB free; use "
+        f"{', '.join(hint for hint, fits in hints.items() if fits)}, or --backbone tiny."
+    )
+
+
 @torch.no_grad()
 def fill(model, shapes, loaded, device):
     """Move every tensor from its shard to its place on the device, one at a time; random without `loaded`."""
     dtype, path, four = getattr(torch, model.config["dtype"]), model.config["path"], model.is_loaded_in_4bit
-    needed = memory_needed(shapes, dtype, four)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if needed > free:
-        raise UserError(
-            f"{path} needs {needed / 1e9:.1f} GB for its weights, and {device} has {free / 1e9:.1f} GB free; "
-            f"use {'' if four else '4 bits, '}another device, or --backbone tiny."
-        )
     digest, shards = hashlib.sha256(), {}
     for name in tqdm(shapes, desc=f"load {path}", unit="tensor", disable=None):
         parent, _, leaf = name.rpartition(".")
