@@ -592,11 +592,15 @@ def build_agent(args, envs, saved, device):
                     f"set {hints.get(name, '--' + name)} as it was."
                 )
         config = saved["backbone"]
-    backbone = load_backbone(**config, device=device)
+    old_rank, needs = saved["args"]["lora_rank"] if saved else 0, {}
+    if config["name"] not in ("tiny", "mlp"):  # the run's affair, not the weights'
+        needs = dict(
+            micro_batch_size=0 if args.evaluate else args.batch_size, cameras=shape["cameras"],
+            lora_rank=None if args.adapter else args.lora_rank or old_rank,
+            checkpointing=args.gradient_checkpointing,
+        )  # fmt: skip
+    backbone = load_backbone(**config, **needs, device=device)
     published = backbone.config["name"] == "openvla"
-    if args.gradient_checkpointing:
-        backbone.checkpointing = True
-    old_rank = saved["args"]["lora_rank"] if saved else 0
     if old_rank and args.lora_rank not in (0, old_rank):
         raise UserError(f"The checkpoint's adapters have rank {old_rank}; use --lora-rank {old_rank} or 0.")
     if old_rank:
@@ -614,6 +618,8 @@ def build_agent(args, envs, saved, device):
             )
     if not published and (args.adapter or args.merge_and_save or args.gradient_checkpointing):
         raise UserError("--adapter, --merge-and-save, --gradient-checkpointing are for OpenVLA's backbone.")
+    if args.merge_and_save:
+        backbone.check_merge_target(args.merge_and_save)
     if args.adapter and not saved:
         load_adapter(backbone, args.adapter)
         args.lora_rank = backbone.peft_config["default"].r

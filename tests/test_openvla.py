@@ -1057,7 +1057,7 @@ def test_a_suites_weights_and_statistics_come_from_the_hub(
     weights = str(checkpoints["oft"])
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **_: asked.append(a) or weights)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **_: asked.append(a) or str(file))
-    monkeypatch.setattr(openvla.psutil, "virtual_memory", lambda: SimpleNamespace(available=1e12))
+    monkeypatch.setattr(openvla, "available_memory", lambda: 1e12)
     config = dict(unnorm_key=suite, libero=True, chunk=2, head="tokens", dtype="float32")
     model = load_backbone("openvla", path=suite, **config)
     found = [(f"Haozhan72/{repository}",)]
@@ -1102,8 +1102,7 @@ def test_too_little_memory_is_said_before_loading(checkpoints, monkeypatch):
     ]
     default = dict(load_in_4bit=False, micro_batch_size=0, checkpointing=False, lora_rank=None, cameras=1)
     for device, free, settings, needs, use in cases:
-        available = SimpleNamespace(available=free * 1e9)
-        monkeypatch.setattr(openvla.psutil, "virtual_memory", lambda available=available: available)
+        monkeypatch.setattr(openvla, "available_memory", lambda free=free: free * 1e9)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free * 1e9, 80e9))
         check = ("openvla", model, torch.device(device))
         if needs is None:
@@ -1116,7 +1115,7 @@ def test_too_little_memory_is_said_before_loading(checkpoints, monkeypatch):
             openvla.check_memory(*check, **default | settings)
         assert "\n" not in str(caught.value)
 
-    monkeypatch.setattr(openvla.psutil, "virtual_memory", lambda: SimpleNamespace(available=15e9))
+    monkeypatch.setattr(openvla, "available_memory", lambda: 15e9)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("a download"))
     with pytest.raises(UserError, match="^Haozhan72/Openvla-oft-SFT-libero-goal-traj1 needs 15.1 GB for its"):
         load_backbone("openvla", path="libero_goal")

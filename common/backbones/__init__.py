@@ -14,9 +14,11 @@ and `hidden_size`, `chunk`, `action_dim`, `autoregressive`, `config` (a dict of 
 action_mean(action_hidden) -> (B, K*A), the trained continuous actions.
 """
 
+import contextlib
 import importlib
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
@@ -71,6 +73,8 @@ def intact(file):
     """One UserError about `file` for whatever goes wrong while it is read: half a file fails in many ways."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{file} is missing, truncated or damaged ({reason}): download it again.") from error

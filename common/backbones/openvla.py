@@ -23,7 +23,6 @@ from pathlib import Path
 
 import huggingface_hub
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -40,6 +39,7 @@ from common import UserError
 from common.action_tokenizer import normalize, unnormalize
 from common.backbones import intact
 from common.checkpoint import atomic_path
+from common.memory import available_memory
 
 BOS, STOP, SPACE = 1, 2, 29871  # SPACE: the lone word start that training put between "Out:" and the actions
 BINS = 256
@@ -783,7 +783,7 @@ def check_memory(path, model, device, load_in_4bit, micro_batch_size, checkpoint
     weights = memory_needed(shapes, getattr(torch, model.config["dtype"]), load_in_4bit)
     if micro_batch_size:
         update = sum(update_memory(model, micro_batch_size, checkpointing, lora_rank, cameras))
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     if weights + update <= free:
         return
     training = update and weights < free  # else no smaller update is of help
