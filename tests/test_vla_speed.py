@@ -96,7 +96,7 @@ def test_no_memory_for_one_row_loses_no_other(monkeypatch):
 def test_published_weights_take_the_place_of_random_ones(monkeypatch, tmp_path):
     asked, folder = [], str(write_checkpoint(tmp_path / "oft", "oft"))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name) or folder)
-    monkeypatch.setattr(openvla.psutil, "virtual_memory", lambda: SimpleNamespace(available=1e12))
+    monkeypatch.setattr(openvla, "available_memory", lambda: 1e12)
     agent = vla_speed.make_agent(8, "cpu", rank=2, path=vla_speed.PUBLISHED[8], dtype="float32")
     assert asked == ["Haozhan72/Openvla-oft-SFT-libero-spatial-traj1"] and agent.backbone.chunk == 8
     with pytest.raises(UserError, match="drop --tiny or --no-random-init"):
