@@ -4,7 +4,6 @@ command line at a tiny width."""
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
