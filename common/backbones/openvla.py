@@ -754,8 +754,9 @@ def update_memory(model, micro_batch_size, checkpointing=False, lora_rank=None, 
     What trains has its gradient and AdamW's two moments in float32; adapters also themselves, and their
     copies in 16 bits. For the backward, a layer keeps eight tensors of its width (its input, both norms'
     outputs, q, k, v, attention's output, the sum with it) and of its MLP's width Llama four (gate, SiLU, up,
-    their product), a tower's block two. Beside that there are the gradients of one layer's MLP. With
-    checkpointing there is every layer's input, and the rest of one layer at a time.
+    their product), a tower's block two. Beside that there are gradients, of one layer at a time: one of its
+    width, and half as many of its MLP's. With checkpointing there is every layer's input, and the rest of
+    one layer at a time.
     """
     llama, vision, trained = model.language_model.config, "vision" in model.config["lora_modules"], 0
     if lora_rank:
@@ -772,7 +773,7 @@ def update_memory(model, micro_batch_size, checkpointing=False, lora_rank=None, 
         fc1, tokens = tower.blocks[0].mlp.fc1, patches + cameras * tower.prefix
         stacks.append((tokens, len(tower.blocks) - 1, fc1.in_features, 2 * fc1.out_features))
     kept = sum(n * depth * (dim if checkpointing else 8 * dim + mlp) for n, depth, dim, mlp in stacks)
-    moment = max(n * (mlp + checkpointing * (8 * dim + mlp)) for n, _, dim, mlp in stacks)
+    moment = max(n * (dim + mlp // 2 + checkpointing * (7 * dim + mlp)) for n, _, dim, mlp in stacks)
     return trained, getattr(torch, model.config["dtype"]).itemsize * micro_batch_size * (kept + moment)
 
 
