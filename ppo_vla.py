@@ -611,6 +611,7 @@ def build_agent(args, envs, saved, device):
     config = dict(name=args.backbone, instructions=envs.instructions, **shape)
     libero = args.env == "libero"
     if args.backbone not in ("tiny", "mlp"):
+        adapters_only = args.lora_rank or args.adapter or args.evaluate
         config = dict(
             name=args.backbone,
             family=None if args.family == "auto" else args.family, chunk=args.chunk, head=args.head,
@@ -618,7 +619,7 @@ def build_agent(args, envs, saved, device):
             statistics=args.statistics, libero=libero, load_in_4bit=args.load_in_4bit,
             lora_modules=args.lora_modules + ("vision",) * args.train_vision,
             # Adapters stay in float32; to train every weight in 16 bits would lose Adam's small steps.
-            dtype="bfloat16" if device.type == "cuda" and (args.lora_rank or args.evaluate) else "float32",
+            dtype="bfloat16" if device.type == "cuda" and adapters_only else "float32",
         )  # fmt: skip
         if args.backbone == "openvla":
             config["path"] = args.suite
