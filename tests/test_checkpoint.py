@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
 from common import checkpoint
 from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -115,7 +115,7 @@ def _save_on_full_disk(path: Path, library: str, queue) -> None:
             save_checkpoint(path, "ppo_vla", {"content": np.zeros(1_000_000)})
         else:
             with checkpoint.atomic_path(path) as temporary:
-                save_file({"content": torch.zeros(1_000_000)}, temporary)
+                save_file({"content": np.zeros(1_000_000)}, temporary)  # torch's threads die in a fork
     except CheckpointError as error:
         queue.put(str(error))
 
