@@ -447,7 +447,7 @@ class LiberoEnv(gym.Env):
 
 
 def egl_device(environ, gpus):
-    """-> {"MUJOCO_EGL_DEVICE_ID": n}, which of EGL's first `gpus` devices is that of this process's model: the
+    """-> {"MUJOCO_EGL_DEVICE_ID": n}, which of EGL's first `gpus` devices this process's model is on: the
     LOCAL_RANK-th of CUDA_VISIBLE_DEVICES (robosuite accepts no other), else of all. {} leaves it to EGL:
     neither is set, the user has chosen, or n is unknown, as where GPUs are named by UUID."""
     visible, rank = environ.get("CUDA_VISIBLE_DEVICES"), environ.get("LOCAL_RANK")
