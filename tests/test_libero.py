@@ -185,6 +185,7 @@ def test_training_draws(fake):
 def test_simulations_are_kept_while_memory_allows(fake, monkeypatch):
     """Four fit beside the margin; the least recently used that no episode runs in gives way to a fifth."""
     each = libero.TASK_GB
+    monkeypatch.setattr(libero, "GPUS", 1)  # whose memory only running episodes take
     monkeypatch.setattr(libero, "_memory", lambda: ([each], 3.2 - each * len(libero._simulations)))
     one, two = libero.make(split="eval"), libero.make(split="eval")
     two.reset(seed=0)

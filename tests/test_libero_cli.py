@@ -84,6 +84,7 @@ def test_ppo_trains_stops_resumes_evaluates_two_tasks_and_shows_them(tmp_path, b
 def grpo(flags):
     with pytest.MonkeyPatch.context() as patch:
         shorten(patch)
+        libero._libero()  # imported once for all workers
         run(grpo_vla, flags)
 
 

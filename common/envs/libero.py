@@ -68,6 +68,7 @@ SEEN = 23  # the substep that robosuite's sensors, by their arithmetic, show for
 WORKER_GB, TASK_GB = 1.5, 0.4  # a worker process (spatial 1.1, 10 1.9), and each further task in it
 ASSETS = ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "textures")
 INSTALL = "pip install --no-deps -r requirements-libero.txt"
+GPUS = len([*Path("/dev").glob("nvidia[0-9]*")])
 STATE = mujoco.mjtState.mjSTATE_INTEGRATION
 PLACED = ("body_pos", "body_quat", "site_rgba")  # what an episode changes in the model
 CONTROLLED = ("goal_pos", "goal_ori", "initial_joint")  # and in the controller
@@ -242,10 +243,8 @@ class Simulation:
                 )
             try:
                 backend = importlib.import_module("mujoco." + os.environ["MUJOCO_GL"])  # robosuite's choice
-                gpus = len([*Path("/dev").glob("nvidia[0-9]*")])
-                if os.environ["MUJOCO_GL"] == "egl" and gpus:  # some may not be EGL's
-                    gpus = min(gpus, len(backend.EGL.eglQueryDevicesEXT()))
-                    os.environ |= egl_device(os.environ, gpus)
+                if os.environ["MUJOCO_GL"] == "egl" and GPUS:  # some may not be EGL's
+                    os.environ |= egl_device(os.environ, min(GPUS, len(backend.EGL.eglQueryDevicesEXT())))
                 mujoco.rendering.classic.gl_context.GLContext = backend.GLContext
                 self.model.vis.global_.offwidth = max(self.model.vis.global_.offwidth, self.size)
                 self.model.vis.global_.offheight = max(self.model.vis.global_.offheight, self.size)
@@ -411,8 +410,8 @@ class LiberoEnv(gym.Env):
             _simulations[key] = Simulation(*key)
         self.task, self.simulation = task, _simulations.pop(key)
         _simulations[key] = self.simulation  # now the last
-        for idle in _idle():
-            _simulations[idle].release()  # soon made anew, and the GPU's memory is the model's
+        for idle in _idle() if GPUS else ():
+            _simulations[idle].release()  # the memory is the model's, and the renderer soon made anew
         return self._turn()
 
     def _turn(self):
@@ -447,7 +446,7 @@ class LiberoEnv(gym.Env):
 
 
 def egl_device(environ, gpus):
-    """-> {"MUJOCO_EGL_DEVICE_ID": n}, which of EGL's first `gpus` devices is this process's model's: the
+    """-> {"MUJOCO_EGL_DEVICE_ID": n}, which of EGL's first `gpus` devices this process's model is on: the
     LOCAL_RANK-th of CUDA_VISIBLE_DEVICES (robosuite accepts no other), else of all. {} leaves it to EGL:
     neither is set, the user has chosen, or n is unknown, as where GPUs are named by UUID."""
     visible, rank = environ.get("CUDA_VISIBLE_DEVICES"), environ.get("LOCAL_RANK")
