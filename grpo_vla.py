@@ -210,8 +210,8 @@ PLAIN = dict(
 PRESETS = {  # what differs from the defaults; flags on the command line win
     # A late success counts less than an early one, which also gives groups of successes something to compare.
     "tabletop": dict(
-        verifier_gamma=0.95, accuracy_high=1.0, advantage_level="decision", minibatch_size=96,
-        micro_batch_size=96,
+        verifier_gamma=0.95, accuracy_high=1.0, advantage_level="decision", std_normalisation=False,
+        minibatch_size=96, micro_batch_size=96,
     ),
     "libero": dict(
         backbone="openvla", chunk=8, num_envs=32, eval_envs=32, minibatch_size=256, micro_batch_size=16,
@@ -592,6 +592,11 @@ def resolve_args(args):
             raise UserError(f"--{name.replace('_', '-')} must be in [0, 1], not {getattr(args, name)}.")
     if args.group_size < 2:
         raise UserError(f"--group-size must be at least 2, not {args.group_size}: one episode has no rival.")
+    if args.advantage_level == "decision" and (args.std_normalisation or args.leave_one_out):
+        raise UserError(
+            "--std-normalisation and --leave-one-out are for whole episodes; switch them off, or add "
+            "--advantage-level episode."
+        )
     if args.accuracy_low > args.accuracy_high:
         raise UserError(f"--accuracy-low {args.accuracy_low} is above --accuracy-high {args.accuracy_high}.")
     if args.backbone == "openvla" and args.device == "auto" and not torch.cuda.is_available():

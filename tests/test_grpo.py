@@ -338,6 +338,8 @@ def test_micro_batches_give_the_same_update(tmp_path, warmup, flags):
         ("--accuracy-low 1.5", "--accuracy-low must be in [0, 1]"),
         ("--accuracy-low 0.8 --accuracy-high 0.2", "--accuracy-low 0.8 is above --accuracy-high 0.2"),
         ("--verifier-gamma 2", "--verifier-gamma must be in [0, 1]"),
+        ("--leave-one-out", "--advantage-level episode"),  # else it would do nothing
+        ("--std-normalisation", "--advantage-level episode"),
         ("--env NoSuchWorld-v1", "unknown environment"),
         ("--checkpoint missing.pt", "does not exist"),
         ("--resume WARMUP", "was written by bc_warmup.py; this needs one of grpo_vla"),
