@@ -209,9 +209,10 @@ PLAIN = dict(
 )  # fmt: skip
 PRESETS = {  # what differs from the defaults; flags on the command line win
     # A late success counts less than an early one, which also gives groups of successes something to compare.
+    # Of the evaluation's 12 decisions the last 3 see a twentieth of the successes.
     "tabletop": dict(
-        verifier_gamma=0.95, accuracy_high=1.0, advantage_level="decision", std_normalisation=False,
-        minibatch_size=96, micro_batch_size=96,
+        verifier_gamma=0.9, max_decisions=9, accuracy_high=1.0, advantage_level="decision",
+        std_normalisation=False, aggregation="token-mean", minibatch_size=96, micro_batch_size=96,
     ),
     "libero": dict(
         backbone="openvla", chunk=8, num_envs=32, eval_envs=32, minibatch_size=256, micro_batch_size=16,
