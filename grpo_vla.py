@@ -146,8 +146,9 @@ class Args:
     """groups in a batch; uniform ones are dropped and others take their place"""
     max_refill: int = 8
     """an iteration ends after this many times num_groups groups, its batch full or not"""
-    max_decisions: int = 0
-    """end an episode after this many decisions: 1 compares G actions for one state; 0 for no bound"""
+    max_steps: int = 0
+    """end an episode with the decision that reaches this many environment steps: 1 compares G actions for
+    one state; 0 for no bound"""
     accuracy_low: float = 0.1
     """drop a group whose success rate is below this"""
     accuracy_high: float = 0.9
@@ -209,9 +210,9 @@ PLAIN = dict(
 )  # fmt: skip
 PRESETS = {  # what differs from the defaults; flags on the command line win
     # A late success counts less than an early one, which also gives groups of successes something to compare.
-    # Of the evaluation's 12 decisions the last 3 see a twentieth of the successes.
+    # The last 12 of an evaluation's 48 steps see a twentieth of the successes.
     "tabletop": dict(
-        verifier_gamma=0.9, max_decisions=9, accuracy_high=1.0, advantage_level="decision",
+        verifier_gamma=0.9, max_steps=36, accuracy_high=1.0, advantage_level="decision",
         std_normalisation=False, aggregation="token-mean", minibatch_size=96, micro_batch_size=96,
     ),
     "libero": dict(
@@ -582,7 +583,7 @@ def resolve_args(args):
     for name in (positive + "max_grad_norm").split():
         if not getattr(args, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}.")
-    nonnegative = "lora_rank action_history eval_freq learning_rate kl_coef clip_high max_decisions"
+    nonnegative = "lora_rank action_history eval_freq learning_rate kl_coef clip_high max_steps"
     for name in nonnegative.split():
         if not getattr(args, name) >= 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}.")
@@ -931,7 +932,8 @@ def train(args):
                     chunks[n].append(dict(zip(columns, row, strict=True)))
                     rewards[n].append(float(reward[n]))
                     steps[n].append(int(info["steps"][n]))
-                    if not (terminated[n] or truncated[n] or len(chunks[n]) == args.max_decisions):
+                    cut = 0 < args.max_steps <= sum(steps[n])
+                    if not (terminated[n] or truncated[n] or cut):
                         continue
                     row = [info[x][n] for x in ("success", "episode_return", "episode_length")]
                     recent.append([float(x) for x in row])

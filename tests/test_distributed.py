@@ -17,7 +17,7 @@ PPO = f"""{EVAL} --eval-episodes 4 --eval-envs 2 --num-envs 4 --num-steps 3 --ch
     --kl-coef 0.1 --entropy-coef 0.01 --ratio-level token --max-grad-norm 0.01"""
 GRPO = f"""{EVAL} --eval-episodes 4 --eval-envs 2 --num-envs 4 --chunk 5 --group-size 2 --num-groups 2
     --total-timesteps 400 --minibatch-size 20 --micro-batch-size 5 --eval-freq 0 --save-freq 1
-    --temperature 1.6 --accuracy-low 0 --accuracy-high 1 --max-decisions 4"""
+    --temperature 1.6 --accuracy-low 0 --accuracy-high 1 --max-steps 20"""
 GREEDY = """
 sample = script.TokenHead.sample  # so that no number depends on which process drew it
 script.TokenHead.sample = lambda self, logits, greedy, generator: sample(self, logits, True, generator)

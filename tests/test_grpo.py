@@ -31,7 +31,7 @@ from common.checkpoint import load_checkpoint
 
 GRPO = f"""{EVAL} --num-envs 6 --group-size 3 --num-groups 1 --total-timesteps 1500 --chunk 5
     --update-epochs 2 --minibatch-size 9 --micro-batch-size 4 --eval-freq 0 --save-freq 99
-    --learning-rate 1e-3 --temperature 1.6 --accuracy-low 0 --accuracy-high 1 --lora-rank 0"""
+    --learning-rate 1e-3 --temperature 1.6 --accuracy-low 0 --accuracy-high 1 --lora-rank 0 --max-steps 0"""
 CARTPOLE = """--env CartPole-v1 --num-envs 5 --num-groups 2 --group-size 4 --total-timesteps 1500
     --minibatch-size 64 --micro-batch-size 64 --update-epochs 2 --eval-episodes 5 --eval-envs 3 --eval-freq 3
     --save-freq 1 --seed 3 --device cpu --num-workers 0"""
@@ -59,7 +59,7 @@ class Spy:
     """What the update was given, and every group that was complete, kept or not."""
 
     def __init__(self, monkeypatch, keep=None):
-        self.complete, self.kept, self.batches = [], [], []
+        self.complete, self.kept, self.batches, self.decisions = [], [], [], []
         informative, advantages = grpo_vla.informative, grpo_vla.decision_advantages
 
         def watch(outcomes, *rest):
@@ -70,6 +70,7 @@ class Spy:
 
         def batch(returns, present):
             self.batches.append(returns[:, :, 0].tolist())
+            self.decisions.append(present.shape[2])
             return advantages(returns, present)
 
         monkeypatch.setattr(grpo_vla, "informative", watch)
@@ -143,10 +144,11 @@ def test_members_of_a_group_share_their_state(trained):
 def test_kept_groups_are_used_once_in_order_and_dropped_ones_never(tmp_path, warmup, monkeypatch):
     """Every third group is kept; several finish at once, so that some have to wait."""
     spy = Spy(monkeypatch, keep=lambda index: index % 3 != 1)
-    flags = f"--checkpoint {warmup} --output-dir {tmp_path} --run-name r --num-envs 12 --max-decisions 2"
+    flags = f"--checkpoint {warmup} --output-dir {tmp_path} --run-name r --num-envs 12 --max-steps 10"
     run(grpo_vla, GRPO, flags, "--total-timesteps 1000 --num-groups 2")
     used = [outcomes for batch in spy.batches for outcomes in batch]
     assert len(spy.batches) > 3 and all(len(batch) == 2 for batch in spy.batches[:-1])
+    assert set(spy.decisions) == {2}  # 10 steps are 2 chunks of 5
     assert used == [pytest.approx(outcomes) for outcomes in spy.kept[: len(used)]]
     assert 0 <= len(spy.kept) - len(used) <= 4
     logged = scalars(tmp_path / "r")
@@ -159,7 +161,7 @@ def test_kept_groups_are_used_once_in_order_and_dropped_ones_never(tmp_path, war
 
 def test_uniform_groups_are_dropped_until_the_refill_limit(tmp_path, warmup):
     """Nobody succeeds: no update at all, and the run ends all the same."""
-    flags = f"--checkpoint {warmup} --reward sparse --output-dir {tmp_path} --run-name r --max-decisions 1"
+    flags = f"--checkpoint {warmup} --reward sparse --output-dir {tmp_path} --run-name r --max-steps 1"
     run(grpo_vla, GRPO, flags, "--total-timesteps 300 --max-refill 2")
     assert results(tmp_path / "r")["gradient_steps"] == 0
     before, after = load_checkpoint(warmup)["agent"], load_checkpoint(tmp_path / "r")["agent"]
@@ -167,7 +169,7 @@ def test_uniform_groups_are_dropped_until_the_refill_limit(tmp_path, warmup):
 
 
 def test_single_decisions_compare_actions_for_one_state(tmp_path, warmup, monkeypatch):
-    """--max-decisions 1: all chunks of a group see the same observation, and outcomes are one reward."""
+    """--max-steps 1: all chunks of a group see the same observation, and outcomes are one reward."""
     seen, stack = [], torch.stack
 
     def watch(tensors, *args, **kwargs):
@@ -177,7 +179,7 @@ def test_single_decisions_compare_actions_for_one_state(tmp_path, warmup, monkey
         return found
 
     monkeypatch.setattr(torch, "stack", watch)
-    flags = f"--checkpoint {warmup} --output-dir {tmp_path} --run-name r --max-decisions 1"
+    flags = f"--checkpoint {warmup} --output-dir {tmp_path} --run-name r --max-steps 1"
     run(grpo_vla, GRPO, flags, "--total-timesteps 300 --num-groups 2")
     assert len(seen) > 2
     for proprio in seen:
@@ -333,7 +335,7 @@ def test_micro_batches_give_the_same_update(tmp_path, warmup, flags):
         ("--group-size 1", "--group-size must be at least 2, not 1"),
         ("--num-groups 0", "--num-groups must be positive"),
         ("--max-refill 0", "--max-refill must be positive"),
-        ("--max-decisions -1", "--max-decisions must not be negative"),
+        ("--max-steps -1", "--max-steps must not be negative"),
         ("--constant-length 0", "--constant-length must be positive"),
         ("--accuracy-low 1.5", "--accuracy-low must be in [0, 1]"),
         ("--accuracy-low 0.8 --accuracy-high 0.2", "--accuracy-low 0.8 is above --accuracy-high 0.2"),

@@ -90,7 +90,7 @@ def grpo(flags):
 
 def test_grpo_trains_one_iteration_on_one_task_in_two_workers(tmp_path, base):
     flags = f"{base} --tasks 5 --eval-episodes 1 --eval-envs 1 --num-envs 2 --group-size 2 --num-groups 1"
-    flags += f" --max-decisions 2 --total-timesteps 60 --save-freq 1 --output-dir {tmp_path} --run-name run"
+    flags += f" --max-steps 16 --total-timesteps 60 --save-freq 1 --output-dir {tmp_path} --run-name run"
     flags += " --accuracy-low 0 --accuracy-high 1 --num-workers 2"
     # The tests before it have rendered, and OpenGL does not survive a fork.
     process = multiprocessing.get_context("spawn").Process(target=grpo, args=(flags,))

@@ -31,7 +31,7 @@ SHORT = "--update-epochs 2 --minibatch-size 6 --micro-batch-size 4 --save-freq 1
 PPO = f"{OFT} {SHORT} --num-envs 4 --num-steps 3 --total-timesteps 40 --eval-freq 0 --critic-warmup 0"
 PPO += " --ratio-level token --tasks lift"
 GRPO = f"{OFT} {SHORT} --num-envs 4 --group-size 2 --num-groups 1 --total-timesteps 400 --eval-freq 0"
-GRPO += " --ratio-level token --accuracy-low 0 --accuracy-high 1 --max-decisions 3"
+GRPO += " --ratio-level token --accuracy-low 0 --accuracy-high 1 --max-steps 6"
 
 
 @pytest.fixture(scope="module")
