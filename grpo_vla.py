@@ -210,7 +210,7 @@ PLAIN = dict(
 )  # fmt: skip
 PRESETS = {  # what differs from the defaults; flags on the command line win
     # A late success counts less than an early one, which also gives groups of successes something to compare.
-    # The last 12 of an evaluation's 48 steps see a twentieth of the successes.
+    # The last 12 of an evaluation's 48 steps see a thirtieth of the successes.
     "tabletop": dict(
         verifier_gamma=0.9, max_steps=36, accuracy_high=1.0, advantage_level="decision",
         std_normalisation=False, aggregation="token-mean", minibatch_size=96, micro_batch_size=96,

@@ -45,13 +45,13 @@ def test_decision_advantages_against_a_loop():
         assert found[m, i, t].item() == pytest.approx(wanted, abs=1e-12)
 
 
-def test_decisions_after_which_all_end_alike_have_no_advantage_at_all():
-    returns = torch.full((1, 7, 3), 1 / 3)
-    present = torch.ones(1, 7, 3, dtype=torch.bool)
-    present[:, 1:, 2], returns[0, 0, 0] = (
-        False,
-        0.9,
-    )  # a group with a difference, a uniform one, a lone member
+@pytest.mark.parametrize("value", [1 / 3, -1 / 3])
+def test_decisions_after_which_all_end_alike_have_no_advantage_at_all(value):
+    returns = torch.full((1, 8, 3), value)  # the mean of seven of them differs by a rounding
+    returns[0, 0, 0] = 0.9  # decision 0: a difference
+    present = torch.ones(1, 8, 3, dtype=torch.bool)
+    present[:, 7, 1] = False  # decision 1: seven alike, one member has ended
+    present[:, 1:, 2] = False  # decision 2: a lone member
     found = decision_advantages(returns, present)
     assert (found[:, :, 0] != 0).all() and (found[:, :, 1:] == 0).all()
 
