@@ -6,7 +6,8 @@
 Chen et al. 2021 (arXiv:2106.01345): a GPT-2 over (return-to-go, observation, action) tokens, trained to give
 the data's next action. Acting, it is told the return that it shall reach: all --target-returns are evaluated
 at once, and as in the literature the score is that of the best of them; results.json has each.
-Initialisation is as in CORL (all weights small), so that time steps which no data have do no harm.
+Initialisation is as in CORL (all weights small), so that time steps which no data have do no harm. In a file
+without next_observations an episode that ends in a time-out lacks its last step, its returns-to-go that reward.
 """
 
 import contextlib
@@ -44,7 +45,7 @@ from common.checkpoint import (
     versions,
     write_results,
 )
-from common.datasets import load_dataset
+from common.datasets import d4rl_name, load_dataset
 from common.envs import make_envs
 from common.video import annotate, write_video
 
@@ -269,7 +270,7 @@ def evaluate(agent, envs, device, references, targets, args, video_folder=None):
         result = {"episodes": episodes, "mean_reward": mean_reward, "mean_length": mean_length}
         if references:
             result["normalized_score"] = 100 * (mean_reward - references[0]) / (references[1] - references[0])
-        per_target[f"{target:g}"] = result | {"target_return": target}
+        per_target[f"{target:.12g}"] = result | {"target_return": target}
     return max(per_target.values(), key=score) | {"per_target": per_target}
 
 
@@ -283,8 +284,7 @@ def score(evaluation):
 def resolve_args(args):
     """Presets below the command line's flags; with --resume, the run's own arguments. UserError for values
     that cannot work."""
-    path = Path(args.dataset)
-    words = re.split(r"[^a-z0-9]+", (path.name if path.suffix else args.dataset).lower())
+    words = re.split(r"[^a-z0-9]+", d4rl_name(args.dataset).lower())
     presets = next((preset for word, preset in PRESETS.items() if word in words), {})
     args = tyro.cli(Args, default=dataclasses.replace(Args(), **presets))
     if args.resume:
@@ -386,6 +386,8 @@ def prepare_data(dataset, args, bounds):
     actions = dataset.actions
     if bounds:
         actions = 2 * (actions - bounds[0]) / (bounds[1] - bounds[0]) - 1
+    elif np.abs(actions).max() > 1.001:  # 0.001 for what recorders round
+        raise UserError(f"{dataset.name} has actions outside [-1, 1]; give --env, which says what they mean.")
     actions = np.clip(actions, -1, 1)  # as the environment did
     starts = torch.from_numpy(dataset.episode_starts)
     returns = returns_to_go(torch.from_numpy(dataset.rewards), starts) / args.return_scale
@@ -471,9 +473,8 @@ def train(args):
         writer = SummaryWriter(folder, purge_step=saved["counters"][0] + 1 if args.resume else None)
         stack.callback(writer.close)
         parameters = list(agent.parameters())
-        optimizer = torch.optim.AdamW(
-            parameters, lr=torch.tensor(args.learning_rate), weight_decay=args.weight_decay, fused=True
-        )
+        decay = args.weight_decay
+        optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=decay, fused=True)
         optimizers = {"actor": optimizer}
         sampler = torch.Generator(device).manual_seed(args.seed)
 
@@ -499,6 +500,7 @@ def train(args):
             step, seconds = saved["counters"]
             initial, best = saved["initial"], saved["best"]
             set_rng_state(saved["rng"], {"sampler": sampler}, {})
+        optimizer.param_groups[0]["lr"] = torch.zeros((), device=device)  # a tensor: set without recompiling
         start = clock() - seconds
 
         def save(name):
@@ -534,14 +536,14 @@ def train(args):
         if initial is None:
             initial = run_evaluation(videos)  # what a video lacks shows now
             save("checkpoint.pt")
-        metrics, tick, tick_step, stopping = {}, clock(), step, bool(stop)
+        tick, tick_step, stopping = clock(), step, bool(stop)
         bar = tqdm(total=args.total_timesteps, initial=step, unit="update", disable=None, smoothing=0.1)
         while step < args.total_timesteps and not stopping:
             batch = sample_batch(states, rest, starts, args.batch_size, args.context_length, sampler)
             step += 1
             warmup = min(1.0, step / args.warmup_steps)
             optimizer.param_groups[0]["lr"].fill_(args.learning_rate * warmup)
-            metrics |= update(*batch)
+            metrics = update(*batch)
             bar.update()
 
             # --- log, evaluate, save

@@ -42,7 +42,7 @@ from common.checkpoint import (
     versions,
     write_results,
 )
-from common.datasets import load_dataset
+from common.datasets import d4rl_name, load_dataset
 from common.envs import make_envs
 from common.video import annotate, write_video
 
@@ -256,8 +256,7 @@ def score(evaluation):
 def resolve_args(args):
     """Presets below the command line's flags; with --resume, the run's own arguments. UserError for values
     that cannot work."""
-    path = Path(args.dataset)
-    words = re.split(r"[^a-z0-9]+", (path.name if path.suffix else args.dataset).lower())
+    words = re.split(r"[^a-z0-9]+", d4rl_name(args.dataset).lower())
     presets = next((preset for word, preset in PRESETS.items() if word in words), {})
     args = tyro.cli(Args, default=dataclasses.replace(Args(), **presets))
     if args.resume:
@@ -354,6 +353,8 @@ def prepare_data(dataset, args, bounds):
     actions, rewards = dataset.actions, dataset.rewards
     if bounds:
         actions = 2 * (actions - bounds[0]) / (bounds[1] - bounds[0]) - 1
+    elif np.abs(actions).max() > 1.001:  # 0.001 for what recorders round
+        raise UserError(f"{dataset.name} has actions outside [-1, 1]; give --env, which says what they mean.")
     if args.normalize_rewards:
         returns = np.add.reduceat(rewards, dataset.episode_starts, dtype=np.float64)
         span = returns.max() - returns.min()
@@ -436,10 +437,7 @@ def train(args):
         stack.callback(writer.close)
         critic_parameters = list(agent.critic.parameters())
         target_parameters = list(agent.target_critic.parameters())
-        groups = [
-            {"params": [*agent.actor.parameters(), agent.log_std], "lr": torch.zeros((), device=device)},
-            {"params": critic_parameters},
-        ]
+        groups = [{"params": [*agent.actor.parameters(), agent.log_std]}, {"params": critic_parameters}]
         value_optimizer = torch.optim.Adam(agent.value.parameters(), args.critic_learning_rate, fused=True)
         optimizer = torch.optim.Adam(groups, lr=args.critic_learning_rate, fused=True)
         optimizers = {"value": value_optimizer, "actor and critic": optimizer}
@@ -481,6 +479,7 @@ def train(args):
             step, seconds = saved["counters"]
             initial, best = saved["initial"], saved["best"]
             set_rng_state(saved["rng"], {"sampler": sampler}, {})
+        optimizer.param_groups[0]["lr"] = torch.zeros((), device=device)  # a tensor: set without recompiling
         start = clock() - seconds
 
         def save(name):
@@ -514,14 +513,14 @@ def train(args):
         if initial is None:
             initial = run_evaluation(videos)  # what a video lacks shows now
             save("checkpoint.pt")
-        metrics, tick, tick_step, stopping = {}, clock(), step, bool(stop)
+        tick, tick_step, stopping = clock(), step, bool(stop)
         bar = tqdm(total=args.total_timesteps, initial=step, unit="update", disable=None, smoothing=0.1)
         while step < args.total_timesteps and not stopping:
             batch = sample_batch(states, next_index, rest, args.batch_size, sampler)
             step += 1
             cosine = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / args.total_timesteps)
             optimizer.param_groups[0]["lr"].fill_(args.learning_rate * cosine)
-            metrics |= update(*batch)
+            metrics = update(*batch)
             bar.update()
 
             # --- log, evaluate, save

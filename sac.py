@@ -1,8 +1,8 @@
 """Soft actor-critic, in one file.
 
     python sac.py --env HalfCheetah-v5
-    python sac.py --env Hopper-v5 --total-timesteps 300000 --run-name hopper --save-dataset medium-replay.hdf5
-    python sac.py --evaluate --checkpoint runs/hopper --collect 1000000 --save-dataset medium.hdf5
+    python sac.py --env Hopper-v5 --total-timesteps 300000 --run-name hopper --save-dataset replay.hdf5
+    python sac.py --env Hopper-v5 --evaluate --checkpoint runs/hopper --collect 200000 --save-dataset med.hdf5
 
 Haarnoja et al. 2018 (arXiv:1812.05905): a tanh-squashed Gaussian policy, two critics, a temperature that is
 tuned to a target entropy of -A. One update per environment step. A time-out is no termination: only the
@@ -268,6 +268,8 @@ def resolve_args(args):
         raise UserError(f"--buffer-size {args.buffer_size} must hold a step of all {args.num_envs} envs.")
     if args.collect and not args.save_dataset:
         raise UserError("--collect needs --save-dataset, the file to write.")
+    if args.append and not args.save_dataset:
+        raise UserError("--append needs --save-dataset, the file to add to.")
     if args.evaluate and args.save_dataset and not args.collect:
         raise UserError("--evaluate has no replay to save; add --collect and a number of steps.")
     return args
@@ -352,7 +354,7 @@ def keep_freed_memory():
 
 def write_dataset(path, rows, count, widths, env_id, append):
     """The first `count` rows of (T, N, W), N recordings of T steps in the order of time, as a D4RL file,
-    after what it holds already where they are to be appended. UserError if that is of another world."""
+    after what it holds already where they are to be appended."""
     obs, action, reward, terminated, truncated, next_obs = rows.split(widths, -1)
     truncated = (truncated > 0).squeeze(-1)
     truncated[-1] |= terminated[-1, :, 0] == 0  # the recording ends here, the episode does not
@@ -362,8 +364,6 @@ def write_dataset(path, rows, count, widths, env_id, append):
     columns = [np.asarray(x).swapaxes(0, 1).reshape(-1, *x.shape[2:])[:count] for x in columns]
     if append and Path(path).exists():
         old = load_dataset(path)
-        if old.env_id != env_id:
-            raise UserError(f"{path} has steps of {old.env_id}; steps of {env_id} need a file of their own.")
         ended = np.zeros(len(old.actions), bool)
         ended[np.append(old.episode_starts[1:], 0) - 1] = True
         before = (old.observations, old.actions, old.rewards, old.next_observations, old.terminations)
@@ -379,7 +379,8 @@ def collect(agent, args, widths, device):
     envs = build_envs(args.env, 10, args.seed, autoreset=True)
     generator = torch.Generator(device).manual_seed(args.seed)
     rows = torch.empty(-(-args.collect // 10), 10, sum(widths))
-    seeds = np.random.SeedSequence([args.seed, 1]).generate_state(10)  # neither training's nor evaluation's
+    # neither training's nor evaluation's
+    seeds = np.random.SeedSequence([args.seed, 0, 0, 1]).generate_state(10)
     obs = envs.reset(seeds)["proprio"]
     for row in tqdm(rows, unit_scale=10, unit="step", disable=None):
         mean, log_std = agent.policy(torch.as_tensor(obs, device=device))
@@ -413,6 +414,12 @@ def train(args):
         saved = load_checkpoint(source, scripts=(SCRIPT,)) if source else None
         envs = build_envs(args.env, args.num_envs, args.seed, autoreset=True)
         stack.callback(envs.close)
+        if args.append and Path(args.save_dataset).exists():
+            world = load_dataset(args.save_dataset).env_id
+            if world != args.env:
+                raise UserError(
+                    f"{args.save_dataset} has steps of {world}; steps of {args.env} need a file of their own."
+                )
         obs_dim = envs.single_observation_space["proprio"].shape[0]
         action_dim = envs.single_action_space.shape[0]
         widths = [obs_dim, action_dim, 1, 1, 1, obs_dim]  # a row of the replay, as `step_envs` writes it
@@ -571,7 +578,7 @@ def train(args):
                 index = torch.randint(filled, (args.batch_size,), generator=sampler, device=device)
                 rows = replay.view(T * N, -1).index_select(0, index)
                 noise = torch.randn(2, args.batch_size, action_dim, generator=sampler, device=device)
-                metrics |= update(rows, noise)
+                metrics = update(rows, noise)
                 gradient_steps += 1
 
             # --- log, evaluate, save

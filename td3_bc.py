@@ -42,7 +42,7 @@ from common.checkpoint import (
     versions,
     write_results,
 )
-from common.datasets import load_dataset
+from common.datasets import d4rl_name, load_dataset
 from common.envs import make_envs
 from common.video import annotate, write_video
 
@@ -249,8 +249,7 @@ def score(evaluation):
 def resolve_args(args):
     """Presets below the command line's flags; with --resume, the run's own arguments. UserError for values
     that cannot work."""
-    path = Path(args.dataset)
-    words = re.split(r"[^a-z0-9]+", (path.name if path.suffix else args.dataset).lower())
+    words = re.split(r"[^a-z0-9]+", d4rl_name(args.dataset).lower())
     presets = next((preset for word, preset in PRESETS.items() if word in words), {})
     args = tyro.cli(Args, default=dataclasses.replace(Args(), **presets))
     if args.resume:
@@ -348,6 +347,8 @@ def prepare_data(dataset, args, bounds):
     actions, rewards = dataset.actions, dataset.rewards
     if bounds:
         actions = 2 * (actions - bounds[0]) / (bounds[1] - bounds[0]) - 1
+    elif np.abs(actions).max() > 1.001:  # 0.001 for what recorders round
+        raise UserError(f"{dataset.name} has actions outside [-1, 1]; give --env, which says what they mean.")
     if args.normalize_rewards:
         returns = np.add.reduceat(rewards, dataset.episode_starts, dtype=np.float64)
         span = returns.max() - returns.min()
@@ -504,13 +505,13 @@ def train(args):
         if initial is None:
             initial = run_evaluation(videos)  # what a video lacks shows now
             save("checkpoint.pt")
-        metrics, tick, tick_step, stopping = {}, clock(), step, bool(stop)
+        tick, tick_step, stopping = clock(), step, bool(stop)
         bar = tqdm(total=args.total_timesteps, initial=step, unit="update", disable=None, smoothing=0.1)
         while step < args.total_timesteps and not stopping:
             batch = sample_batch(states, next_index, rest, args.batch_size, sampler)
             step += 1
             noise = torch.randn(args.batch_size, action_dim, generator=sampler, device=device)
-            metrics |= update(*batch, noise, step % args.policy_delay == 0)
+            metrics = update(*batch, noise, step % args.policy_delay == 0)
             bar.update()
 
             # --- log, evaluate, save

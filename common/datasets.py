@@ -321,7 +321,16 @@ class OfflineDataset:
 
 def reference_scores(env_id: str) -> tuple[float, float] | None:
     """Returns of D4RL's random and expert policy for a Gymnasium id or a D4RL name; None if it has none."""
-    return MAZE2D.get(env_id) or TASKS.get(env_id.split("-")[0].lower(), (None, None, None))[2]
+    if env_id in ("Walker2d-v5", "Ant-v4", "Ant-v5"):  # not D4RL's tasks
+        return None
+    return MAZE2D.get(env_id) or TASKS.get(re.split("[-_]", env_id)[0].lower(), (None, None, None))[2]
+
+
+def d4rl_name(name_or_path: str) -> str:
+    """D4RL's name of one of its files; of another file its stem, of what is no file the name as it is."""
+    path = Path(name_or_path)
+    published = {url.rpartition("/")[2]: known for known, url in D4RL_FILES.items()}
+    return published.get(path.name, path.stem if path.suffix else name_or_path)
 
 
 def load_dataset(name_or_path: str | os.PathLike) -> OfflineDataset:
@@ -351,7 +360,9 @@ def load_dataset(name_or_path: str | os.PathLike) -> OfflineDataset:
         if minari_id:
             return _load_minari(name)
         with h5py.File(path, "r", locking=False) as file:  # who downloaded it may hold its lock yet
-            return (_load_robomimic if "data" in file else _load_d4rl)(file, str(path), name)
+            return (_load_robomimic if isinstance(file.get("data"), h5py.Group) else _load_d4rl)(
+                file, str(path), name
+            )
     except (OSError, RuntimeError, KeyError) as error:  # what h5py raises for bytes that are no HDF5
         raise UserError(
             f"{path} is truncated or not HDF5 ({error}); delete and download it again."
@@ -360,7 +371,7 @@ def load_dataset(name_or_path: str | os.PathLike) -> OfflineDataset:
 
 def _checked(group: h5py.Group | Mapping, key: str, where: str, shape: tuple[int | None, ...]):
     """The array `key` of a group or dict, unread; UserError unless numbers of `shape`, or (N, 1) for (N,)."""
-    found = group.get(key)
+    found = group.get(key) if hasattr(group, "get") else None
     if not hasattr(found, "shape"):
         raise UserError(f"{where} has no array '{key}'; it is in none of the layouts read here.")
     actual = found.shape[:1] if len(shape) == 1 and found.shape[1:] == (1,) else found.shape
@@ -460,9 +471,7 @@ def _identify(file: h5py.File, where: str, name: str, widths: tuple) -> tuple:
     if "env_id" in file.attrs:
         env_id = str(file.attrs["env_id"])
         return None, env_id, reference_scores(env_id)
-    path = Path(where)
-    published = {url.rpartition("/")[2]: known for known, url in D4RL_FILES.items()}
-    known = published.get(path.name, path.stem)
+    known = d4rl_name(Path(where).name)
     task = re.split("[-_]", known.lower())[0]
     if task not in TASKS or TASKS[task][1] != widths:  # hopper-mine.hdf5 is Hopper's if it has its sizes
         return None, None, None
@@ -479,8 +488,8 @@ def _load_robomimic(file: h5py.File, where: str, name: str) -> OfflineDataset:
 
     def episodes() -> Iterator[tuple[str, dict]]:
         for (here, demo), steps in zip(demos.items(), lengths, strict=True):
-            obs, next_obs = demo.get("obs", {}), demo.get("next_obs", {})
-            parts = []
+            obs, next_obs = demo.get("obs"), demo.get("next_obs")
+            obs, parts = obs if isinstance(obs, h5py.Group) else {}, []
             for key in sorted(
                 key for key, value in obs.items() if getattr(value, "ndim", 4) < 4
             ):  # no images

@@ -466,13 +466,18 @@ def test_compiled_updates_are_the_same(tmp_path, whole):
         ("--target-returns 3 nan", "--target-returns must be finite"),
         ("--env CartPole-v1", "needs vector observations and continuous actions"),
         ("--env Hopper-v5", "give another --env"),
+        ("--dataset WIDE --eval-episodes 0", "has actions outside [-1, 1]; give --env"),
         ("--evaluate", "--evaluate needs --checkpoint"),
         ("--checkpoint WHOLE --embed-dim 16", "do not fit this run"),
         ("--checkpoint WHOLE/best.pt.txt", "does not exist"),
     ],
 )
-def test_wrong_input_ends_in_one_sentence(tmp_path, whole, flags, words):
-    done = call(whole[0], "--output-dir", tmp_path, flags.replace("WHOLE", str(whole[1])))
+def test_wrong_input_ends_in_one_sentence(home, tmp_path, whole, flags, words):
+    if "WIDE" in flags:
+        one = np.ones((2, 1))
+        save_d4rl(home / "WIDE", one, 2 * one, one, one, one, 0 * one)
+    flags = flags.replace("WHOLE", str(whole[1])).replace("WIDE", str(home / "WIDE"))
+    done = call(whole[0], "--output-dir", tmp_path, flags)
     assert done.code == 2 and words in done.err and done.err.count("\n") == 1, done
     assert done.err.startswith("error: ") and not list(tmp_path.iterdir())
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -30,7 +31,7 @@ import iql
 import sac
 import td3_bc
 from common.checkpoint import load_checkpoint, save_checkpoint
-from common.datasets import load_dataset, save_d4rl
+from common.datasets import D4RL_FILES, load_dataset, save_d4rl
 
 SCRIPTS = (sac, iql, cql, td3_bc)
 SMALL = "--width 16 --depth 1 --batch-size 8 --eval-episodes 2 --seed 3 --device cpu"
@@ -126,6 +127,9 @@ def test_results_of_a_run(whole):
     assert {"loss/critic", "loss/policy", "time/updates_per_second", "value/q"} <= events.keys()
     for name in ("checkpoint.pt", "best.pt"):
         assert load_checkpoint(folder / name)["script"] == script.__name__
+    if script is td3_bc:  # no numbers of an update before: their memory may be another update's
+        steps = {key: {step for step, _ in events[key]} for key in ("loss/critic", "loss/policy")}
+        assert steps["loss/policy"] == steps["loss/critic"] - {25} and 25 in steps["loss/critic"]
     if online:
         assert load_checkpoint(folder)["replay"].shape == (200, 2, 10)  # 401 // 2 steps of 2 environments
         assert {"rollout/mean_reward", "rollout/mean_length"} <= events.keys()
@@ -402,6 +406,8 @@ def test_compiled_updates_are_the_same(tmp_path, home, script):
         (sac, "--alpha -1", "--alpha must be auto or a positive number"),
         (sac, "--buffer-size 1 --num-envs 2", "must hold a step of all 2 envs"),
         (sac, "--collect 10", "--collect needs --save-dataset"),
+        (sac, "--append", "--append needs --save-dataset"),
+        (sac, "--append --save-dataset NAMELESS", "steps of Pendulum-v1 need a file of their own"),
         (sac, "--evaluate --checkpoint x --save-dataset y", "add --collect and a number of steps"),
         (sac, "--utd-ratio -1", "--utd-ratio must not be negative"),
         (sac, "--checkpoint DATA", "is truncated or no checkpoint"),
@@ -414,6 +420,7 @@ def test_compiled_updates_are_the_same(tmp_path, home, script):
             "--dataset NAMELESS --eval-episodes 0",
             "nearly equal returns alone; use --no-normalize-rewards",
         ),
+        (td3_bc, "--dataset WIDE --eval-episodes 0", "has actions outside [-1, 1]; give --env"),
         (cql, "--cql-samples 0", "--cql-samples must be positive"),
         (cql, "--alpha 0", "--alpha must be auto or a positive number"),
         (cql, "--evaluate", "--evaluate needs --checkpoint"),
@@ -427,10 +434,12 @@ def test_compiled_updates_are_the_same(tmp_path, home, script):
 def test_wrong_input_ends_in_one_sentence(home, tmp_path, trained_sac, script, flags, words):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    if "NAMELESS" in flags:
-        one = np.ones((2, 1))
-        save_d4rl(tmp_path / "nameless.hdf5", one, one, one, one, one, 0 * one)
-    inputs = {"DATA": home / "pendulum.hdf5", "NAMELESS": tmp_path / "nameless.hdf5", "WEIGHTS": trained_sac}
+    inputs = {"DATA": home / "pendulum.hdf5", "WEIGHTS": trained_sac}
+    for name, largest in (("NAMELESS", 1), ("WIDE", 2)):
+        inputs[name] = tmp_path / f"{name}.hdf5"
+        if name in flags:
+            one = np.ones((2, 1))
+            save_d4rl(inputs[name], one, largest * one, one, one, one, 0 * one)
     for name, path in inputs.items():
         flags = flags.replace(name, str(path))
     base = f"{SMALL} " + (SAC if script is sac else f"{OFFLINE} --dataset {home}/pendulum.hdf5")
@@ -458,6 +467,8 @@ def test_presets_go_by_the_name_of_the_data(monkeypatch):
         (cql, "antmaze/medium-play-v1", "target_gap", 0.8),
         (td3_bc, "antmaze-umaze-v2", "reward_bias", -1.0),
         (td3_bc, "antmaze/hopper.hdf5", "reward_bias", 0.0),
+        (iql, f"/x/{Path(D4RL_FILES['antmaze-umaze-v2']).name}", "temperature", 10.0),
+        (td3_bc, Path(D4RL_FILES["antmaze-umaze-v0"]).name, "reward_bias", -1.0),
     ):
         monkeypatch.setattr(sys, "argv", [script.__file__, "--dataset", dataset])
         assert getattr(script.resolve_args(script.Args(dataset=dataset)), name) == value, (script, dataset)

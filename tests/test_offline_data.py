@@ -191,9 +191,11 @@ def test_reference_scores_are_the_published_ones():
         ("door-cloned-v1", -56.512833, 2880.5693),
         ("HalfCheetah-v5", -280.178953, 12135.0),
         ("Walker2d-v4", 1.629008, 4592.3),
+        ("hopper_mine", -20.272305, 3234.3),
     ):
         assert reference_scores(name) == pytest.approx((low, high), rel=1e-7), name
-    assert reference_scores("Pendulum-v1") is None and reference_scores("maze2d-umaze-v9") is None
+    for name in ("Pendulum-v1", "maze2d-umaze-v9", "Walker2d-v5", "Ant-v5"):
+        assert reference_scores(name) is None, name
 
 
 def test_urls_are_the_published_ones():
@@ -234,6 +236,7 @@ def test_a_name_reads_the_file_in_d4rls_folder(d4rl_folder):
     assert named.reference_scores == load_dataset(published).reference_scores == (1.629008, 4592.3)
     assert named.normalized_score((1.629008 + 4592.3) / 2) == pytest.approx(50.0)
     assert load_dataset(own).env_id == "HalfCheetah-v5"
+    assert load_dataset(own).reference_scores == (-280.178953, 12135.0)
     assert load_dataset(other).env_id is None and load_dataset(other).reference_scores is None
 
 
@@ -279,6 +282,7 @@ def put(file, key, row, value):
 
 FAULTS = {
     "has no array 'terminals'": lambda f: f.__delitem__("terminals"),
+    "has no array 'terminals';": lambda f: (f.__delitem__("terminals"), f.__setitem__("data", np.ones(3))),
     "has no array 'observations'": lambda f: f.__delitem__("observations"),
     "has no array 'actions'": lambda f: (f.__delitem__("actions"), f.create_group("actions")),
     "'rewards' float64 (8,); it needs numbers (9)": lambda f: replace(f, "rewards", np.zeros(8)),
@@ -370,6 +374,9 @@ def test_robomimic(tmp_path):
             f.__delitem__("data/demo_1/obs/object"),
             f.__delitem__("data/demo_1/next_obs/object"),
         ),
+        "demo_2 has no array 'rewards'": lambda f: replace(f, "data/demo_2", np.ones(3)),
+        "demo_5 has no low-dimensional": lambda f: replace(f, "data/demo_5/obs", np.ones((1, 3))),
+        "demo_5, next_obs has no array 'object'": lambda f: replace(f, "data/demo_5/next_obs", np.ones(1)),
         "no demonstrations": lambda f: [f["data"].__delitem__(key) for key in list(f["data"])],
     }.items():
         write_robomimic(path, episodes)
