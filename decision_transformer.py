@@ -7,7 +7,7 @@ Chen et al. 2021 (arXiv:2106.01345): a GPT-2 over (return-to-go, observation, ac
 the data's next action. Acting, it is told the return that it shall reach: all --target-returns are evaluated
 at once, and as in the literature the score is that of the best of them; results.json has each.
 Initialisation is as in CORL (all weights small), so that time steps which no data have do no harm. In a file
-without next_observations an episode that ends in a time-out lacks its last step, its returns-to-go that reward.
+without next_observations an episode that a time-out ends lacks its last step, and the returns that reward.
 """
 
 import contextlib
@@ -475,6 +475,7 @@ def train(args):
         parameters = list(agent.parameters())
         decay = args.weight_decay
         optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=decay, fused=True)
+        rate = torch.zeros((), device=device)  # the learning rate, which changes without recompiling
         optimizers = {"actor": optimizer}
         sampler = torch.Generator(device).manual_seed(args.seed)
 
@@ -500,7 +501,6 @@ def train(args):
             step, seconds = saved["counters"]
             initial, best = saved["initial"], saved["best"]
             set_rng_state(saved["rng"], {"sampler": sampler}, {})
-        optimizer.param_groups[0]["lr"] = torch.zeros((), device=device)  # a tensor: set without recompiling
         start = clock() - seconds
 
         def save(name):
@@ -542,7 +542,7 @@ def train(args):
             batch = sample_batch(states, rest, starts, args.batch_size, args.context_length, sampler)
             step += 1
             warmup = min(1.0, step / args.warmup_steps)
-            optimizer.param_groups[0]["lr"].fill_(args.learning_rate * warmup)
+            optimizer.param_groups[0]["lr"] = rate.fill_(args.learning_rate * warmup)
             metrics = update(*batch)
             bar.update()
 

@@ -440,6 +440,7 @@ def train(args):
         groups = [{"params": [*agent.actor.parameters(), agent.log_std]}, {"params": critic_parameters}]
         value_optimizer = torch.optim.Adam(agent.value.parameters(), args.critic_learning_rate, fused=True)
         optimizer = torch.optim.Adam(groups, lr=args.critic_learning_rate, fused=True)
+        rate = torch.zeros((), device=device)  # the policy's learning rate, which changes without recompiling
         optimizers = {"value": value_optimizer, "actor and critic": optimizer}
         sampler = torch.Generator(device).manual_seed(args.seed)
 
@@ -479,7 +480,6 @@ def train(args):
             step, seconds = saved["counters"]
             initial, best = saved["initial"], saved["best"]
             set_rng_state(saved["rng"], {"sampler": sampler}, {})
-        optimizer.param_groups[0]["lr"] = torch.zeros((), device=device)  # a tensor: set without recompiling
         start = clock() - seconds
 
         def save(name):
@@ -519,7 +519,7 @@ def train(args):
             batch = sample_batch(states, next_index, rest, args.batch_size, sampler)
             step += 1
             cosine = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / args.total_timesteps)
-            optimizer.param_groups[0]["lr"].fill_(args.learning_rate * cosine)
+            optimizer.param_groups[0]["lr"] = rate.fill_(args.learning_rate * cosine)
             metrics = update(*batch)
             bar.update()
 
