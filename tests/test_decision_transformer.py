@@ -1,5 +1,6 @@
 """Decision Transformer: its mathematics against loops, causality, sampling, evaluation, learning, resume."""
 
+import copy
 import math
 import os
 import signal
@@ -191,6 +192,31 @@ def test_dropout_in_training_alone():
     assert not torch.equal(agent(*batch), agent(*batch))
 
 
+def test_dropout_of_embeddings_attention_and_residuals(monkeypatch):
+    agent, batch = make_agent(torch.float32, scale=1, dropout=0.5), make_batch(dtype=torch.float32)
+    seen, attention, plain = [], [], dt.F.scaled_dot_product_attention
+
+    def attend(q, k, v, visible, p, is_causal):
+        attention.append(p)
+        return plain(q, k, v, visible, p, is_causal=is_causal)
+
+    monkeypatch.setattr(dt, "dropout", lambda x, p: (seen.append(p), x)[1])
+    monkeypatch.setattr(dt.F, "scaled_dot_product_attention", attend)
+    agent(*batch)
+    assert seen == [] and attention == 3 * [0.0]
+    agent.train()
+    agent(*batch)
+    assert seen == 7 * [0.5] and attention[3:] == 3 * [0.5]
+
+
+def test_new_weights_are_small():
+    agent = dt.Agent(3, 2, dt.Args())
+    for name, p in agent.named_parameters():
+        if "norm" not in name and "bias" not in name and p.numel() > 100:
+            assert 0.015 < p.std() < 0.025, name
+        assert "bias" not in name or not p.any(), name
+
+
 # --- sampling
 
 
@@ -260,6 +286,7 @@ class Recorder:
         self.mode = "train"
 
     def act(self, context, step):
+        assert self.mode == "eval"
         action = torch.rand(len(context), 1, generator=self.generator) * 2 - 1
         self.seen.append((context.clone(), step, action))
         return action
@@ -353,6 +380,8 @@ def test_data_in_the_policys_units(home):
     np.testing.assert_allclose(rest[:, :1], dataset.actions / 2, rtol=1e-6)
     np.testing.assert_allclose(rest[:, 1], returns / 5, rtol=1e-6)
     assert starts.tolist() == [*dataset.episode_starts.tolist(), len(dataset.actions)]
+    rest = dt.prepare_data(dataset, dt.Args(), (np.array([-1.0]), np.array([1.0])))[1]
+    np.testing.assert_allclose(rest[:, :1], np.sign(dataset.actions))  # outside the bounds: clipped
 
 
 def test_learning_to_reach_the_return_that_is_asked_for(home):
@@ -401,6 +430,52 @@ def test_warm_up(home, whole):
     assert done.code == 0, done
     group = load_checkpoint(home / "warmup")["optimizers"]["actor"]["param_groups"][0]
     assert group["lr"].item() == pytest.approx(1e-4 * 3 / 5) and group["weight_decay"] == 1e-4
+
+
+def test_updates_against_a_reference(tmp_path, home, monkeypatch):
+    """Three updates in float64: masked error, clipped gradient, AdamW with decay and warm-up."""
+    agents, seen, prepare_data, sample_batch = [], [], dt.prepare_data, dt.sample_batch
+
+    class Agent(dt.Agent):
+        def __init__(self, *args):
+            super().__init__(*args)
+            agents.append(self)
+
+    def sample(*args):
+        batch = sample_batch(*args)
+        seen.append((copy.deepcopy(agents[0]), batch))
+        return batch
+
+    monkeypatch.setattr(dt, "Agent", Agent)
+    monkeypatch.setattr(dt, "prepare_data", lambda *args: [
+        x.double() if x.is_floating_point() else x for x in prepare_data(*args)])  # fmt: skip
+    monkeypatch.setattr(dt, "sample_batch", sample)
+    torch.set_default_dtype(torch.float64)
+    try:
+        flags = """--eval-episodes 0 --total-timesteps 3 --context-length 40 --dropout 0 --max-timesteps 60
+            --learning-rate 1e-2 --warmup-steps 2 --weight-decay 0.1 --max-grad-norm 0.02"""
+        done = call(SMALL, f"--dataset {home}/pendulum.hdf5 --output-dir {tmp_path} --run-name r", flags)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (done.code, done.err) == (0, ""), done
+    moments, known = {}, torch.tensor(load_dataset(home / "pendulum.hdf5").actions[:, 0] / 2)
+    for t, ((agent, batch), (after, _)) in enumerate(zip(seen, [*seen[1:], (agents[0], 0)], strict=True), 1):
+        obs, action, returns, timestep, mask = batch
+        assert 0 < mask.sum() < mask.numel()
+        assert (action - known).abs().amin(-1).max() < 1e-6  # in the policy's units
+        found = agent(returns, obs, action, timestep)
+        (found - action)[mask > 0].square().mean().backward()
+        gradients = {name: p.grad for name, p in agent.named_parameters()}
+        norm = math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
+        assert norm > 0.02
+        lr = 1e-2 * min(1, t / 2)
+        for name, p in agent.named_parameters():
+            m, v = moments.get(name, (0.0, 0.0))
+            g = gradients[name] * 0.02 / (norm + 1e-6)
+            m, v = moments[name] = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+            move = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+            wanted = p * (1 - lr * 0.1) - lr * move
+            torch.testing.assert_close(after.get_parameter(name), wanted, rtol=1e-7, atol=1e-9, msg=name)
 
 
 def test_a_stopped_process_goes_on_bit_identically(tmp_path, whole):

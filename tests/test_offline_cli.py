@@ -1,6 +1,7 @@
 """sac.py, iql.py, cql.py, td3_bc.py through their command lines: results, resume, SAC's data sets, learning,
 wrong inputs."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import gymnasium
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,7 @@ from test_cli import (  # noqa: F401
     call,
     check_evaluation,
     command,
+    frames,
     one_thread,
     results,
     run,
@@ -27,6 +30,7 @@ from test_cli import (  # noqa: F401
 from test_decision_transformer import write_pendulum
 
 import cql
+import decision_transformer
 import iql
 import sac
 import td3_bc
@@ -65,8 +69,16 @@ class Aim(gymnasium.Env):
         self.left -= 1
         return self.observe(), reward, self.left == 0, False, {}
 
+    def render(self):
+        return np.full((96, 128, 3), 50 * self.left, np.uint8)
+
+
+class Lopsided(Aim):
+    action_space = gymnasium.spaces.Box(-1.0, 4.0, (1,), np.float32)
+
 
 gymnasium.register("Aim-v0", entry_point=Aim)
+gymnasium.register("Lopsided-v0", entry_point=Lopsided)
 gymnasium.register("AimCut-v0", entry_point=Aim, max_episode_steps=3)
 
 
@@ -145,13 +157,66 @@ def test_evaluation_is_the_runs_final_one(home, whole):
         assert found["final"] == results(folder)[key] and done.out.startswith("evaluated ")
 
 
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_an_evaluation_against_a_loop(script):
+    """Seeds 0, 1, 2, ..., without dropout; the mean return and D4RL's score of it."""
+
+    class Agent(torch.nn.Module):
+        def act(self, obs):
+            assert not self.training
+            seen.append(obs.numpy().copy())
+            return 0.1 * torch.ones(len(obs), 1)
+
+    seen, agent, returns = [], Agent(), []
+    envs = script.build_envs("Aim-v0", 3, seed=5)
+    found = script.evaluate(agent, envs, torch.device("cpu"), (-2.0, 6.0))
+    for seed in range(3):
+        env, rewards = Aim(), []
+        obs, _ = env.reset(seed=seed)
+        for step in range(4):
+            assert np.array_equal(seen[step][seed], obs)
+            obs, reward, _, _, _ = env.step(np.float32([0.2]))
+            rewards.append(reward)
+        returns.append(sum(rewards))
+    assert found["episodes"] == 3 and found["mean_length"] == 4 and agent.training
+    assert found["mean_reward"] == pytest.approx(np.mean(returns))
+    assert found["normalized_score"] == pytest.approx(100 * (np.mean(returns) + 2) / 8)
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:], ids=lambda script: script.__name__)
+def test_observations_as_they_are(home, tmp_path, script):
+    flags = f"{SMALL} --dataset {home}/aim.hdf5 --total-timesteps 1 --eval-episodes 0 --no-normalize"
+    run(script, flags, f"--no-normalize-rewards --output-dir {tmp_path} --run-name r")
+    agent = load_checkpoint(tmp_path / "r")["agent"]
+    assert agent["obs_mean"].tolist() == [0, 0] and agent["obs_std"].tolist() == [1, 1]
+
+
+def test_updates_draw_from_all_of_the_replay(tmp_path, monkeypatch):
+    """Of both environments, also once the ring of 4 steps has turned, and half an update a step."""
+    sizes, randint = [], torch.randint
+    monkeypatch.setattr(torch, "randint", lambda n, *a, **k: (sizes.append(n), randint(n, *a, **k))[1])
+    flags = f"{SMALL} --env Pendulum-v1 --num-envs 2 --buffer-size 9 --learning-starts 4 --utd-ratio 0.5"
+    run(sac, flags, f"--total-timesteps 14 --eval-episodes 0 --output-dir {tmp_path} --run-name r")
+    assert sizes == [6, 8, 8, 8, 8]
+
+
+def test_frequencies_that_the_number_of_environments_does_not_divide(tmp_path):
+    flags = f"{SMALL} --env Pendulum-v1 --num-envs 3 --learning-starts 99 --total-timesteps 30 --eval-freq 10"
+    run(sac, flags, f"--output-dir {tmp_path} --run-name r")
+    assert [step for step, _ in scalars(tmp_path / "r")["eval/mean_reward"]] == [0, 12, 21, 30]
+
+
 def test_one_seed_gives_one_run(tmp_path, whole):
     script, flags, folder = whole
     run(script, flags, f"--output-dir {tmp_path} --run-name again")
     assert_same_run(tmp_path / "again", folder)
     run(script, flags, f"--output-dir {tmp_path} --run-name other --seed 4 --total-timesteps 10")
-    weights = load_checkpoint(tmp_path / "other")["agent"]["actor.0.weight"]
-    assert not torch.equal(weights, load_checkpoint(folder)["agent"]["actor.0.weight"])
+    other, here = load_checkpoint(tmp_path / "other"), load_checkpoint(folder)
+    assert not torch.equal(other["agent"]["actor.0.weight"], here["agent"]["actor.0.weight"])
+    if script is sac:  # its environments and its random actions are others as well
+        run(sac, flags, f"--output-dir {tmp_path} --run-name short --total-timesteps 10")
+        a, b = other["replay"], load_checkpoint(tmp_path / "short")["replay"]
+        assert (a[0, :, :3] != b[0, :, :3]).any(1).all() and (a[..., 3] != b[..., 3]).all()
 
 
 @pytest.mark.parametrize("script", SCRIPTS[1:], ids=lambda script: script.__name__)
@@ -173,6 +238,17 @@ def test_evaluation_normalises_observations_by_the_training_data(home, tmp_path,
     assert results(tmp_path / "raw")["final"]["mean_reward"] != final["mean_reward"]
 
 
+@pytest.mark.parametrize("script", (*SCRIPTS, decision_transformer), ids=lambda script: script.__name__)
+def test_videos_of_the_first_three_episodes(home, tmp_path, script):
+    flags = "--env Aim-v0 --total-timesteps 1 --eval-episodes 4 --batch-size 8 --device cpu --capture-video"
+    data = "" if script is sac else f"--dataset {home}/aim.hdf5"
+    data += " --no-normalize-rewards" if script is iql else ""
+    run(script, flags, data, f"--output-dir {tmp_path} --run-name r")
+    files = sorted((tmp_path / "r/videos").iterdir())
+    assert [file.name for file in files] == [f"episode_{i}.mp4" for i in range(3)]
+    assert [frames(file)[1] for file in files] == [4, 4, 4]
+
+
 def test_a_run_without_evaluation_learns_the_same(home, tmp_path):
     """The environment says what its actions' units are all the same; best.pt is then the last."""
     flags = f"{SMALL} {OFFLINE} --dataset {home}/pendulum.hdf5 --output-dir {tmp_path}"
@@ -191,6 +267,7 @@ def test_a_run_without_evaluation_learns_the_same(home, tmp_path):
 @pytest.mark.parametrize("at", [17, 60])  # within a run, and in its last update but one or later
 def test_a_signal_within_an_update(tmp_path, whole, monkeypatch, at):
     script, flags, folder = whole
+    at = 110 if script is sac and at == 60 else at  # its ring has turned, its first episodes have ended
     td_target, calls = script.td_target, []
 
     def patched(*args):
@@ -230,6 +307,64 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path, whole):
     assert load_checkpoint(tmp_path / "r")["counters"][0] < (500 if script is sac else 60)
     run(script, f"--resume {tmp_path}/r")
     assert_same_run(tmp_path / "r", folder)
+
+
+def test_a_resumed_run_keeps_the_best_of_before(tmp_path, whole, monkeypatch):
+    script, flags, _ = whole
+    good = {"episodes": 2, "mean_reward": 1e9, "mean_length": 1.0}
+
+    def evaluate(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        return good
+
+    monkeypatch.setattr(script, "evaluate", evaluate)
+    done = call(script, flags, f"--output-dir {tmp_path} --run-name r")
+    assert done.code == 128 + signal.SIGINT and "stopped at 0" in done.out, done
+    monkeypatch.undo()
+    kept = (tmp_path / "r/best.pt").read_bytes()
+    run(script, f"--resume {tmp_path}/r")
+    assert results(tmp_path / "r")["best"] == results(tmp_path / "r")["initial"] == good
+    assert (tmp_path / "r/best.pt").read_bytes() == kept
+
+
+def test_what_a_crashed_run_logged_after_its_checkpoint_is_logged_again(tmp_path, whole, monkeypatch):
+    script, flags, folder = whole
+    td_target, calls = script.td_target, []
+
+    def patched(*args):
+        calls.append(1)
+        if len(calls) == 27:  # offline, after the evaluation at 25 and before the checkpoint at 30
+            raise MemoryError
+        return td_target(*args)
+
+    monkeypatch.setattr(script, "td_target", patched)
+    with pytest.raises(MemoryError):
+        call(script, flags, f"--output-dir {tmp_path} --run-name r")
+    monkeypatch.undo()
+    run(script, f"--resume {tmp_path}/r")
+    assert_same_run(tmp_path / "r", folder)
+    found, wanted = scalars(tmp_path / "r"), scalars(folder)
+    assert found["eval/mean_reward"] == wanted["eval/mean_reward"]
+
+
+def test_episodes_that_a_resume_cuts_are_time_outs(tmp_path, monkeypatch):
+    """Aim cannot be saved: its episodes of 4 steps go on from a reset."""
+    step_envs, calls = sac.step_envs, []
+
+    def patched(*args):
+        calls.append(1)
+        if len(calls) == 22:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step_envs(*args)
+
+    monkeypatch.setattr(sac, "step_envs", patched)
+    flags = f"{SMALL} --env Aim-v0 --total-timesteps 30 --learning-starts 99 --eval-episodes 0"
+    assert call(sac, flags, f"--output-dir {tmp_path} --run-name r").code == 128 + signal.SIGINT
+    monkeypatch.undo()
+    assert call(sac, f"--resume {tmp_path}/r --save-dataset {tmp_path}/x.hdf5").code == 0
+    with h5py.File(tmp_path / "x.hdf5") as file:
+        assert np.flatnonzero(file["timeouts"]).tolist() == [21]
+        assert np.flatnonzero(file["terminals"]).tolist() == [3, 7, 11, 15, 19, 25, 29]
 
 
 def test_resume_refuses_changed_flags_and_mere_weights(whole):
@@ -281,6 +416,8 @@ def test_the_replay_as_a_data_set(tmp_path, buffer, starts):
     dataset = load_dataset(tmp_path / "replay.hdf5")
     assert len(dataset.actions) == min(buffer, 900) and f"{min(buffer, 900)} steps written to" in done.out
     assert dataset.episode_starts.tolist() == starts and not dataset.terminations.any()
+    with h5py.File(tmp_path / "replay.hdf5") as file:  # also for those who read nothing else
+        assert (np.flatnonzero(file["timeouts"]) + 1).tolist() == [*starts[1:], min(buffer, 900)]
     assert dataset.env_id == "Pendulum-v1"
     assert_pendulum(dataset)
     assert (tmp_path / "r/checkpoint.pt").stat().st_size < 200_000  # not the million rows of the buffer
@@ -296,6 +433,10 @@ def test_steps_of_the_policy_as_a_data_set(tmp_path, trained_sac):
     assert len(dataset.actions) == 2055
     starts = sorted([*range(0, 2055, 206), *range(200, 2055, 206)])
     assert dataset.episode_starts.tolist() == [start for start in starts if start < 2055]
+    envs = sac.build_envs("Pendulum-v1", 10, seed=3)
+    for seen in (envs.reset()["proprio"].copy(), envs.reset(np.arange(10))["proprio"]):
+        # episodes neither of training nor of evaluation
+        assert not np.isin(seen[:, 0], dataset.observations[dataset.episode_starts, 0]).any()
     assert_pendulum(dataset)
     agent = sac.Agent(3, 1, sac.Args(width=16, depth=1))
     agent.load_state_dict(load_checkpoint(trained_sac)["agent"])
@@ -310,6 +451,8 @@ def test_steps_of_the_policy_as_a_data_set(tmp_path, trained_sac):
         assert np.array_equal(getattr(both, name)[:2055], getattr(dataset, name)), name
     assert_pendulum(both)
     assert both.episode_starts.tolist() == [*dataset.episode_starts, *range(2055, 2305, 25)]
+    with h5py.File(tmp_path / "policy.hdf5") as file:
+        assert (np.flatnonzero(file["timeouts"]) + 1).tolist() == [*both.episode_starts[1:], 2305]
     run(sac, flags, f"--checkpoint {trained_sac} --collect 30 --total-timesteps 20 --run-name b")
     assert len(load_dataset(tmp_path / "policy.hdf5").actions) == 30  # at the end of a training
 
@@ -322,6 +465,26 @@ def test_terminations_and_time_outs_in_a_data_set(tmp_path, env, length):
     assert dataset.episode_starts.tolist() == list(range(0, 24, length))
     ends = (np.arange(24) % length == length - 1) & (env == "Aim-v0")
     assert dataset.terminations.tolist() == ends.tolist()
+    with h5py.File(tmp_path / "x.hdf5") as file:
+        cuts = (np.arange(24) % length == length - 1) & (env == "AimCut-v0")
+        assert np.array_equal(file["timeouts"], cuts) and np.array_equal(file["terminals"], ends)
+    found = scalars(tmp_path / "r")
+    assert found["rollout/mean_length"][-1] == (24, length)
+    assert found["rollout/mean_reward"][-1][1] == pytest.approx(dataset.rewards.sum() * length / 24, rel=1e-5)
+
+
+def test_actions_whose_bounds_are_not_symmetric(tmp_path):
+    """-1 to 4: in the file as they are, and for the scripts that read it from -1 to 1 again."""
+    flags = f"{SMALL} --env Lopsided-v0 --total-timesteps 24 --learning-starts 99 --eval-episodes 0"
+    run(sac, flags, f"--save-dataset {tmp_path}/x.hdf5 --output-dir {tmp_path} --run-name r")
+    dataset, action = load_dataset(tmp_path / "x.hdf5"), load_checkpoint(tmp_path / "r")["replay"][:, 0, 2]
+    np.testing.assert_allclose(dataset.actions[:, 0], 1.5 + 2.5 * action, atol=1e-6)
+    raw = dict(normalize_rewards=False)
+    for script in (*SCRIPTS[1:], decision_transformer):
+        args = dataclasses.replace(script.Args(), **{} if script is decision_transformer else raw)
+        data = script.prepare_data(dataset, args, script.action_bounds("Lopsided-v0"))
+        rest = data[1] if script is decision_transformer else data[2]
+        np.testing.assert_allclose(rest[:, 0], action, atol=1e-6)
 
 
 # --- learning
@@ -457,6 +620,27 @@ def test_a_loss_that_is_not_finite_stops_the_run(home, tmp_path):
         call(sac, flags, SAC, "--save-freq 999 --learning-rate 1e38 --critic-learning-rate 1e38 --run-name b")
     for name in "ab":
         assert load_checkpoint(tmp_path / name)["counters"][0] == 0
+
+
+def test_defaults_are_those_of_the_published_numbers():
+    common = dict(batch_size=256, gamma=0.99, tau=0.005, total_timesteps=1_000_000, width=256)
+    td3 = dict(learning_rate=3e-4, critic_learning_rate=3e-4, depth=2, alpha=2.5, policy_noise=0.2)
+    for script, wanted in {
+        iql: dict(expectile=0.7, temperature=3.0, max_weight=100.0, learning_rate=3e-4, depth=2, dropout=0.0),
+        td3_bc: td3 | dict(noise_clip=0.5, policy_delay=2, normalize=True),
+        cql: dict(cql_samples=10, alpha="auto", target_gap=None, depth=3, critic_depth=3, bc_steps=0),
+        sac: dict(learning_rate=3e-4, critic_learning_rate=1e-3, alpha="auto", buffer_size=10**6, depth=2),
+    }.items():
+        for name, value in (common | wanted).items():
+            assert getattr(script.Args(), name) == value, (script, name)
+    antmaze = dict(eval_episodes=100, eval_freq=100_000)
+    iql_antmaze = dict(expectile=0.9, temperature=10.0, normalize_rewards=False, reward_bias=-1.0)
+    cql_antmaze = dict(target_gap=0.8, min_penalty=-200.0, max_backup=True, critic_depth=5, normalize=False)
+    assert iql.PRESETS["antmaze"] == antmaze | iql_antmaze
+    assert cql.PRESETS["antmaze"] == antmaze | cql_antmaze | dict(reward_scale=10.0, reward_bias=-5.0)
+    assert td3_bc.PRESETS["antmaze"] == antmaze | dict(reward_bias=-1.0)
+    human = dict(temperature=0.5, dropout=0.1, normalize_rewards=False)
+    assert all(iql.PRESETS[task] == human for task in ("kitchen", "pen", "door", "hammer", "relocate"))
 
 
 def test_presets_go_by_the_name_of_the_data(monkeypatch):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import test_offline_cli  # noqa: F401 (registers Aim-v0 and AimCut-v0)
 import torch
 import torch.nn as nn
 
@@ -301,6 +302,47 @@ def test_iql_squashes_the_mean_alone():
     assert torch.isfinite(iql.gaussian_log_prob(mean, log_std, torch.ones(B, A))).all()  # at the bounds
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_acting_takes_the_squashed_mean(script):
+    torch.manual_seed(0)
+    agent, obs = script.Agent(4, A, script.Args(width=8)).double(), randn(B, 4)
+    with torch.no_grad():
+        for parameter in agent.actor.parameters():
+            parameter.mul_(9)
+        wanted = net(agent.state_dict(), "actor", obs)[:, :A].tanh()
+        close(agent.act(obs), wanted, 1e-6)
+    assert wanted.abs().max() > 0.9  # where tanh matters
+
+
+def test_iql_drops_out_in_the_policy_and_in_training_alone():
+    torch.manual_seed(0)
+    agent, obs = iql.Agent(4, A, iql.Args(width=64, dropout=0.5)), torch.randn(B, 4)
+    assert not torch.equal(agent.policy(obs)[0], agent.policy(obs)[0])
+    assert torch.equal(agent.value(obs), agent.value(obs))
+    agent.eval()
+    assert torch.equal(agent.act(obs), agent.act(obs))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_new_agent(script):
+    """Targets begin as copies, temperatures and deviations as 1, CQL's networks as orthogonal matrices."""
+    weights = script.Agent(4, A, script.Args(width=8)).state_dict()
+    targets = [key for key in weights if key.startswith("target_")]
+    assert targets and all(torch.equal(weights[key], weights[key.removeprefix("target_")]) for key in targets)
+    assert not any(x.any() for key, x in weights.items() if key.startswith("log_"))
+    if script is cql:
+        assert not any(x.any() for key, x in weights.items() if "bias" in key)
+        last = weights["actor.6.weight"]
+        close(last @ last.T, 1e-4 * np.eye(2 * A), 1e-6)
+        close(weights["critic.weights.3"].norm(dim=1), np.full((2, 1), 0.01), 1e-6)
+
+
+def test_cqls_critics_have_a_depth_of_their_own():
+    agent = cql.Agent(4, A, cql.Args(width=8, depth=1, critic_depth=4))
+    assert len(agent.critic.weights) == len(agent.target_critic.weights) == 5
+    assert sum(isinstance(layer, nn.Linear) for layer in agent.actor) == 2
+
+
 @pytest.mark.parametrize("script", [iql, cql, td3_bc])
 def test_acting_normalises_observations(script):
     torch.manual_seed(0)
@@ -312,6 +354,9 @@ def test_acting_normalises_observations(script):
 
 
 # --- data
+
+
+UNIT = (np.array([-1.0]), np.array([1.0]))  # bounds of the action
 
 
 def make_dataset():
@@ -333,20 +378,20 @@ def test_data_in_the_policys_units(script):
     close(rest[:, 1], [5, 15, 25, 35, 45, -5])
     close(rest[:, 2], [0, 0, 1, 0, 0, 0])
     args = SimpleNamespace(normalize_rewards=True, reward_scale=1.0, reward_bias=-1.0)
-    rest = script.prepare_data(make_dataset(), args, None)[2]
+    rest = script.prepare_data(make_dataset(), args, UNIT)[2]
     close(rest[:, 1], np.array([1, 2, 3, 4, 5, 0]) * 1000 / 9 - 1, 1e-6)  # returns 6, 9, 0
     close(rest[:, 0], [-1, 0, 1, 1, 1, -1])
     for rewards in ([0, 0, 0, 0, 0, 0], [10, 20, 30, 40, 20.5, 60]):  # returns 60, 60.5, 60
         even = make_dataset()
         even.rewards[:] = rewards
         with pytest.raises(UserError, match="nearly equal returns alone; use --no-normalize-rewards"):
-            script.prepare_data(even, args, None)
+            script.prepare_data(even, args, UNIT)
 
 
 @pytest.mark.parametrize("script", [iql, cql, td3_bc])
 def test_batches_hold_whole_transitions_all_equally_likely(script):
     args = SimpleNamespace(normalize_rewards=False, reward_scale=1.0, reward_bias=0.0)
-    data = script.prepare_data(make_dataset(), args, None)
+    data = script.prepare_data(make_dataset(), args, UNIT)
     generator = torch.Generator().manual_seed(0)
     obs, action, reward, next_obs, end = script.sample_batch(*data, 6000, generator)
     assert obs.shape == next_obs.shape == (6000, 2) and action.shape == (6000, 1)
@@ -589,33 +634,39 @@ def test_updates_against_a_reference(tmp_path, in_double, name):
     assert targets and not any(p.requires_grad for p in targets)
 
 
-@pytest.mark.parametrize("alpha", ["auto", "0.3"])
-def test_sac_updates_against_a_reference(tmp_path, in_double, alpha):
-    """Three environment steps with an update each, after 20 random ones."""
-    flags = "--env Pendulum-v1 --seed 5 --learning-starts 20 --total-timesteps 23 --buffer-size 100"
+@pytest.mark.parametrize(
+    "env, alpha", [("Pendulum-v1", "auto"), ("Pendulum-v1", "0.3"), ("Aim-v0", "auto"), ("AimCut-v0", "auto")]
+)
+def test_sac_updates_against_a_reference(tmp_path, in_double, env, alpha):
+    """Three environment steps with an update each, after 20 random ones. Aim's episodes of 4 steps terminate,
+    AimCut's of 3 are time-outs, which are bootstrapped."""
+    flags = f"--env {env} --seed 5 --learning-starts 20 --total-timesteps 23 --buffer-size 100"
     agent, _ = in_double(sac, f"{flags} --alpha {alpha}", tmp_path)
     reference = Reference(agent.first)
     if alpha != "auto":
         reference.w["log_alpha"] = torch.tensor(math.log(0.3), requires_grad=True)
     replay = load_checkpoint(tmp_path / "r")["replay"][:, 0]
-    assert replay.shape == (23, 10) and replay.dtype == torch.float64
+    size, seen = (3 if env == "Pendulum-v1" else 2), np.zeros(2, bool)
+    assert replay.shape == (23, 2 * size + 4) and replay.dtype == torch.float64
     generator = torch.Generator().manual_seed(5)
     for step in range(23):
         if step < 20:
             action = torch.rand(1, 1, generator=generator) * 2 - 1
-            close(replay[step, 3], action[0, 0], 1e-6)
+            close(replay[step, size], action[0, 0], 1e-6)
             continue
-        action = squash(reference.w, replay[step : step + 1, :3], torch.randn(1, 1, generator=generator))[0]
-        close(replay[step, 3], action[0, 0].detach(), 1e-6)
+        noise = torch.randn(1, 1, generator=generator)
+        action = squash(reference.w, replay[step : step + 1, :size], noise)[0]
+        close(replay[step, size], action[0, 0].detach(), 1e-6)
         rows = replay[torch.randint(step + 1, (7,), generator=generator)]
         noise = torch.randn(2, 7, 1, generator=generator)
-        obs, action, reward, end, cut, next_obs = rows.split([3, 1, 1, 1, 1, 3], 1)
-        assert not end.any() and not cut.any()
+        obs, action, reward, end, cut, next_obs = rows.split([size, 1, 1, 1, 1, size], 1)
+        seen |= [end.any().item(), cut.any().item()]
         log_alpha = reference.w["log_alpha"]
         sac_update(reference, obs, action, reward[:, 0], end[:, 0], next_obs, noise)
         if alpha != "auto":
             reference.w["log_alpha"] = log_alpha
     assert_same_weights(agent.state_dict(), reference.w)
+    assert seen.tolist() == [env == "Aim-v0", env == "AimCut-v0"]  # ends that the updates have seen
     moved = {key for key, x in agent.state_dict().items() if not torch.equal(x, agent.first[key])}
     assert moved == agent.first.keys()
     assert not any(p.requires_grad for p in agent.target_critic.parameters())
