@@ -45,6 +45,7 @@ from common.checkpoint import (
 )
 from common.datasets import d4rl_name, load_dataset
 from common.envs import make_envs
+from common.optim import compile_update, minimize
 from common.video import annotate, write_video
 
 
@@ -504,7 +505,6 @@ def train(args):
             else:
                 loss_policy = policy_loss(log_prob, agent.critic(obs, new_action), alpha)
             loss_alpha = temperature_loss(agent.log_alpha, log_prob, -action_dim)
-            (loss_policy + loss_alpha).backward(inputs=[*actor_parameters, *tuned])  # not the critics'
 
             with torch.no_grad():
                 noise_here, noise_next = noise[1:].chunk(2)
@@ -530,10 +530,8 @@ def train(args):
                 multiplier = agent.log_multiplier.exp().clamp(max=1e6)
                 gap = args.cql_alpha * (penalty - args.target_gap)
                 loss = loss_critic + multiplier.detach() * gap.sum() - multiplier * gap.detach().mean()
-            loss.backward()
-            for optimizer in (actor_optimizer, critic_optimizer):
-                optimizer.step()
-                optimizer.zero_grad()
+            minimize(loss_policy + loss_alpha, actor_optimizer)
+            minimize(loss, critic_optimizer)
 
             with torch.no_grad():
                 torch._foreach_lerp_(target_parameters, critic_parameters, args.tau)
@@ -542,9 +540,6 @@ def train(args):
             metrics["value/multiplier"] = multiplier
             return {name: x.detach() for name, x in metrics.items()}
 
-        if args.compile:
-            update = torch.compile(update, mode="reduce-overhead" if device.type == "cuda" else None)
-
         step, seconds, initial, best = 0, 0.0, None, None
         if args.resume:
             for name, state in saved["optimizers"].items():
@@ -552,6 +547,8 @@ def train(args):
             step, seconds = saved["counters"]
             initial, best = saved["initial"], saved["best"]
             set_rng_state(saved["rng"], {"sampler": sampler}, {})
+        if args.compile:
+            update = compile_update(update, agent, optimizers.values())
         start = clock() - seconds
 
         def save(name):

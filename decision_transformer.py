@@ -47,6 +47,7 @@ from common.checkpoint import (
 )
 from common.datasets import d4rl_name, load_dataset
 from common.envs import make_envs
+from common.optim import compile_update, minimize
 from common.video import annotate, write_video
 
 
@@ -484,15 +485,9 @@ def train(args):
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 predicted = agent(returns, obs, action, timestep)
             loss = action_loss(predicted, action, mask)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+            norm = minimize(loss, optimizer, args.max_grad_norm)
             metrics = {"loss/policy": loss, "optim/grad_norm": norm}
             return {name: x.detach() for name, x in metrics.items()}
-
-        if args.compile:
-            update = torch.compile(update, mode="reduce-overhead" if device.type == "cuda" else None)
 
         step, seconds, initial, best = 0, 0.0, None, None
         if args.resume:
@@ -501,6 +496,8 @@ def train(args):
             step, seconds = saved["counters"]
             initial, best = saved["initial"], saved["best"]
             set_rng_state(saved["rng"], {"sampler": sampler}, {})
+        if args.compile:
+            update = compile_update(update, agent, optimizers.values())
         start = clock() - seconds
 
         def save(name):

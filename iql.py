@@ -44,6 +44,7 @@ from common.checkpoint import (
 )
 from common.datasets import d4rl_name, load_dataset
 from common.envs import make_envs
+from common.optim import compile_update, minimize
 from common.video import annotate, write_video
 
 
@@ -449,9 +450,7 @@ def train(args):
             with torch.no_grad():
                 target_q = agent.target_critic(obs, action).amin(0)
             loss_value = expectile_loss(target_q - agent.value(obs)[:, 0], args.expectile)
-            loss_value.backward()
-            value_optimizer.step()
-            value_optimizer.zero_grad()
+            minimize(loss_value, value_optimizer)
 
             with torch.no_grad():
                 value, next_value = agent.value(torch.cat([obs, next_obs]))[:, 0].chunk(2)
@@ -460,18 +459,13 @@ def train(args):
             loss_policy = -(weights * gaussian_log_prob(*agent.policy(obs), action)).mean()
             q = agent.critic(obs, action)
             loss_critic = critic_loss(q, target)
-            (loss_policy + loss_critic).backward()  # they share no weights
-            optimizer.step()
-            optimizer.zero_grad()
+            minimize(loss_policy + loss_critic, optimizer)  # they share no weights
 
             with torch.no_grad():
                 torch._foreach_lerp_(target_parameters, critic_parameters, args.tau)
             metrics = {"loss/critic": loss_critic, "loss/value": loss_value, "loss/policy": loss_policy}
             metrics |= {"value/q": q, "value/v": value, "policy/weight": weights}
             return {name: x.detach() for name, x in metrics.items()}
-
-        if args.compile:
-            update = torch.compile(update, mode="reduce-overhead" if device.type == "cuda" else None)
 
         step, seconds, initial, best = 0, 0.0, None, None
         if args.resume:
@@ -480,6 +474,8 @@ def train(args):
             step, seconds = saved["counters"]
             initial, best = saved["initial"], saved["best"]
             set_rng_state(saved["rng"], {"sampler": sampler}, {})
+        if args.compile:
+            update = compile_update(update, agent, optimizers.values())
         start = clock() - seconds
 
         def save(name):

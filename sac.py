@@ -47,6 +47,7 @@ from common.checkpoint import (
 )
 from common.datasets import load_dataset, reference_scores, save_d4rl
 from common.envs import make_envs
+from common.optim import compile_update, minimize
 from common.video import annotate, write_video
 
 
@@ -479,25 +480,18 @@ def train(args):
                 target = td_target(reward[:, 0], terminated[:, 0], next_value, args.gamma)
             q = agent.critic(obs, action)
             loss_critic = critic_loss(q, target)
-            loss_critic.backward()
-            critic_optimizer.step()
-            critic_optimizer.zero_grad()
+            minimize(loss_critic, critic_optimizer)
 
             action, log_prob = squashed_gaussian(*agent.policy(obs), noise[1])
             loss_policy = policy_loss(log_prob, agent.critic(obs, action), alpha)
             loss_alpha = temperature_loss(agent.log_alpha, log_prob, -action_dim)
-            (loss_policy + loss_alpha).backward(inputs=[*actor_parameters, *tuned])  # not the critics'
-            actor_optimizer.step()
-            actor_optimizer.zero_grad()
+            minimize(loss_policy + loss_alpha, actor_optimizer)
 
             with torch.no_grad():
                 torch._foreach_lerp_(target_parameters, critic_parameters, args.tau)
             metrics = {"loss/critic": loss_critic, "loss/policy": loss_policy, "loss/alpha": loss_alpha}
             metrics |= {"policy/entropy": -log_prob, "policy/alpha": alpha, "value/q": q}
             return {name: x.detach() for name, x in metrics.items()}
-
-        if args.compile:
-            update = torch.compile(update, mode="reduce-overhead" if device.type == "cuda" else None)
 
         step, gradient_steps, seconds = 0, 0, 0.0
         initial, best, recent = None, None, []
@@ -515,6 +509,8 @@ def train(args):
         else:
             obs = envs.reset()["proprio"]
         saved = None  # it holds a replay as well
+        if args.compile:
+            update = compile_update(update, agent, optimizers.values())
         start = clock() - seconds
 
         def save(name):

@@ -44,6 +44,7 @@ from common.checkpoint import (
 )
 from common.datasets import d4rl_name, load_dataset
 from common.envs import make_envs
+from common.optim import compile_update, minimize
 from common.video import annotate, write_video
 
 
@@ -445,25 +446,18 @@ def train(args):
                 target = td_target(reward, termination, next_value, args.gamma)
             q = agent.critic(obs, action)
             loss_critic = critic_loss(q, target)
-            loss_critic.backward()
-            critic_optimizer.step()
-            critic_optimizer.zero_grad()
+            minimize(loss_critic, critic_optimizer)
 
             metrics = {"loss/critic": loss_critic, "value/q": q, "value/target": target}
             if delayed:
                 policy_action = agent.actor(obs).tanh()
                 policy_q = agent.critic.q1(obs, policy_action)
                 loss_policy, loss_bc = policy_loss(policy_q, policy_action, action, args.alpha)
-                loss_policy.backward(inputs=actor_parameters)  # not the critics'
-                actor_optimizer.step()
-                actor_optimizer.zero_grad()
+                minimize(loss_policy, actor_optimizer)
                 with torch.no_grad():
                     torch._foreach_lerp_(targets, [*actor_parameters, *critic_parameters], args.tau)
                 metrics |= {"loss/policy": loss_policy, "loss/bc": loss_bc}
             return {name: x.detach() for name, x in metrics.items()}
-
-        if args.compile:
-            update = torch.compile(update, mode="reduce-overhead" if device.type == "cuda" else None)
 
         step, seconds, initial, best = 0, 0.0, None, None
         if args.resume:
@@ -472,6 +466,8 @@ def train(args):
             step, seconds = saved["counters"]
             initial, best = saved["initial"], saved["best"]
             set_rng_state(saved["rng"], {"sampler": sampler}, {})
+        if args.compile:
+            update = compile_update(update, agent, optimizers.values())
         start = clock() - seconds
 
         def save(name):

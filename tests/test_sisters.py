@@ -68,7 +68,7 @@ def test_td3_bc_adds_one_method_to_the_critics():
 
 def test_the_offline_scripts_train_alike_but_for_the_update():
     """All of `train` but optimizers and update, and what is drawn for it and its learning rate."""
-    cuts = ["        stack.callback(writer", "        if args.compile:\n", "            step += 1\n"]
+    cuts = ["        stack.callback(writer", "        step, seconds", "            step += 1\n"]
     alike, given = (
         [],
         """        if args.alpha != "auto":  # also where a checkpoint has another
@@ -90,7 +90,7 @@ def test_the_transformer_trains_like_the_others_but_for_update_and_evaluation():
     )
     assert body(iql, *cuts)[2:4] == body(decision_transformer, *cuts)[2:4]
     cuts = (
-        "        if args.compile:\n",
+        "        step, seconds",
         "        def run_evaluation(",
         "        def due(",
         "            batch = sample",

@@ -1,0 +1,70 @@
+"""An optimizer's step, and an update with its steps as one compiled graph."""
+
+import inspect
+import os
+import shutil
+
+import torch
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.optim.adam import adam
+
+from common import UserError
+
+
+def minimize(loss, optimizer, max_grad_norm=None):
+    """One step of `optimizer`, an Adam or AdamW, along the gradient of `loss` () by its own parameters alone,
+    scaled down to `max_grad_norm` if that is given -> the gradient's norm before, (), or None."""
+    groups, norm = optimizer.param_groups, None
+    parameters = [p for group in groups for p in group["params"]]
+    if not torch.compiler.is_compiling():
+        loss.backward(inputs=parameters)
+        if max_grad_norm:
+            norm = clip_grad_norm_(parameters, max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm
+    # torch.compile leaves those calls to Python. The same on the same state, in functions that it traces:
+    slopes = torch.autograd.grad(loss, parameters, allow_unused=True)
+    slopes = {p: slope for p, slope in zip(parameters, slopes, strict=True) if slope is not None}
+    with torch.no_grad():
+        if max_grad_norm:
+            norm = get_total_norm(slopes.values())
+            scale = (max_grad_norm / (norm + 1e-6)).clamp(max=1)
+            slopes = {p: slope * scale for p, slope in slopes.items()}
+        for group in groups:
+            used = [p for p in group["params"] if p in slopes]
+            states = [optimizer.state[p] for p in used]
+            means, squares, steps = ([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq", "step"))
+            options = {key: group[key] for key in ("lr", "weight_decay", "eps", "decoupled_weight_decay")}
+            options |= dict(
+                zip(("beta1", "beta2"), group["betas"], strict=True), amsgrad=False, maximize=False
+            )
+            gradients = [slopes[p] for p in used]
+            adam(used, gradients, means, squares, [], steps, foreach=True, capturable=True, **options)
+    return norm
+
+
+def compile_update(update, agent, optimizers):
+    """`update(...)`, which steps `optimizers` by `minimize`, as one graph of torch.compile, on a GPU as a
+    CUDA graph. To be called when `agent` and `optimizers` have their device and, if any, their saved state.
+    Later calls check their arguments and all numbers (say, a learning rate) before they reuse the graph, not
+    the modules and tensors from which it was made. UserError without a C++ compiler."""
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        raise UserError("--compile needs a C++ compiler; install g++, name one in $CXX, or drop --compile.")
+    device, tensors = next(agent.parameters()).device, [*agent.parameters(), *agent.buffers()]
+    for optimizer in optimizers:
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            state = optimizer.state.setdefault(p, {"step": torch.zeros((), device=device)} | zeros)
+            tensors += state.values()
+    for tensor in tensors:  # a CUDA graph takes these where they are, instead of copying them
+        torch._dynamo.mark_static_address(tensor)
+    arguments = {f"L['{name}']" for name in inspect.signature(update).parameters}
+    numbers = {"CONSTANT_MATCH", "EQUALS_MATCH"}
+
+    def keep(guards):  # the check of all of them takes 6% of an update on a CPU
+        return [guard.guard_type in numbers or guard.name in arguments for guard in guards]
+
+    torch._dynamo.config.trace_autograd_ops = True
+    options = {"triton.cudagraphs": True} if device.type == "cuda" else {"cpp_wrapper": True}
+    return torch.compile(update, fullgraph=True, options=options | {"guard_filter_fn": keep})
