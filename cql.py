@@ -493,6 +493,7 @@ def train(args):
         )
         optimizers = {"actor": actor_optimizer, "critic": critic_optimizer}
         sampler = torch.Generator(device).manual_seed(args.seed)
+        rows = 1024 if device.type == "cpu" else 2**30  # through the critics at a time: a CPU caches them
 
         def update(obs, action, reward, next_obs, termination, uniform, noise, imitate):
             """Algorithm 1 of arXiv:2006.04779, all gradients at the same weights: uniform actions (n, B, A),
@@ -517,8 +518,9 @@ def train(args):
                 density_uniform = torch.full_like(density_here, -action_dim * math.log(2))
                 log_density = torch.cat([density_uniform, density_here, density_next])  # (3n, B)
                 actions = torch.cat([action[None], uniform, actions_here, actions_next])  # (1 + 3n, B, A)
-            q = agent.critic(obs.expand(len(actions), -1, -1).flatten(0, 1), actions.flatten(0, 1))
-            q = q.unflatten(1, (len(actions), -1))  # (2, 1 + 3n, B), all at obs
+            here = obs.expand(len(actions), -1, -1).flatten(0, 1).split(rows)
+            q = [agent.critic(*x) for x in zip(here, actions.flatten(0, 1).split(rows), strict=True)]
+            q = torch.cat(q, 1).unflatten(1, (len(actions), -1))  # (2, 1 + 3n, B), all at obs
             loss_critic = critic_loss(q[:, 0], target)
             penalty = cql_penalty(q[:, 0], q[:, 1:], log_density)  # (2, B)
             if args.min_penalty is not None:

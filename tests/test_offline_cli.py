@@ -341,6 +341,7 @@ def test_what_a_crashed_run_logged_after_its_checkpoint_is_logged_again(tmp_path
     with pytest.raises(MemoryError):
         call(script, flags, f"--output-dir {tmp_path} --run-name r")
     monkeypatch.undo()
+    time.sleep(1.1)  # TensorBoard orders a run's files by the second at which they began
     run(script, f"--resume {tmp_path}/r")
     assert_same_run(tmp_path / "r", folder)
     found, wanted = scalars(tmp_path / "r"), scalars(folder)
@@ -534,6 +535,33 @@ def test_behaviour_cloning_is_a_case_of_both(home, script, flags):
     assert (found + 0.2 * x).abs().mean() < 0.06
 
 
+def test_cql_asks_its_critics_in_pieces(tmp_path, home, monkeypatch):
+    """On a CPU at most 1024 rows at once; the penalty gets all of them, in order and at the batch's obs."""
+    forward, penalty, asked, got = cql.TwinCritic.forward, cql.cql_penalty, [], []
+
+    def spy(critic, obs, action):
+        q = forward(critic, obs, action)
+        if q.requires_grad:
+            asked.append((obs, action, q))
+        return q
+
+    def final(*args):
+        got.extend(args)
+        return penalty(*args)
+
+    monkeypatch.setattr(cql.TwinCritic, "forward", spy)
+    monkeypatch.setattr(cql, "cql_penalty", final)
+    flags = f"{SMALL} --eval-episodes 0 --output-dir {tmp_path} --dataset {home}/pendulum.hdf5 --width 64"
+    run(cql, flags, "--env Pendulum-v1 --total-timesteps 1 --batch-size 90 --cql-samples 10")
+    (obs, _, _), *pieces = asked  # the policy's loss comes first
+    assert [len(x) for x, _, _ in pieces] == [1024, 1024, 31 * 90 - 2048]
+    everywhere, actions, q = (
+        torch.cat(x, dim) for x, dim in zip(zip(*pieces, strict=True), (0, 0, 1), strict=True)
+    )
+    assert torch.equal(everywhere, obs.repeat(31, 1)) and len(actions.unique()) > 2000
+    assert torch.equal(torch.cat([got[0], got[1].flatten(1)], 1), q)
+
+
 # --- compiled and in half precision
 
 
@@ -556,6 +584,28 @@ def test_compiled_updates_are_the_same(tmp_path, home, script):
     a, b = (load_checkpoint(tmp_path / name)["agent"] for name in ("eager", "compile"))
     for key, x in a.items():
         torch.testing.assert_close(x, b[key], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", (iql, cql), ids=lambda script: script.__name__)
+def test_a_compiled_run_goes_on_bit_identically(tmp_path, home, script, monkeypatch):
+    flags = f"{SMALL} --eval-episodes 0 --output-dir {tmp_path} --env Pendulum-v1 --compile --save-freq 2"
+    flags += f" --dataset {home}/pendulum.hdf5 --total-timesteps 6"
+    run(script, flags, "--run-name whole")
+    function, calls = script.sample_batch, []
+
+    def patched(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise MemoryError
+        return function(*args)
+
+    monkeypatch.setattr(script, "sample_batch", patched)
+    with pytest.raises(MemoryError):
+        call(script, flags, "--run-name stopped")
+    monkeypatch.undo()
+    run(script, f"--resume {tmp_path}/stopped")
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
 # --- wrong inputs
