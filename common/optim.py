@@ -3,6 +3,8 @@
 import inspect
 import os
 import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 from torch.nn.utils import clip_grad_norm_, get_total_norm
@@ -48,9 +50,13 @@ def compile_update(update, agent, optimizers):
     """`update(...)`, which steps `optimizers` by `minimize`, as one graph of torch.compile, on a GPU as a
     CUDA graph. To be called when `agent` and `optimizers` have their device and, if any, their saved state.
     Later calls check their arguments and all numbers (say, a learning rate) before they reuse the graph, not
-    the modules and tensors from which it was made. UserError without a C++ compiler."""
-    if not shutil.which(os.environ.get("CXX", "g++")):
-        raise UserError("--compile needs a C++ compiler; install g++, name one in $CXX, or drop --compile.")
+    the modules and tensors from which it was made. UserError without a C++ compiler and Python's headers."""
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    if not shutil.which(os.environ.get("CXX", "g++")) or not headers.is_file():
+        raise UserError(
+            f"--compile needs g++, or another C++ compiler named in $CXX, and {headers}; install the "
+            "packages g++ and python3-dev, or drop --compile."
+        )
     device, tensors = next(agent.parameters()).device, [*agent.parameters(), *agent.buffers()]
     for optimizer in optimizers:
         for p in (p for group in optimizer.param_groups for p in group["params"]):

@@ -116,7 +116,11 @@ def test_the_compiled_update_heeds_numbers(graphs):
     assert len(graphs) > 3 and optimizer.state[agent.weight]["step"] == 5
 
 
-def test_without_a_compiler(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
-        compile_update(lambda x: x, torch.nn.Linear(1, 1), [])
+def test_without_a_compiler(monkeypatch, tmp_path):
+    agent = torch.nn.Linear(1, 1)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="needs g\\+\\+, or another C"):
+        patch.setenv("CXX", "no-such-compiler")
+        compile_update(lambda x: x, agent, [])
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=f"and {tmp_path}/Python.h"):
+        patch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+        compile_update(lambda x: x, agent, [])
