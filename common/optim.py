@@ -65,8 +65,8 @@ def compile_update(update, agent, optimizers):
             tensors += state.values()
     for tensor in tensors:  # a CUDA graph takes these where they are, instead of copying them
         torch._dynamo.mark_static_address(tensor)
-    arguments = {f"L['{name}']" for name in inspect.signature(update).parameters}
-    numbers = {"CONSTANT_MATCH", "EQUALS_MATCH"}
+    arguments = inspect.signature(update).parameters
+    numbers = {"CONSTANT_MATCH", "EQUALS_MATCH", "SHAPE_ENV"}
 
     def keep(guards):  # the check of all of them takes 6% of an update on a CPU
         return [guard.guard_type in numbers or guard.name in arguments for guard in guards]
