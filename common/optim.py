@@ -30,7 +30,7 @@ def minimize(loss, optimizer, max_grad_norm=None):
     slopes = {p: slope for p, slope in zip(parameters, slopes, strict=True) if slope is not None}
     with torch.no_grad():
         if max_grad_norm:
-            norm = get_total_norm(slopes.values())
+            norm = get_total_norm(slopes.values(), foreach=False)
             scale = (max_grad_norm / (norm + 1e-6)).clamp(max=1)
             slopes = {p: slope * scale for p, slope in slopes.items()}
         for group in groups:
