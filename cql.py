@@ -483,11 +483,10 @@ def train(args):
         # What a killed run logged after its last checkpoint is logged again.
         writer = SummaryWriter(folder, purge_step=saved["counters"][0] + 1 if args.resume else None)
         stack.callback(writer.close)
-        actor_parameters = list(agent.actor.parameters())
         critic_parameters = list(agent.critic.parameters())
         target_parameters = list(agent.target_critic.parameters())
-        tuned = [agent.log_alpha] if args.alpha == "auto" else []
-        actor_optimizer = torch.optim.Adam([*actor_parameters, *tuned], lr=args.learning_rate, fused=True)
+        tuned = [*agent.actor.parameters(), *([agent.log_alpha] if args.alpha == "auto" else [])]
+        actor_optimizer = torch.optim.Adam(tuned, lr=args.learning_rate, fused=True)
         critic_optimizer = torch.optim.Adam(
             [*critic_parameters, agent.log_multiplier], lr=args.critic_learning_rate, fused=True
         )

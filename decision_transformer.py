@@ -473,9 +473,10 @@ def train(args):
         # What a killed run logged after its last checkpoint is logged again.
         writer = SummaryWriter(folder, purge_step=saved["counters"][0] + 1 if args.resume else None)
         stack.callback(writer.close)
-        parameters = list(agent.parameters())
         decay = args.weight_decay
-        optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=decay, fused=True)
+        optimizer = torch.optim.AdamW(
+            agent.parameters(), lr=args.learning_rate, weight_decay=decay, fused=True
+        )
         rate = torch.zeros((), device=device)  # the learning rate, which changes without recompiling
         optimizers = {"actor": optimizer}
         sampler = torch.Generator(device).manual_seed(args.seed)

@@ -458,11 +458,10 @@ def train(args):
         # What a killed run logged after its last checkpoint is logged again.
         writer = SummaryWriter(folder, purge_step=saved["counters"][0] + 1 if args.resume else None)
         stack.callback(writer.close)
-        actor_parameters = list(agent.actor.parameters())
         critic_parameters = list(agent.critic.parameters())
         target_parameters = list(agent.target_critic.parameters())
         tuned = [agent.log_alpha] if args.alpha == "auto" else []
-        groups = [{"params": actor_parameters}, {"params": tuned, "lr": args.critic_learning_rate}]
+        groups = [{"params": agent.actor.parameters()}, {"params": tuned, "lr": args.critic_learning_rate}]
         actor_optimizer = torch.optim.Adam(groups, lr=args.learning_rate, fused=True)
         critic_optimizer = torch.optim.Adam(critic_parameters, lr=args.critic_learning_rate, fused=True)
         optimizers = {"actor": actor_optimizer, "critic": critic_optimizer}

@@ -6,6 +6,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ARCHIVE = Path(__file__).resolve().parents[2] / "shared" / "data" / "libero_assets.tar.xz"
 
@@ -24,3 +25,21 @@ def assets(tmp_path_factory):
                 archive.extractall(folder, filter="data")
             patch.setenv("LIBERO_ASSETS", str(next(folder.glob("**/scenes")).parent))
         yield
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """torch.compile traces as always, but runs the graph's operations as they are -> the graphs made."""
+    original, made = torch.compile, []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    def trace(function, fullgraph, options):
+        options = {"guard_filter_fn": options["guard_filter_fn"]}
+        return original(function, fullgraph=fullgraph, backend=backend, options=options)
+
+    monkeypatch.setattr(torch, "compile", trace)
+    yield made
+    torch.compiler.reset()

@@ -520,14 +520,23 @@ def test_a_signal_within_an_update(tmp_path, whole, monkeypatch, flags):
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
-@pytest.mark.slow
-def test_compiled_updates_are_the_same(tmp_path, whole):
+def compare_compiled(tmp_path, flags):
     for name in ("eager", "compile"):
-        flags = f"{whole[0]} --dropout 0 --eval-episodes 0 --total-timesteps 3 --output-dir {tmp_path}"
-        assert call(flags, f"--run-name {name}", "--compile" if name == "compile" else "").code == 0
+        given = f"{flags} --dropout 0 --eval-episodes 0 --total-timesteps 3 --output-dir {tmp_path}"
+        assert call(given, f"--run-name {name}", "--compile" if name == "compile" else "").code == 0
     a, b = (load_checkpoint(tmp_path / name)["agent"] for name in ("eager", "compile"))
     for key, x in a.items():
         torch.testing.assert_close(x, b[key], rtol=1e-3, atol=1e-5)
+
+
+def test_an_update_is_traced_whole(tmp_path, whole, graphs):
+    compare_compiled(tmp_path, whole[0])
+    assert len(graphs) == 1
+
+
+@pytest.mark.slow
+def test_compiled_updates_are_the_same(tmp_path, whole):
+    compare_compiled(tmp_path, whole[0])
 
 
 @pytest.mark.parametrize(

@@ -573,17 +573,34 @@ def test_half_precision(tmp_path, whole):
     assert (a["critic.weights.0"] - b["critic.weights.0"]).abs().max() < 0.05
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_compiled_updates_are_the_same(tmp_path, home, script):
+def compare_compiled(tmp_path, home, script, extra=""):
     flags = f"{SMALL} --eval-episodes 0 --output-dir {tmp_path} --env Pendulum-v1 --learning-rate 1e-3 "
     flags += "--total-timesteps 23 --learning-starts 20" if script is sac else "--total-timesteps 3"
     flags += "" if script is sac else f" --dataset {home}/pendulum.hdf5"
     for name in ("eager", "compile"):
-        run(script, flags, f"--run-name {name}", "--compile" if name == "compile" else "")
+        run(script, flags, extra, f"--run-name {name}", "--compile" if name == "compile" else "")
     a, b = (load_checkpoint(tmp_path / name)["agent"] for name in ("eager", "compile"))
     for key, x in a.items():
         torch.testing.assert_close(x, b[key], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "script, flags, count",
+    [
+        (sac, "", 1), (sac, "--alpha 0.2", 1), (iql, "", 1), (cql, "--bc-steps 1", 2), (td3_bc, "", 2),
+        (cql, "--target-gap 1 --max-backup --min-penalty -9 --bf16", 1),
+    ],
+)  # fmt: skip
+def test_an_update_is_traced_whole(tmp_path, home, graphs, script, flags, count):
+    """One graph for each of its variants, with the numbers of the update that is not traced."""
+    compare_compiled(tmp_path, home, script, flags)
+    assert len(graphs) == count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_compiled_updates_are_the_same(tmp_path, home, script):
+    compare_compiled(tmp_path, home, script)
 
 
 @pytest.mark.slow

@@ -31,24 +31,6 @@ def make(kind):
     return x, y, unused, optimizer
 
 
-@pytest.fixture
-def graphs(monkeypatch):
-    """torch.compile traces as always, but runs the graph's operations as they are -> the graphs made."""
-    original, made = torch.compile, []
-
-    def backend(graph, inputs):
-        made.append(graph)
-        return graph.forward
-
-    def trace(function, fullgraph, options):
-        options = {"guard_filter_fn": options["guard_filter_fn"]}
-        return original(function, fullgraph=fullgraph, backend=backend, options=options)
-
-    monkeypatch.setattr(torch, "compile", trace)
-    yield made
-    torch.compiler.reset()
-
-
 def loss_of(x, y, other):
     return (x.square() * torch.tensor([1.0, 3.0])).sum() * y[0, 0] + other * y[0, 0] ** 3
 
