@@ -10,112 +10,64 @@ Initialisation is as in CORL (all weights small), so that time steps which no da
 without next_observations an episode that a time-out ends lacks its last step, and the returns that reward.
 """
 
-import contextlib
-import ctypes
-import dataclasses
-import importlib.util
-import json
-import math
-import re
-import signal
-import sys
-import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
-import gymnasium
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from common import UserError
-from common.checkpoint import (
-    CheckpointError,
-    hardware,
-    load_checkpoint,
-    rng_state,
-    run_folder,
-    save_checkpoint,
-    set_rng_state,
-    versions,
-    write_results,
-)
-from common.datasets import d4rl_name, load_dataset
-from common.envs import make_envs
+from common.datasets import load_dataset, unit_actions
+from common.evaluation import evaluation_world, run_episodes, score, summarize
+from common.flags import FIXED, NonNegative, NonNegativeInt, Positive, PositiveInt, Share
 from common.optim import compile_update, minimize
-from common.video import annotate, write_video
+from common.run import OfflineArgs, main
 
 
 @dataclass
-class Args:
-    # --- experiment
-    dataset: str = "hopper-medium-v2"
-    """D4RL's name, a file in D4RL's or RoboMimic's layout, or a Minari id"""
-    env: str | None = None
-    """the Gymnasium id to evaluate in; default the data set's"""
-    seed: int = 1
-    """fixes initial weights, sampling and evaluation"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the networks and the data are"""
-    compile: bool = False
-    """torch.compile the update; with CUDA graphs on a GPU"""
-    bf16: bool = False
-    """matrix products in bfloat16"""
-    checkpoint: str | None = None
-    """start from these weights: a file, or a run's folder"""
-    resume: str | None = None
-    """continue this run (its folder) exactly where its last checkpoint stands, with its own arguments"""
-    evaluate: bool = False
-    """no training: evaluate --checkpoint and write results.json"""
-    capture_video: bool = False
-    """write annotated videos of the first evaluation episodes"""
-    track: bool = False
-    """log to Weights & Biases beside TensorBoard"""
-    output_dir: str = "runs"
-    """where run folders are made"""
-    run_name: str | None = None
-    """the run folder's name; default <dataset>__<script>__<seed>__<time>"""
-    eval_episodes: int = 10
-    """episodes of each target return, with seeds of their own; 0 for no evaluation"""
-    eval_freq: int = 10_000
-    """updates between evaluations; 0 for the first and the last only"""
-    save_freq: int = 10_000
-    """updates between checkpoints"""
-
-    # --- algorithm
-    total_timesteps: int = 100_000
+class Args(OfflineArgs):
+    total_timesteps: PositiveInt = 100_000
     """updates to train for"""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """pieces of episodes per update"""
-    context_length: int = 20
+    context_length: Annotated[PositiveInt, FIXED] = 20
     """time steps that the policy sees, of three tokens each"""
-    n_layer: int = 3
+    n_layer: Annotated[PositiveInt, FIXED] = 3
     """blocks of the transformer"""
-    n_head: int = 1
+    n_head: Annotated[PositiveInt, FIXED] = 1
     """heads of an attention"""
-    embed_dim: int = 128
+    embed_dim: Annotated[PositiveInt, FIXED] = 128
     """width of a token"""
-    dropout: float = 0.1
+    dropout: Share = 0.1
     """of embeddings, attention and residuals"""
-    learning_rate: float = 1e-4
+    learning_rate: NonNegative = 1e-4
     """AdamW, after the warm-up"""
-    weight_decay: float = 1e-4
+    weight_decay: NonNegative = 1e-4
     """AdamW, of all weights"""
-    warmup_steps: int = 10_000
+    warmup_steps: PositiveInt = 10_000
     """updates in which the learning rate rises from 0"""
-    max_grad_norm: float = 0.25
+    max_grad_norm: Positive = 0.25
     """the gradient's norm is clipped to this"""
-    max_timesteps: int = 1000
+    max_timesteps: Annotated[PositiveInt, FIXED] = 1000
     """time steps of an episode with an embedding of their own; later ones share the last"""
-    return_scale: float = 1000.0
+    return_scale: Annotated[Positive, FIXED] = 1000.0
     """returns-to-go are divided by this"""
     target_returns: tuple[float, ...] | None = None
     """returns to ask for in evaluations; default the preset's, or the best of the data"""
+    eval_episodes: NonNegativeInt = 10
+    """episodes of each target return, with seeds of their own; 0 for no evaluation"""
+    eval_freq: NonNegativeInt = 10_000
+    """updates between evaluations; 0 for the first and the last only"""
+    save_freq: PositiveInt = 10_000
+    """updates between checkpoints"""
+    bf16: bool = False
+    """matrix products in bfloat16"""
+
+    def check(self):
+        if self.embed_dim % self.n_head:
+            raise UserError(f"--embed-dim {self.embed_dim} must be a multiple of --n-head {self.n_head}.")
 
 
 PRESETS = {  # by a word of the data set's name
@@ -124,7 +76,7 @@ PRESETS = {  # by a word of the data set's name
     "walker2d": dict(target_returns=(5000.0, 2500.0)),
     "antmaze": dict(target_returns=(1.0, 0.5), return_scale=1.0),
 }
-SCRIPT, LOG_FREQ = Path(__file__).stem, 500
+LOG_FREQ = 500  # updates between two points of the log
 
 
 # --- the mathematics: pure functions on tensors
@@ -216,185 +168,76 @@ class Agent(nn.Module):
         x = self.blocks[-1](x, at, order[at, None] >= order)
         return self.head(self.norm_out(x)).tanh()
 
-    def act(self, context, step):
-        """The action of an evaluation: context (B, K, 1 + S + A), the return-to-go, the environment's own
-        observation and the action of the last K steps up to `step` -> (B, A)."""
-        returns, obs, action = context.split([1, len(self.obs_mean), self.head.out_features], -1)
-        obs = (obs - self.obs_mean) / self.obs_std
-        timestep = torch.arange(step + 1 - context.shape[1], step + 1, device=context.device)
-        return self(returns[..., 0], obs, action, timestep.expand(len(context), -1), last=True)[:, 0]
-
 
 # --- evaluation
 
 
-@torch.no_grad()
-def evaluate(agent, envs, device, references, targets, args, video_folder=None):
-    """One episode of each of `envs`, as many for each of the `targets`, with seeds 0, 1, 2, ... -> the
-    evaluation's dict of the run folder's contract, of the best target, and `per_target` of all.
-    `references` are the returns of D4RL's normalised score, 0 and 100, or None."""
+class Prompted:
+    """What an evaluation asks (see common/evaluation.py): the agent, told in each environment which return its
+    episode shall reach, with the last --context-length steps of all of them."""
+
+    def __init__(self, agent, wanted, args, device):
+        self.agent, self.wanted, self.args, self.device, self.step = agent, wanted, args, device, 0
+        width = 1 + len(agent.obs_mean) + agent.head.out_features
+        self.context = torch.empty(len(wanted), 0, width, device=device)
+
+    def act(self, obs, turn):
+        """-> actions (B, 1, A). All episodes are at the same step: each environment plays one."""
+        agent, rows = self.agent, torch.as_tensor(turn["rows"], device=self.device)
+        left = (self.wanted[turn["rows"]] - turn["returns"]) / self.args.return_scale
+        blank = np.zeros((len(left), agent.head.out_features), np.float32)
+        row = np.c_[left, obs["proprio"], blank].astype(np.float32)
+        new = torch.zeros(len(self.wanted), 1, row.shape[1], device=self.device)
+        new[rows, 0] = torch.as_tensor(row, device=self.device)
+        self.context = torch.cat([self.context, new], 1)[:, -self.args.context_length :]
+        returns, seen, action = self.context[rows].split([1, len(agent.obs_mean), blank.shape[1]], -1)
+        seen = (seen - agent.obs_mean) / agent.obs_std
+        length = self.context.shape[1]
+        timestep = torch.arange(self.step + 1 - length, self.step + 1, device=self.device)
+        action = agent(returns[..., 0], seen, action, timestep.expand(len(rows), -1), last=True)[:, 0]
+        self.context[rows, -1, -action.shape[1] :] = action
+        self.step += 1
+        return action[:, None].cpu().numpy(), None
+
+    @property
+    def training(self):
+        return self.agent.training
+
+    def train(self, mode=True):
+        self.agent.train(mode)
+
+    def eval(self):
+        self.agent.eval()
+
+
+def evaluate_targets(agent, envs, args, run, references, targets, videos=False):
+    """`--eval-episodes` episodes for each of the target returns, with seeds 0, 1, 2, ... -> the evaluation's dict
+    of the best target, and `per_target` of all."""
     if envs is None:
         return {"episodes": 0}
-    agent.eval()
-    running = np.ones(envs.num_envs, bool)
-    record = np.arange(envs.num_envs) < (3 if video_folder else 0)
-    frames = {i: [] for i in np.flatnonzero(record)}
-    actions = np.zeros((envs.num_envs, 1, *envs.single_action_space.shape), np.float32)
-    episodes = envs.num_envs // len(targets)
-    obs = envs.reset(np.tile(np.arange(episodes), len(targets)))["proprio"]
-    wanted, step = np.repeat(targets, episodes), 0
-    width = 1 + obs.shape[1] + actions.shape[2]
-    context = torch.empty(envs.num_envs, 0, width, device=device)  # the last steps, as `act` takes them
-    while running.any():
-        row = np.c_[wanted / args.return_scale, obs, np.zeros_like(actions[:, 0])].astype(np.float32)
-        row = torch.as_tensor(row, device=device)[:, None]
-        context = torch.cat([context, row], 1)[:, -args.context_length :]
-        actions[running, 0] = agent.act(context[torch.as_tensor(running)], step).cpu().numpy()
-        context[:, -1, -actions.shape[-1] :] = torch.as_tensor(actions[:, 0], device=device)
-        obs, _, terminated, truncated, info = envs.step(actions, mask=running, record=record & running)
-        obs = obs["proprio"]
-        wanted = np.repeat(targets, episodes) - info["episode_return"]
-        step += 1
-        for i, shots in info["frames"].items():
-            text = f"step {info['episode_length'][i]}   return {info['episode_return'][i]:.1f}"
-            frames[i] += [annotate(shot, [text]) for shot in shots]
-        running &= ~(terminated | truncated)
-    for i, pictures in frames.items():
-        write_video(Path(video_folder) / f"episode_{i}.mp4", pictures, fps=30)
-    agent.train()
-    per_target = {}
-    for i, target in enumerate(targets):
-        rows = slice(i * episodes, (i + 1) * episodes)
-        mean_reward, mean_length = (
-            float(info[f"episode_{key}"][rows].mean()) for key in ("return", "length")
-        )
-        result = {"episodes": episodes, "mean_reward": mean_reward, "mean_length": mean_length}
-        if references:
-            result["normalized_score"] = 100 * (mean_reward - references[0]) / (references[1] - references[0])
-        per_target[f"{target:.12g}"] = result | {"target_return": target}
-    return max(per_target.values(), key=score) | {"per_target": per_target}
-
-
-def score(evaluation):
-    return evaluation.get("mean_reward", 0.0)
-
-
-# --- set-up
-
-
-def resolve_args(args):
-    """Presets below the command line's flags; with --resume, the run's own arguments. UserError for values
-    that cannot work."""
-    words = re.split(r"[^a-z0-9]+", d4rl_name(args.dataset).lower())
-    presets = next((preset for word, preset in PRESETS.items() if word in words), {})
-    args = tyro.cli(Args, default=dataclasses.replace(Args(), **presets))
-    if args.resume:
-        args = resume_args(args, free={"resume", "device", "capture_video", "track"})
-    check_args(
-        args,
-        positive="save_freq total_timesteps batch_size context_length n_layer n_head embed_dim warmup_steps "
-        "max_grad_norm max_timesteps return_scale",
-        nonnegative="eval_episodes eval_freq learning_rate weight_decay",
-        share="dropout",
+    seeds = np.tile(np.arange(args.eval_episodes), len(targets))
+    prompted = Prompted(agent, np.repeat(targets, args.eval_episodes), args, run.device)
+    outcomes, per_target = (
+        run_episodes(prompted, envs, seeds, video_folder=run.videos if videos else None),
+        {},
     )
-    if args.embed_dim % args.n_head:
-        raise UserError(f"--embed-dim {args.embed_dim} must be a multiple of --n-head {args.n_head}.")
-    if not np.isfinite(args.target_returns or 0.0).all():
-        raise UserError(f"--target-returns must be finite, but are {args.target_returns}.")
-    return args
-
-
-def resume_args(args, free):
-    """The run's own arguments, but for the `free` ones; UserError if the command line changes others."""
-    saved = load_checkpoint(args.resume, scripts=(SCRIPT,))
-    if "optimizers" not in saved:
-        raise UserError(f"{args.resume} holds weights alone; use --checkpoint, or resume the run's folder.")
-    saved = saved["args"]
-    if other := saved.keys() ^ {f.name for f in dataclasses.fields(Args)}:
-        raise UserError(
-            f"{args.resume} is of another version of this script, which differs in "
-            f"{', '.join(sorted(other))}; resume it with that version, or use --checkpoint instead."
-        )
-    args = tyro.cli(Args, default=Args(**saved))
-    clash = [name for name in saved if name not in free and getattr(args, name) != saved[name]]
-    if clash:
-        flags = ", ".join("--" + name.replace("_", "-") for name in clash)
-        raise UserError(
-            f"--resume goes on with the run's own arguments; drop {flags}, or use --checkpoint instead."
-        )
-    return args
-
-
-def check_args(args, positive, nonnegative, share):
-    """UserError unless the named values are in (0, inf), [0, inf) and [0, 1]."""
-    wants = {name: ("be positive", lambda x: 0 < x < math.inf) for name in positive.split()}
-    wants |= {name: ("not be negative", lambda x: 0 <= x < math.inf) for name in nonnegative.split()}
-    wants |= {name: ("be in [0, 1]", lambda x: 0 <= x <= 1) for name in share.split()}
-    wants["seed"] = ("be in [0, 2**63)", lambda x: 0 <= x < 2**63)
-    for name, (want, fits) in wants.items():
-        if not fits(getattr(args, name)):
-            raise UserError(f"--{name.replace('_', '-')} must {want}, but is {getattr(args, name)}.")
-    if args.track and not importlib.util.find_spec("wandb"):
-        raise UserError("--track needs Weights & Biases; pip install wandb, or drop --track.")
-    if args.evaluate and not args.checkpoint:
-        raise UserError("--evaluate needs --checkpoint, the weights to evaluate.")
-
-
-def choose_device(name):
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but PyTorch finds no CUDA GPU here; use --device cpu.")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def build_envs(env_id, num_envs, seed, autoreset=False):
-    """`num_envs` copies of a Gymnasium environment, in this process; their actions are in [-1, 1]."""
-    envs = make_envs(env_id, num_envs, seed=seed, num_workers=0, autoreset=autoreset)
-    if "image" in envs.single_observation_space.spaces or not envs.single_action_space.shape:
-        raise UserError(
-            f"--env {env_id} is not for {SCRIPT}.py; it needs vector observations and continuous actions."
-        )
-    return envs
-
-
-def load_weights(agent, saved):
-    try:
-        agent.load_state_dict(saved["agent"])
-    except RuntimeError as error:
-        reason = " ".join(str(error).splitlines()[1:2]).strip()
-        raise UserError(f"The checkpoint's weights do not fit this run: {reason}") from error
-
-
-def action_bounds(env_id):
-    """What -1 and 1 mean in the environment's own units, which D4RL's files have: each (A,)."""
-    space = gymnasium.make(env_id).action_space
-    return space.low, space.high
-
-
-def keep_freed_memory():
-    """Has glibc keep large freed blocks, which it gives back by default: an update on a CPU is 15% faster."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD, bytes
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
+    for i, target in enumerate(targets):
+        rows = outcomes[i * args.eval_episodes : (i + 1) * args.eval_episodes]
+        per_target[f"{target:.12g}"] = summarize(rows, False, (), references) | {"target_return": target}
+    return max(per_target.values(), key=score) | {"per_target": per_target}
 
 
 # --- data
 
 
-def prepare_data(dataset, args, bounds):
-    """The data set for the updates: actions in [-1, 1] of the environment's `bounds` (low, high). -> states
-    (N + F, S), rest (N, A + 1): action, scaled return-to-go, starts (E + 1,) of the episodes, and N."""
-    actions = dataset.actions
-    if bounds:
-        actions = 2 * (actions - bounds[0]) / (bounds[1] - bounds[0]) - 1
-    elif np.abs(actions).max() > 1.001:  # 0.001 for what recorders round
-        raise UserError(f"{dataset.name} has actions outside [-1, 1]; give --env, which says what they mean.")
-    actions = np.clip(actions, -1, 1)  # as the environment did
+def episode_tensors(dataset, bounds, args, device):
+    """The data set on the device: states (N + F, S), rest (N, A + 1): action, scaled return-to-go, starts (E + 1,)
+    of the episodes, and N."""
     starts = torch.from_numpy(dataset.episode_starts)
     returns = returns_to_go(torch.from_numpy(dataset.rewards), starts) / args.return_scale
-    rest = np.c_[actions, returns].astype(np.float32)
+    rest = np.c_[unit_actions(dataset, bounds), returns].astype(np.float32)
     starts = torch.cat([starts, torch.tensor([len(rest)])])
-    return torch.from_numpy(dataset.states), torch.from_numpy(rest), starts
+    return torch.from_numpy(dataset.states).to(device), torch.from_numpy(rest).to(device), starts.to(device)
 
 
 def sample_batch(states, rest, starts, size, context, generator):
@@ -414,184 +257,93 @@ def sample_batch(states, rest, starts, size, context, generator):
 # --- training
 
 
-def train(args):
-    """One process, top to bottom: sample pieces of episodes, update, repeat."""
-    clock = time.perf_counter
-    with contextlib.ExitStack() as stack:
-        device = choose_device(args.device)
-        keep_freed_memory()
-        torch.manual_seed(args.seed)
-        source = args.resume or args.checkpoint
-        saved = load_checkpoint(source, scripts=(SCRIPT,)) if source else None
-        dataset = load_dataset(args.dataset)
-        (_, action_dim), obs_dim = dataset.actions.shape, dataset.states.shape[1]
-        returns = np.add.reduceat(dataset.rewards, dataset.episode_starts, dtype=np.float64)
-        targets = args.target_returns or (float(returns.max()),)
-        env_id, eval_envs, bounds = args.env or dataset.env_id, None, None
-        if args.eval_episodes and env_id is None:
-            raise UserError(f"{dataset.name} names no environment; give --env, or --eval-episodes 0.")
-        if env_id:  # it says what the actions mean, also to a run without evaluations
-            envs = build_envs(env_id, max(1, args.eval_episodes * len(targets)), args.seed)
-            stack.callback(envs.close)
-            bounds = action_bounds(env_id)
-            wants = envs.single_observation_space["proprio"].shape + bounds[0].shape
-            if wants != (obs_dim, action_dim):
-                raise UserError(
-                    f"{dataset.name} has {obs_dim} observations and {action_dim} actions, {env_id} "
-                    f"{wants[0]} and {wants[1]}; give another --env."
-                )
-            eval_envs = envs if args.eval_episodes else None
-        references = dataset.reference_scores
-        agent = Agent(obs_dim, action_dim, args)
-        states, rest, starts = (x.to(device) for x in prepare_data(dataset, args, bounds))
-        if saved:
-            load_weights(agent, saved)
-        agent.to(device)
-        if not saved:
-            agent.obs_mean[:] = states[: len(rest)].mean(0)
-            agent.obs_std[:] = states[: len(rest)].std(0, correction=0) + 1e-3
-        states.sub_(agent.obs_mean).div_(agent.obs_std)  # in place: also the data set's array on the CPU
-        del dataset
-        results = {"args": dataclasses.asdict(args), "versions": versions(), "hardware": hardware()}
-        if args.resume:
-            folder = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
-        else:
-            name = args.run_name or f"{Path(args.dataset).stem}__{SCRIPT}__{args.seed}__{int(time.time())}"
-            folder = run_folder(args.output_dir, name)
-            (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
-        videos = folder / "videos" if args.capture_video else None
-        if args.evaluate:
-            final = evaluate(agent, eval_envs, device, references, targets, args, videos)
-            write_results(folder / "results.json", {"final": final} | results)
-            print(f"evaluated {args.checkpoint}: {score(final):.1f} ({folder / 'results.json'})")
-            return
+def train(args, run):
+    """Sample pieces of episodes, update, repeat (arXiv:2106.01345, algorithm 1)."""
+    dataset, device = load_dataset(args.dataset), run.device
+    returns = np.add.reduceat(dataset.rewards, dataset.episode_starts, dtype=np.float64)
+    targets = args.target_returns or (float(returns.max()),)
+    episodes = args.eval_episodes * len(targets)
+    eval_envs, bounds, references = evaluation_world(args, dataset, run, episodes)
+    agent = Agent(dataset.states.shape[1], dataset.actions.shape[1], args)
+    run.load(agent)
+    if args.evaluate:
+        run.open()
+        return run.evaluated(evaluate_targets(agent, eval_envs, args, run, references, targets, True))
 
-        if args.track:
-            import wandb  # an optional package
+    states, rest, starts = episode_tensors(dataset, bounds, args, device)
+    if not run.saved:
+        agent.obs_mean[:] = states[: len(rest)].mean(0)
+        agent.obs_std[:] = states[: len(rest)].std(0, correction=0) + 1e-3
+    states.sub_(agent.obs_mean).div_(agent.obs_std)  # in place: also the data set's array on the CPU
+    del dataset
+    run.open()
+    optimizer = torch.optim.AdamW(
+        agent.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
+    )
+    rate = torch.zeros((), device=device)  # the learning rate, which changes without recompiling
+    optimizers, sampler = {"actor": optimizer}, run.generator("sampler", device)
 
-            wandb.init(project="vla-rl", name=folder.name, config=results["args"], sync_tensorboard=True)
-        # What a killed run logged after its last checkpoint is logged again.
-        writer = SummaryWriter(folder, purge_step=saved["counters"][0] + 1 if args.resume else None)
-        stack.callback(writer.close)
-        decay = args.weight_decay
-        optimizer = torch.optim.AdamW(
-            agent.parameters(), lr=args.learning_rate, weight_decay=decay, fused=True
-        )
-        rate = torch.zeros((), device=device)  # the learning rate, which changes without recompiling
-        optimizers = {"actor": optimizer}
-        sampler = torch.Generator(device).manual_seed(args.seed)
+    def update(obs, action, returns, timestep, mask):
+        """One step of supervised learning -> metrics."""
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            predicted = agent(returns, obs, action, timestep)
+        loss = action_loss(predicted, action, mask)
+        norm = minimize(loss, optimizer, args.max_grad_norm)
+        metrics = {"loss/policy": loss, "optim/grad_norm": norm}
+        return {name: x.detach() for name, x in metrics.items()}
 
-        def update(obs, action, returns, timestep, mask):
-            """One step of supervised learning -> metrics."""
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                predicted = agent(returns, obs, action, timestep)
-            loss = action_loss(predicted, action, mask)
-            norm = minimize(loss, optimizer, args.max_grad_norm)
-            metrics = {"loss/policy": loss, "optim/grad_norm": norm}
-            return {name: x.detach() for name, x in metrics.items()}
+    step = 0
+    if saved := run.restore():
+        for name, state in saved["optimizers"].items():
+            optimizers[name].load_state_dict(state)
+        step = saved["step"]
+    if args.compile:
+        update = compile_update(update, agent, optimizers.values())
 
-        step, seconds, initial, best = 0, 0.0, None, None
-        if args.resume:
-            for name, state in saved["optimizers"].items():
-                optimizers[name].load_state_dict(state)
-            step, seconds = saved["counters"]
-            initial, best = saved["initial"], saved["best"]
-            set_rng_state(saved["rng"], {"sampler": sampler}, {})
-        if args.compile:
-            update = compile_update(update, agent, optimizers.values())
-        start = clock() - seconds
+    def save(name):
+        """`best.pt` holds the weights, `checkpoint.pt` all that the run needs to go on."""
+        state, own = {"agent": agent.state_dict()}, None
+        if name == "checkpoint.pt":
+            moments = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+            state, own = state | dict(optimizers=moments, step=step), {}
+        run.save(name, state, own)
 
-        def save(name):
-            state = dict(args=dataclasses.asdict(args), agent=agent.state_dict())
-            if name == "checkpoint.pt":  # with all that the run needs to go on
-                state |= dict(
-                    counters=[step, clock() - start], initial=initial, best=best,
-                    optimizers={name: optimizer.state_dict() for name, optimizer in optimizers.items()},
-                    rng=rng_state({"sampler": sampler}, {}),
-                )  # fmt: skip
-            save_checkpoint(folder / name, script=SCRIPT, state=state)
+    def evaluate_now(videos=False):
+        found = evaluate_targets(agent, eval_envs, args, run, references, targets, videos)
+        per_target = found.get("per_target", {}).items()
+        run.write({f"eval/mean_reward_of_{target}": each["mean_reward"] for target, each in per_target}, step)
+        if run.record(found, step):
+            save("best.pt")
 
-        def run_evaluation(videos=None):
-            """Evaluates, logs, and keeps the best weights."""
-            nonlocal best
-            found = evaluate(agent, eval_envs, device, references, targets, args, videos)
-            for key in found.keys() - {"episodes", "per_target"}:
-                writer.add_scalar(f"eval/{key}", found[key], step)
-            for target, each in found.get("per_target", {}).items():
-                writer.add_scalar(f"eval/mean_reward_of_{target}", each["mean_reward"], step)
-            if best is None or score(found) >= score(best):  # the latest of equals, as without evaluations
-                best = found
-                save("best.pt")
-            return found
-
-        def due(freq):
-            return freq and (step % freq == 0 or step == args.total_timesteps)
-
-        stop = []  # a signal asks for a checkpoint and an orderly end; a second one ends at once
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
-
-        if initial is None:
-            initial = run_evaluation(videos)  # what a video lacks shows now
-            save("checkpoint.pt")
-        tick, tick_step, stopping = clock(), step, bool(stop)
-        bar = tqdm(total=args.total_timesteps, initial=step, unit="update", disable=None, smoothing=0.1)
-        while step < args.total_timesteps and not stopping:
-            batch = sample_batch(states, rest, starts, args.batch_size, args.context_length, sampler)
-            step += 1
-            warmup = min(1.0, step / args.warmup_steps)
-            optimizer.param_groups[0]["lr"] = rate.fill_(args.learning_rate * warmup)
-            metrics = update(*batch)
-            bar.update()
-
-            # --- log, evaluate, save
-            stopping = bool(stop)  # a signal from here on waits for the next update
-            if not (due(LOG_FREQ) or due(args.eval_freq) or due(args.save_freq) or stopping):
-                continue
-            scalars = {name: x.mean().item() for name, x in metrics.items()}
-            if not np.isfinite(list(scalars.values())).all():
-                ranges = [f"{x.min().item():.3g} to {x.max().item():.3g}" for x in batch]
-                raise FloatingPointError(
-                    f"update {step}: a loss is not finite ({scalars}; the last batch was in {ranges}); "
-                    f"{folder / 'checkpoint.pt'} is the last good state."
-                )
-            scalars["time/updates_per_second"] = (step - tick_step) / (clock() - tick)
-            if device.type == "cuda":
-                scalars["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, step)
-            if due(args.eval_freq) and step < args.total_timesteps:
-                found = score(run_evaluation())
-                tqdm.write(f"{step} updates, {clock() - start:.0f} s: eval {found:.1f}")
-            if due(args.save_freq) or stopping:
-                save("checkpoint.pt")
-            tick, tick_step = clock(), step
-
-        bar.close()
-        if stopping and step < args.total_timesteps:
-            print(f"stopped at {step} updates; go on with: python {SCRIPT}.py --resume {folder}")
-            sys.exit(128 + stop[0])
-        final = run_evaluation(videos)
+    run.begin(step, args.total_timesteps, "update")
+    if run.initial is None:
+        evaluate_now(videos=True)  # what a video lacks shows now
         save("checkpoint.pt")
-        numbers = dict(environment_steps=0, gradient_steps=step, wall_seconds=clock() - start)
-        write_results(
-            folder / "results.json", dict(initial=initial, final=final, best=best) | numbers | results
-        )
-        minutes = (clock() - start) / 60
-        print(f"return {score(initial):.1f} -> {score(final):.1f} in {minutes:.1f} minutes ({folder})")
+    while step < args.total_timesteps and not run.signalled:
+        batch = sample_batch(states, rest, starts, args.batch_size, args.context_length, sampler)
+        step += 1
+        warmup = min(1.0, step / args.warmup_steps)
+        optimizer.param_groups[0]["lr"] = rate.fill_(args.learning_rate * warmup)
+        metrics = update(*batch)
+        run.advance(step)
 
+        # --- log, evaluate, save
+        if run.due(step, LOG_FREQ, args.eval_freq, args.save_freq) or step == args.total_timesteps:
+            metrics = {name: x.mean() for name, x in metrics.items()}
+            run.check_finite(metrics, f"update {step}", batch=torch.cat([x.flatten() for x in batch]))
+            run.log(metrics, step)
+        if run.due(step, args.eval_freq) and step < args.total_timesteps:
+            evaluate_now()
+        if run.due(step, args.save_freq):
+            save("checkpoint.pt")
 
-def main():
-    try:
-        train(resolve_args(tyro.cli(Args)))
-    except (UserError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        reason = str(error).partition(".")[0]
-        print(f"error: {reason}; see --help for smaller batches; checkpoints are intact.", file=sys.stderr)
-        sys.exit(2)
+    if step < args.total_timesteps:
+        save("checkpoint.pt")
+        run.stopped(step)
+    evaluate_now(videos=True)
+    save("checkpoint.pt")
+    run.finish(environment_steps=0, gradient_steps=step)
 
 
 if __name__ == "__main__":
-    main()
+    main(train, Args, PRESETS)

@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-FORMAT, VERSION = "vla-rl", 1
+from common.memory import available_cores
+
+FORMAT, VERSION = "vla-rl", 2
 
 
 class CheckpointError(RuntimeError):
@@ -105,12 +107,12 @@ def save_checkpoint(path: str | os.PathLike, script: str, state: dict) -> None:
         torch.save(content, file)
 
 
-def load_checkpoint(path: str | os.PathLike, device="cpu", scripts: tuple[str, ...] | None = None) -> dict:
+def load_checkpoint(path: str | os.PathLike, device="cpu") -> dict:
     """Read what `save_checkpoint` wrote, without ever unpickling code.
 
     Returns the state with `format`, `script` and `version` beside its keys, tensors on `device`. `path` may
-    be a run's folder, then its `checkpoint.pt`; `scripts` names the writers that are accepted.
-    CheckpointError if the file is missing, truncated, holds code, or was written by something else.
+    be a run's folder, then its `checkpoint.pt`. CheckpointError if the file is missing, truncated, holds code,
+    or was written by something else.
     """
     path = Path(path)
     if path.is_dir():
@@ -139,10 +141,6 @@ def load_checkpoint(path: str | os.PathLike, device="cpu", scripts: tuple[str, .
     if content.get("version") != VERSION:
         found = content.get("version")
         raise CheckpointError(f"{path} has version {found}, not {VERSION}; use the code that wrote it.")
-    if scripts is not None and content["script"] not in scripts:
-        raise CheckpointError(
-            f"{path} was written by {content['script']}.py; this needs one of {' or '.join(scripts)}."
-        )
     return content
 
 
@@ -193,6 +191,15 @@ def set_rng_state(
         torch.cuda.set_rng_state(cuda_state.cpu(), index)
 
 
+def map_tensors(function, value):
+    """`function` of every tensor in nested dicts and lists."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: map_tensors(function, item) for key, item in value.items()}
+    return [map_tensors(function, item) for item in value] if isinstance(value, list) else value
+
+
 def _dump(value) -> str:
     return json.dumps(value, default=lambda item: item.tolist() if hasattr(item, "tolist") else str(item))
 
@@ -234,7 +241,7 @@ def hardware() -> dict:
         cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return {
         "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": available_cores(),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "ram_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
     }

@@ -17,10 +17,12 @@ from typing import BinaryIO
 
 import h5py
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from common import UserError
 from common.checkpoint import atomic_path
+from common.envs import world_flags, world_module
 
 IMAGE_KEYS = ("agentview_rgb", "eye_in_hand_rgb")  # LIBERO's names, and RoboMimic's for the same cameras
 ROBOMIMIC_IMAGE_KEYS = {"agentview_rgb": "agentview_image", "eye_in_hand_rgb": "robot0_eye_in_hand_image"}
@@ -213,6 +215,77 @@ def chunk_targets(
     return actions[np.minimum(index, end - 1)], index < end
 
 
+def training_demonstrations(args, envs) -> dict:
+    """The demonstrations of a run: --demos' files, or else the scripted expert's of the world.
+
+    As `load_demonstrations`, with `task` into `envs.instructions`, pictures as the world shows them, and --action-history
+    in `proprio`; from an expert also `pixels` (S, cameras, 2, 2). UserError where they do not fit the world.
+    """
+    world, flags = world_module(args.env), world_flags(args)
+    if args.demos:
+        print(f"reading {args.demos}", flush=True)
+        files = sorted(Path(args.demos).glob("*.hdf5")) if Path(args.demos).is_dir() else [args.demos]
+        if not files:
+            raise UserError(f"The folder {args.demos} holds no .hdf5 file; give one with demonstrations.")
+        keys = tuple(world.DEMO_KEYS[camera] for camera in args.cameras)
+        demos = _concatenate([load_demonstrations(file, args.num_demos, keys) for file in files])
+        demos["image"] = world.from_file(demos["image"])
+        unknown = [text for text in demos["instructions"] if text not in envs.instructions]
+        if unknown:
+            raise UserError(
+                f"{args.demos} has the instruction {unknown[0]!r}, which {args.env} does not know."
+            )
+        demos["task"] = np.array([envs.instructions.index(t) for t in demos["instructions"]])[demos["task"]]
+        demos["executed"] = demos["actions"]
+    elif hasattr(world, "demonstrations"):
+        print(f"making {args.num_demos} demonstrations", flush=True)
+        demos = world.demonstrations(
+            args.num_demos, args.seed, noise=args.demo_noise, num_workers=args.num_workers, **flags
+        )
+    else:
+        raise UserError(
+            f"--env {args.env} needs --demos, HDF5 files or a folder of them: it has no expert that makes its own."
+        )
+    if args.action_history:  # the last n executed actions, oldest first, zeros before the episode's first
+        n, starts = args.action_history, demos["episode_starts"]
+        lengths = np.diff(np.append(starts, len(demos["task"])))
+        position = np.arange(len(demos["task"])) - np.repeat(starts, lengths)
+        past = np.arange(len(demos["task"]))[:, None] + np.arange(-n, 0)  # (S, n)
+        history = demos["executed"][past.clip(0)] * (position[:, None] + np.arange(-n, 0) >= 0)[..., None]
+        demos["proprio"] = np.concatenate([demos["proprio"], history.reshape(len(history), -1)], 1)
+    has, wants = demos["proprio"].shape[1], envs.single_observation_space["proprio"].shape[0]
+    if has != wants:
+        raise UserError(f"{args.demos} has a proprio of {has} numbers; this world's has {wants}.")
+    return demos
+
+
+def training_scenes(args, envs, device) -> dict[str, torch.Tensor] | None:
+    """Still pictures of the world with the place of what is named, for the grounding stage: image, proprio, task,
+    pixels; None from a world or for demonstrations without them."""
+    world = world_module(args.env)
+    if args.demos or not hasattr(world, "scenes"):
+        return None
+    scenes = world.scenes(args.grounding_scenes, args.seed, num_workers=args.num_workers, **world_flags(args))
+    scenes = {key: torch.as_tensor(x, device=device) for key, x in scenes.items()}
+    width = args.action_history * envs.single_action_space.shape[0]
+    scenes["proprio"] = torch.cat(
+        [scenes["proprio"], scenes["proprio"].new_zeros(len(scenes["task"]), width)], 1
+    )
+    return scenes
+
+
+def _concatenate(parts: list[dict]) -> dict:
+    """What `load_demonstrations` returns, of several files, as of one."""
+    instructions = list(dict.fromkeys(text for part in parts for text in part["instructions"]))
+    whole = {key: np.concatenate([part[key] for part in parts]) for key in ("image", "proprio", "actions")}
+    tasks = [np.array([instructions.index(t) for t in p["instructions"]])[p["task"]] for p in parts]
+    offsets = np.cumsum([0] + [len(part["task"]) for part in parts])
+    starts = [part["episode_starts"] + offset for part, offset in zip(parts, offsets, strict=False)]
+    return whole | {
+        "task": np.concatenate(tasks), "episode_starts": np.concatenate(starts), "instructions": instructions
+    }  # fmt: skip
+
+
 # --- Offline RL ---------------------------------------------------------------------------------------------
 
 # D4RL's tasks: Gymnasium id, sizes of observation and action, return of the random and of the expert policy
@@ -317,6 +390,38 @@ class OfflineDataset:
             raise UserError(f"{self.name} has no reference scores; report the return itself.")
         random, expert = self.reference_scores
         return 100.0 * (episode_return - random) / (expert - random)
+
+
+def unit_actions(dataset: OfflineDataset, bounds: tuple | None) -> np.ndarray:
+    """The actions (N, A) in [-1, 1] of `bounds` (low, high), each (A,), clipped as the environment did.
+    UserError for actions outside [-1, 1] whose bounds are unknown."""
+    actions = dataset.actions
+    if bounds:
+        actions = 2 * (actions - bounds[0]) / (bounds[1] - bounds[0]) - 1
+    elif np.abs(actions).max() > 1.001:  # 0.001 for what recorders round
+        raise UserError(f"{dataset.name} has actions outside [-1, 1]; give --env, which says what they mean.")
+    return np.clip(actions, -1, 1)
+
+
+def scaled_rewards(dataset: OfflineDataset, normalize: bool, scale: float, bias: float) -> np.ndarray:
+    """scale * rewards + bias (N,); with `normalize` rewards first span 1000 from the worst to the best episode's
+    return. UserError where all returns are nearly equal."""
+    rewards = dataset.rewards
+    if normalize:
+        returns = np.add.reduceat(rewards, dataset.episode_starts, dtype=np.float64)
+        span = returns.max() - returns.min()
+        if span <= 0.01 * np.abs(returns).max():  # as of a few demonstrations: rewards would become huge
+            raise UserError(f"{dataset.name} has nearly equal returns alone; use --no-normalize-rewards.")
+        rewards = rewards * (1000 / span)
+    return scale * rewards + bias
+
+
+def transition_tensors(dataset: OfflineDataset, bounds: tuple | None, args, device) -> list[torch.Tensor]:
+    """The data set on the device: states (N + F, S), next_index (N,) into them, rest (N, A + 2): action,
+    reward and termination. `args` has the flags --normalize-rewards, --reward-scale, --reward-bias."""
+    rewards = scaled_rewards(dataset, args.normalize_rewards, args.reward_scale, args.reward_bias)
+    rest = np.c_[unit_actions(dataset, bounds), rewards, dataset.terminations].astype(np.float32)
+    return [torch.from_numpy(x).to(device) for x in (dataset.states, dataset.next_index, rest)]
 
 
 def reference_scores(env_id: str) -> tuple[float, float] | None:
@@ -596,6 +701,35 @@ def save_d4rl(
                 written[rows] = block.astype(dtype)
         if env_id is not None:
             file.attrs["env_id"] = env_id
+
+
+def check_append(path: str | os.PathLike, env_id: str) -> None:
+    """UserError if the file to append to, where there is one, is of another world."""
+    if Path(path).exists() and (world := load_dataset(path).env_id) != env_id:
+        raise UserError(f"{path} has steps of {world}; steps of {env_id} need a file of their own.")
+
+
+def write_transitions(path: str | os.PathLike, rows: torch.Tensor, count: int, widths: list[int], envs,
+                      append: bool) -> None:  # fmt: skip
+    """The first `count` rows of (T, N, W), N recordings of T steps in the order of time, as a D4RL file of `envs`'
+    world, after what it holds already where they are to be appended. widths: of the columns obs, action in
+    [-1, 1], reward, terminated, truncated and next_obs."""
+    obs, action, reward, terminated, truncated, next_obs = rows.split(widths, -1)
+    truncated = (truncated > 0).squeeze(-1)
+    truncated[-1] |= terminated[-1, :, 0] == 0  # the recording ends here, the episode does not
+    low, high = envs.action_bounds
+    action = low + (action.numpy() + 1) / 2 * (high - low)
+    columns = (obs, action, reward[..., 0], next_obs, terminated[..., 0] > 0, truncated)
+    columns = [np.asarray(x).swapaxes(0, 1).reshape(-1, *x.shape[2:])[:count] for x in columns]
+    if append and Path(path).exists():
+        old = load_dataset(path)
+        ended = np.zeros(len(old.actions), bool)
+        ended[np.append(old.episode_starts[1:], 0) - 1] = True
+        before = (old.observations, old.actions, old.rewards, old.next_observations, old.terminations)
+        before = (*before, ended & ~old.terminations)
+        columns = [np.concatenate(pair) for pair in zip(before, columns, strict=True)]
+    save_d4rl(path, *columns, env_id=envs.env_id)
+    print(f"{count} steps written to {path}")
 
 
 def _download(url: str, path: Path) -> None:

@@ -64,6 +64,13 @@ def gather(value):
     return values
 
 
+def sum_metrics(terms, device):
+    """Sums over a list of {name: () tensor}, of micro-batches, and over all processes, which may have none."""
+    names = list(dict.fromkeys(name for names in all_gather([*terms[0]] if terms else []) for name in names))
+    sums = [sum((each[name] for each in terms), torch.zeros((), device=device)) for name in names]
+    return dict(zip(names, all_sum(torch.stack(sums)).unbind(), strict=True)) if sums else {}
+
+
 def sum_gradients(parameters):
     """Add up the gradients of all processes, in one message; one that a process lacks counts as zero."""
     if not dist.is_initialized():

@@ -1,5 +1,6 @@
-"""The host memory that is left, also inside containers and batch jobs."""
+"""The host memory and the cores that this process may use, also inside containers and batch jobs."""
 
+import os
 from pathlib import Path
 
 import psutil
@@ -9,6 +10,11 @@ FILES = {  # of a control group, by its version: limit, use, and what of this is
     "": ("memory.max", "memory.current", "inactive_file", "active_file"),
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", "total_active_file"),
 }
+
+
+def available_cores():
+    """-> cores that this process may use, which taskset, a container or a batch job may have limited."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def available_memory():

@@ -1,5 +1,12 @@
 """`load_backbone`: one file a model family, one contract.
 
+A family is one file and one line in `BACKBONES`. The file has
+- `build(device, **config)`, which makes the backbone, and `from_flags(args, **shape)`, the config of fresh
+  weights; shape: instructions, chunk, action_dim, proprio_dim, cameras, image_size, dataset (the world's);
+- `Args`, a dataclass of its own flags (`LoraArgs` where it takes adapters), in which `FIXED` marks what is part
+  of the weights; it may have `check(self)`, which raises UserError for values that cannot work together;
+- `FROM_SCRATCH`: whether it starts at random weights; optionally `own_options(args, device, cameras,
+  micro_batch_size)`, what `build` takes that is the run's affair and not the weights'.
 A backbone is an `nn.Module` with
     preprocess(obs, instructions) -> batch          dict of tensors on the backbone's device
     encode_vision(batch) -> vision, attention       what may be cached while the vision part is frozen
@@ -9,13 +16,18 @@ A backbone is an `nn.Module` with
     to_env(actions) -> numpy (B, K, A)              from [-1, 1] to the environment's units
     from_env(actions) -> numpy (..., A)             and back, for demonstrations
 and `hidden_size`, `chunk`, `action_dim`, `autoregressive`, `config` (a dict of plain values that
-`load_backbone(**config)` rebuilds). An autoregressive one emits its tokens in turn: forward conditions on
+`build_backbone(**config)` rebuilds), `lora_targets` (a regular expression of module names, or None),
+`has_attention` (encode_vision returns attention logits and not None), `own_critic` (prompt_hidden comes from
+parameters that no action depends on) and `has_files` (the base's weights are in files of their own, which no
+checkpoint repeats beside adapters). An autoregressive one emits its tokens in turn: forward conditions on
 `actions`, and generate(batch, draw, vision=None) samples them. One with an `action_head` that is not None has
-action_mean(action_hidden) -> (B, K*A), the trained continuous actions.
+action_mean(action_hidden) -> (B, K*A), the trained continuous actions. One with files has
+save_merged(folder) and check_merge_target(folder).
 """
 
 import contextlib
 import importlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,27 +38,142 @@ from safetensors.torch import save_file
 
 from common import UserError
 from common.checkpoint import atomic_path
+from common.flags import NonNegativeInt
 
 BACKBONES = {
     "tiny": "common.backbones.tiny",
     "mlp": "common.backbones.mlp",
     "openvla": "common.backbones.openvla",
 }
+LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "rank_pattern")
+LORA += ("alpha_pattern", "bias")  # what an adapter's function depends on
 
 
-def load_backbone(name, device="cpu", **config):
+@dataclass
+class LoraArgs:
+    """The flags of every model that takes adapters."""
+
+    lora_rank: NonNegativeInt = 0
+    """rank of the adapters; 0 trains every weight"""
+
+
+def family_of(name):
+    """The family of a backbone's name, of the table or a checkpoint's folder or hub id. UserError for others."""
+    if name in BACKBONES:
+        return name
+    if "/" not in name and not Path(name).is_dir():
+        raise UserError(f"Unknown backbone {name!r}; known: {', '.join(BACKBONES)}, or a checkpoint's path.")
+    return "openvla"
+
+
+def model_module(name):
+    """The file of a backbone's family."""
+    return importlib.import_module(BACKBONES[family_of(name)])
+
+
+def build_backbone(name, device="cpu", lora=None, **config):
     """Build the backbone `name`, one of the table or a checkpoint's folder or hub id, with its `config` (see
-    its file) on `device`.
+    its file) and the settings `lora` of its adapters on `device`.
 
     Raises UserError in one sentence for an unknown name or a value the backbone cannot take.
     """
-    if name not in BACKBONES:
-        if "/" not in name and not Path(name).is_dir():
-            raise UserError(
-                f"Unknown backbone {name!r}; known: {', '.join(BACKBONES)}, or a checkpoint's path."
-            )
-        name, config = "openvla", config | {"path": name}
-    return importlib.import_module(BACKBONES[name]).build(device=device, **config)
+    config |= {} if name in BACKBONES else {"path": name}
+    backbone = model_module(name).build(device=device, **config)
+    if lora:
+        inject_lora(backbone, LoraConfig(**lora))
+    return backbone
+
+
+def load_backbone(args, envs, run, micro_batch_size=0, train_vision=None):
+    """The backbone of a run: of its checkpoint, of published weights, or a random one.
+
+    micro_batch_size: of the update that memory must do for, 0 for none. train_vision: True lets the adapters,
+    if any, reach the vision part. `load_weights` comes next, once there is an agent. Raises UserError.
+    """
+    image, saved = envs.single_observation_space.get("image"), run.saved
+    shape = dict(
+        chunk=args.chunk, action_dim=len(envs.active_dims), cameras=image.shape[0] if image else 0,
+        proprio_dim=envs.single_observation_space["proprio"].shape[0],
+        image_size=image.shape[1] if image else 0,
+    )  # fmt: skip
+    module, old_rank, lora_rank = model_module(args.backbone), 0, getattr(args, "lora_rank", 0)
+    if saved:
+        config = dict(saved["backbone"])
+        for name, value in shape.items():
+            if config.get(name, value) != value:
+                hint = {"proprio_dim": "--action-history or --env", "action_dim": "--env"}.get(
+                    name, f"--{name}"
+                )
+                raise UserError(
+                    f"The checkpoint's {name} is {config[name]}, but this run's is {value}; set {hint} as it was."
+                )
+        old_rank = config["lora"]["r"] if config.get("lora") else 0
+    else:
+        shape |= {"instructions": envs.instructions, "dataset": envs.dataset}
+        config = {"name": args.backbone} | module.from_flags(args, **shape)
+    if old_rank and lora_rank not in (0, old_rank):
+        raise UserError(f"The checkpoint's adapters have rank {old_rank}; use --lora-rank {old_rank} or 0.")
+    if old_rank:
+        args.lora_rank = old_rank  # what this run's own checkpoints hold
+    if hasattr(module, "own_options"):
+        config |= module.own_options(args, run.device, shape["cameras"], micro_batch_size)
+    if train_vision and "vision" not in config.get("lora_modules", ("vision",)):
+        config["lora_modules"] = (*config["lora_modules"], "vision")
+    backbone = build_backbone(**config, device=run.device)
+    if train_vision and not backbone.vision_parameters():
+        raise UserError(f"The backbone {args.backbone!r} sees no images; drop --train-vision.")
+    if train_vision and lora_rank and "lora_modules" not in config:
+        raise UserError(f"The adapters of {args.backbone!r} leave its eye as it is; drop --train-vision.")
+    if getattr(args, "merge_and_save", None):
+        backbone.check_merge_target(args.merge_and_save)
+    return backbone
+
+
+def load_weights(agent, args, run, new=(), train_vision=None):
+    """Put the weights of the run's checkpoint, if it has one, into `agent`, then new adapters on its backbone.
+
+    new: names of its parts that a checkpoint may lack; parts of a checkpoint that the agent lacks are left out.
+    train_vision: False freezes the vision part. UserError for what does not fit.
+    """
+    backbone, saved = agent.backbone, run.saved
+    if saved:
+        parts = {name for name, _ in agent.named_children()}
+        weights = {name: x for name, x in saved["agent"].items() if name.partition(".")[0] in parts}
+        missing, unexpected = agent.load_state_dict(weights, strict=False)
+        missing = [name for name in missing if name.partition(".")[0] not in new]
+        if backbone.has_files and backbone.config.get("lora"):  # the base is in its own files
+            missing = [name for name in missing if "lora_" in name or not name.startswith("backbone.")]
+        if missing or unexpected:
+            names = ", ".join((*missing, *unexpected)[:4])
+            raise UserError(f"The checkpoint's tensors do not fit this agent: {names}")
+    if not saved and getattr(args, "adapter", None):
+        load_adapter(backbone, args.adapter)
+        args.lora_rank = backbone.config["lora"]["r"]
+    elif getattr(args, "lora_rank", 0) and not backbone.config.get("lora"):
+        add_lora(backbone, args.lora_rank)
+    if train_vision is False:
+        for parameter in backbone.vision_parameters():
+            parameter.requires_grad_(False)
+    agent.to(run.device)
+
+
+def stored_weights(agent):
+    """What a checkpoint holds of `agent.backbone` and its heads: all weights, or adapters and heads alone where
+    the base is in files of its own."""
+    weights, backbone = agent.state_dict(), agent.backbone
+    if backbone.has_files and backbone.config.get("lora"):
+        return {k: x for k, x in weights.items() if "lora_" in k or not k.startswith("backbone.")}
+    return weights
+
+
+def export(backbone, args, run):
+    """At a run's end: the adapters in PEFT's format, and with --merge-and-save the merged weights."""
+    if run.rank:
+        return
+    if backbone.has_files and backbone.config.get("lora") and not args.evaluate:
+        save_adapter(backbone, run.folder / "adapter")
+    if getattr(args, "merge_and_save", None):
+        backbone.save_merged(args.merge_and_save)
 
 
 def add_lora(backbone, rank):
@@ -59,6 +186,9 @@ def add_lora(backbone, rank):
 
 
 def inject_lora(backbone, config):
+    """Put the adapters of PEFT's `config` on the backbone, whose own config keeps their settings."""
+    settings = {name: getattr(config, name) for name in LORA}
+    backbone.config["lora"] = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
     inject_adapter_in_model(config, backbone)  # freezes all but the adapters
     for name, parameter in backbone.named_parameters():
         if "lora_" in name:

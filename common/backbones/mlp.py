@@ -1,13 +1,26 @@
 """Two tanh MLPs (actor, critic) for vector observations: with it `ppo_vla.py --env CartPole-v1` is plain
 PPO."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import nn
 
+FROM_SCRATCH = True
+
+
+@dataclass
+class Args:
+    """It has no flags of its own."""
+
 
 def build(device="cpu", **config):
     return MLP(**config).to(device)
+
+
+def from_flags(args, **shape):
+    return shape
 
 
 def _trunk(inputs, width):
@@ -22,7 +35,8 @@ class MLP(nn.Module):
     """proprio (B, P) -> action hidden (B, K*A, width) from the actor, prompt hidden (B, width) from the
     critic."""
 
-    autoregressive = False
+    autoregressive = has_attention = has_files = False
+    own_critic = True
     lora_targets = None
 
     def __init__(self, *, chunk, action_dim, proprio_dim, width=64, **_):

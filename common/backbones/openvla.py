@@ -12,6 +12,7 @@ block and the norm of each tower, SigLIP's pooling) is kept for that reason, and
 
 import hashlib
 import importlib.util
+import inspect
 import io
 import json
 import math
@@ -19,7 +20,9 @@ import re
 import shutil
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import huggingface_hub
 import numpy as np
@@ -34,15 +37,19 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from common import UserError
 from common.action_tokenizer import normalize, unnormalize
-from common.backbones import intact
+from common.backbones import LoraArgs, intact
 from common.checkpoint import atomic_path
+from common.flags import FIXED, KEPT
 from common.memory import available_memory
 
 BOS, STOP, SPACE = 1, 2, 29871  # SPACE: the lone word start that training put between "Out:" and the actions
 BINS = 256
+CACHE = "cache" if "cache" in inspect.signature(LlamaDecoderLayer.forward).parameters else "past_key_values"
+FROM_SCRATCH = False
 PROMPT = 35  # tokens of a prompt, about: memory is estimated before there is one
 LIBERO_CHECKPOINTS = {  # token-trained on one trajectory a task (SimpleVLA-RL): where RL on tokens can start
     "libero_spatial": "Haozhan72/Openvla-oft-SFT-libero-spatial-traj1",
@@ -55,6 +62,38 @@ SIZES = dict(  # of openvla-7b; a checkpoint's own follow from its tensors' shap
     fused_featurizer=dict(dim=1152, depth=27, hidden=4304, head_dim=72, patch=14, patches=256, registers=-1),
     text=dict(vocab_size=32064, pad_token_id=32000), padding=64, proprio=0, action_head=0,
 )  # fmt: skip
+
+
+@dataclass
+class Args(LoraArgs):
+    """The flags of OpenVLA's family."""
+
+    lora_modules: Annotated[tuple[Literal["language_model", "projector", "vision"], ...], FIXED] = (
+        "language_model",
+    )
+    """the parts with adapters"""
+    adapter: Annotated[str | None, FIXED] = None
+    """start from these LoRA adapters, a folder in PEFT's format"""
+    merge_and_save: str | None = None
+    """at the end, or with --evaluate, write the merged weights in the published layout here"""
+    family: Annotated[Literal["auto", "openvla", "openvla-oft"], FIXED] = "auto"
+    """tokens one after another, or OFT's all at once; auto looks for OFT's traces"""
+    unnorm_key: Annotated[str | None, FIXED] = None
+    """the data set whose statistics scale the actions, or none; default: the world's, or the only one"""
+    statistics: Annotated[str | None, FIXED] = None
+    """a dataset_statistics.json in place of the checkpoint's own"""
+    load_in_4bit: Annotated[bool, KEPT] = False
+    """language model in 4 bits, through bitsandbytes"""
+    gradient_checkpointing: bool = False
+    """recompute each block in the backward pass: a third more time, far less memory"""
+
+    def check(self):
+        """The world's published checkpoint is a 7B one: say so before anything is loaded."""
+        if self.backbone == "openvla" and self.device == "auto" and not torch.cuda.is_available():
+            raise UserError(
+                f"--env {self.env} runs OpenVLA 7B, which needs a CUDA GPU, and PyTorch finds none here; for a "
+                "small policy from scratch use --backbone tiny, or insist with --device cpu."
+            )
 
 
 # --- pictures: what PIL and TensorFlow do to them, batched, on any device
@@ -255,6 +294,9 @@ class L1Head(nn.Module):
 class OpenVLA(nn.Module):
     """See the module and `build`. Hidden states and logits come out in float32."""
 
+    has_attention = own_critic = False
+    has_files = True
+
     def __init__(self, config, sizes, tokenize, statistics):
         super().__init__()
         self.config, self.tokenize, self.statistics = config, tokenize, statistics
@@ -353,7 +395,7 @@ class OpenVLA(nn.Module):
     def _decode(self, x, mask, positions, cache=None):
         """Llama's layers, without the final norm. mask=None where nothing is padded: then SDPA is flash."""
         llama = self.language_model.model
-        inputs = dict(attention_mask=mask, is_causal=self.autoregressive, past_key_values=cache)
+        inputs = {"attention_mask": mask, "is_causal": self.autoregressive, CACHE: cache}
         inputs["position_embeddings"] = llama.rotary_emb(x, positions)
         for layer in llama.layers:
             x = self._run(layer, x, **inputs)
@@ -626,6 +668,33 @@ def read_statistics(path, folder, published, key, file):
         f"{path} has no statistics of {key!r} but of {', '.join(found) or 'nothing'}{elsewhere}; choose one "
         "of these as --unnorm-key, or name a dataset_statistics.json that has it as --statistics."
     )
+
+
+def from_flags(args, chunk, action_dim, dataset, **_):
+    """The config that `build` takes, of weights that are not a run's. `--backbone openvla` is the published
+    checkpoint of the world's data set."""
+    config = dict(
+        family=None if args.family == "auto" else args.family, chunk=chunk, head=args.head,
+        action_dim=action_dim, unnorm_key=args.unnorm_key or dataset, statistics=args.statistics,
+        libero=bool(dataset and dataset.startswith("libero")), lora_modules=args.lora_modules,
+    )  # fmt: skip
+    if args.backbone == "openvla":
+        if dataset is None:
+            raise UserError(f"OpenVLA has no checkpoint of --env {args.env}; name a folder or a hub id.")
+        config["path"] = dataset
+    return config
+
+
+def own_options(args, device, cameras, micro_batch_size):
+    """What `build` takes that is the run's affair and not the weights'."""
+    adapters_only = args.lora_rank or args.adapter or args.evaluate
+    return dict(
+        load_in_4bit=args.load_in_4bit, checkpointing=args.gradient_checkpointing, cameras=cameras,
+        lora_rank=None if args.adapter else args.lora_rank,
+        micro_batch_size=0 if args.evaluate else micro_batch_size,
+        # Adapters stay in float32; to train every weight in 16 bits would lose Adam's small steps.
+        dtype="bfloat16" if device.type == "cuda" and adapters_only else "float32",
+    )  # fmt: skip
 
 
 def build(

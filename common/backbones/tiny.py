@@ -16,13 +16,19 @@ from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
 from common import UserError
+from common.backbones import LoraArgs as Args  # noqa: F401 (its flags)
 
+FROM_SCRATCH = True
 BOS, END, PAD, UNKNOWN = range(4)
 FREQUENCIES = 4  # sin/cos octaves of positions: lets a linear layer resolve millimetres
 
 
 def build(device="cpu", **config):
     return TinyVLA(**config).to(device)
+
+
+def from_flags(args, dataset, **shape):
+    return shape
 
 
 def fourier(x):
@@ -37,7 +43,8 @@ class TinyVLA(nn.Module):
     Raises UserError for an image size that is not a multiple of 4 or for observations without images.
     """
 
-    autoregressive = False
+    autoregressive = own_critic = has_files = False
+    has_attention = True
     lora_targets = r"language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 
     def __init__(

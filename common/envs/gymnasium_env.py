@@ -1,17 +1,23 @@
 """Gymnasium environments with vector observations (CartPole-v1, Hopper-v5) in the protocol of `common.envs`:
 obs `{"proprio": float32 (P,)}`, one empty instruction, continuous actions in [-1, 1]."""
 
+from dataclasses import dataclass
+
 import gymnasium
 import numpy as np
 
 from common import UserError
-from common.envs import WORLDS
 
 # What observations and rewards read between two steps and mjSTATE_INTEGRATION does not hold. These lag one
 # physics step behind qpos (Ant's and Humanoid's rewards depend on that), so that mj_forward after mj_setState
 # would not do.
 DERIVED = ("xpos", "xquat", "xmat", "xipos", "ximat", "geom_xpos", "geom_xmat", "site_xpos", "site_xmat")
 DERIVED += ("cvel", "subtree_com", "cinert", "cfrc_ext", "qfrc_actuator", "ten_length", "ten_velocity")
+
+
+@dataclass
+class Args:
+    """A Gymnasium id has no flags of its own."""
 
 
 class GymnasiumEnv(gymnasium.Env):
@@ -26,6 +32,8 @@ class GymnasiumEnv(gymnasium.Env):
     has_success = False
 
     def __init__(self, id: str, **kwargs):
+        from common.envs import WORLDS  # which names this file
+
         known = f"{', '.join(WORLDS)} and a Gymnasium id with vector observations"
         try:
             self.env = gymnasium.make(id, disable_env_checker=True, **{"render_mode": "rgb_array"} | kwargs)
@@ -51,6 +59,7 @@ class GymnasiumEnv(gymnasium.Env):
         elif isinstance(action_space, gymnasium.spaces.Box) and action_space.is_bounded():
             self.action_space = gymnasium.spaces.Box(-1.0, 1.0, action_space.shape, np.float32)
             self.active_dims = np.ones(action_space.shape, bool)
+            self.action_bounds = action_space.low, action_space.high
         else:
             raise UserError(f"environment {id!r} acts in {action_space}: Discrete or bounded Box is needed")
         self.instructions = [""]

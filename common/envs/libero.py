@@ -30,7 +30,9 @@ import os
 import tempfile
 import traceback
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -61,6 +63,7 @@ PROTOCOLS = {  # steps of an episode
 }
 SPLITS = ("train", "eval")
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
+DEMO_KEYS = {"agentview": "agentview_rgb", "wrist": "eye_in_hand_rgb"}
 NUM_STATES = 50  # initial states of a task
 SETTLE_STEPS, SETTLE_ACTION = 10, np.array([0.0, 0, 0, 0, 0, 0, -1])
 SUBSTEPS = 25  # of 2 ms: 20 Hz
@@ -72,6 +75,27 @@ GPUS = len([*Path("/dev").glob("nvidia[0-9]*")])
 STATE = mujoco.mjtState.mjSTATE_INTEGRATION
 PLACED = ("body_pos", "body_quat", "site_rgba")  # what an episode changes in the model
 CONTROLLED = ("goal_pos", "goal_ori", "initial_joint")  # and in the controller
+
+
+@dataclass
+class Args:
+    """The flags of `--env libero`."""
+
+    suite: str = "libero_spatial"
+    """libero_spatial, libero_object, libero_goal, libero_10, libero_90"""
+    tasks: tuple[str, ...] = ()
+    """numbers in the suite, or instructions; empty for all"""
+    cameras: tuple[str, ...] = ("agentview",)
+    """the pictures that the policy sees (agentview, wrist)"""
+    protocol: Literal["oft", "simplevla"] = "oft"
+    """whose evaluation is followed, openvla-oft's or SimpleVLA-RL's"""
+    train_on_eval_states: bool = False
+    """train on the initial states of the evaluation, as published results do"""
+
+    def defaults(self):
+        """The protocol's 50 initial states of a task, each once."""
+        tasks = len(self.tasks) or (90 if self.suite == "libero_90" else 10)
+        return {"eval_episodes": NUM_STATES * tasks}
 
 
 @functools.cache
@@ -343,6 +367,7 @@ class LiberoEnv(gym.Env):
                 raise UserError(f"{suite} has no task {task!r}; give numbers (0 to {last}) or instructions.")
         self.tasks = [numbers[str(task)] for task in tasks] or list(range(len(self.instructions)))
         self.suite, self.split, self.protocol, self.cameras, self.size = suite, split, protocol, cameras, size
+        self.dataset = suite
         self.fixed = split == "eval" or train_on_eval_states
         self.max_steps = max_steps or PROTOCOLS[protocol][suite]
         self.simulation = self.parked = None
@@ -468,3 +493,8 @@ def axis_angle(quaternion):
 def make(**kwargs):
     """The world's constructor for `common.envs.make_envs`."""
     return LiberoEnv(**kwargs)
+
+
+def from_file(images):
+    """Pictures (..., H, W, 3) as HDF5 files hold them, which is as OpenGL has them -> as the world shows them."""
+    return np.ascontiguousarray(images[..., ::-1, ::-1, :])

@@ -19,12 +19,16 @@ import multiprocessing
 import os
 import sys
 import traceback
+from dataclasses import dataclass
+from typing import Literal
 
 import gymnasium as gym
 import mujoco
 import numpy as np
+from tqdm import tqdm
 
 from common import UserError
+from common.memory import available_cores
 
 OBJECTS = ("red cube", "green cylinder", "blue ball")
 PLATES = ("yellow plate", "purple plate")
@@ -32,11 +36,34 @@ REST_HEIGHT = np.array([0.018, 0.022, 0.020])  # m, centre of each object when i
 KINDS = ("lift", "put", "move")
 SPLITS = ("train", "eval", "vision", "semantics", "execution")
 CAMERAS = ("agentview", "wrist")
+DEMO_KEYS = {"agentview": "agentview_rgb", "wrist": "eye_in_hand_rgb"}  # LIBERO's names
 PLATE_RADIUS = 0.045
 POSITION_SCALE, ROTATION_SCALE = 0.03, 0.2  # m and rad for an action of 1
 LOW, HIGH = np.array([-0.16, -0.16, 0.0]), np.array([0.16, 0.16, 0.2])  # m, the fingertips' workspace
 OPEN = 0.04  # m, a finger's travel from closed to open
 SUBSTEPS = 10  # of 5 ms: 20 Hz
+
+
+@dataclass
+class Args:
+    """The flags of `--env tabletop`."""
+
+    tasks: tuple[str, ...] = ()
+    """kinds of task (lift, put, move) or instructions; empty for all"""
+    cameras: tuple[str, ...] = ("agentview",)
+    """the pictures that the policy sees (agentview, wrist)"""
+    renderer: Literal["ray", "gl"] = "ray"
+    """MuJoCo's ray caster, which needs no GL, or mujoco.Renderer"""
+    reward: Literal["sparse", "shaped"] = "sparse"
+    """1 at success, or with a difference of potentials added"""
+    eval_split: str = "eval"
+    """evaluate on eval, or on a held-out variation: vision, semantics, execution"""
+
+    def check(self):
+        if self.eval_split not in SPLITS[1:]:
+            known = ", ".join(SPLITS[1:])
+            raise UserError(f"Unknown split {self.eval_split!r} for tabletop's evaluation; known: {known}.")
+
 
 # The pairs that no training episode and no demonstration shows: every object, plate and kind is still seen.
 _HELD_OUT = {("put", 1, 0), ("put", 2, 1), ("move", 0, 1), ("move", 2, 0)}
@@ -491,9 +518,14 @@ def _layout(rng):
             return xy
 
 
-def make(**kwargs):
-    """The world's constructor for `common.envs.make_envs`."""
-    return TabletopEnv(**kwargs)
+def make(split="train", eval_split="eval", **kwargs):
+    """The world's constructor for `common.envs.make_envs`: split "eval" is the one that --eval-split names."""
+    return TabletopEnv(split=eval_split if split == "eval" else split, **kwargs)
+
+
+def from_file(images):
+    """Pictures as HDF5 files hold them -> as the world shows them: the same."""
+    return images
 
 
 # --- demonstrations
@@ -502,7 +534,7 @@ def make(**kwargs):
 def _demonstrate(job):
     """Worker: episodes of the expert with noisy execution and clean labels -> list of per-episode arrays."""
     seeds, noise, kwargs = job
-    env, episodes = TabletopEnv(**kwargs), []
+    env, episodes = make(**kwargs), []
     for seed in seeds:
         rng = np.random.default_rng([7, seed])
         obs, _ = env.reset(seed=seed)
@@ -528,7 +560,7 @@ def _demonstrate(job):
 def _ground(job):
     """Worker: one still picture per seed with a random gripper pose -> images, proprio, pixels, task."""
     seeds, kwargs = job
-    env, rows = TabletopEnv(**kwargs), []
+    env, rows = make(**kwargs), []
     for seed in seeds:
         env.reset(seed=seed)
         rng = np.random.default_rng([8, seed])
@@ -540,13 +572,14 @@ def _ground(job):
 
 
 def _in_parallel(function, seeds, num_workers, *rest):
-    num_workers = os.cpu_count() if num_workers is None else num_workers
+    num_workers = available_cores() if num_workers is None else num_workers
     jobs = [(chunk.tolist(), *rest) for chunk in np.array_split(seeds, max(num_workers, 1) * 4) if len(chunk)]
+    progress = dict(total=len(jobs), desc=function.__name__.strip("_"), leave=False, disable=None)
     if num_workers < 2:
-        return [row for job in jobs for row in function(job)]
+        return [row for job in tqdm(jobs, **progress) for row in function(job)]
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with context.Pool(num_workers) as pool:
-        return [row for rows in pool.imap(function, jobs) for row in rows]
+        return [row for rows in tqdm(pool.imap(function, jobs), **progress) for row in rows]
 
 
 def demonstrations(num_episodes, seed, num_workers=None, noise=0.3, **env_kwargs):

@@ -1,0 +1,164 @@
+"""Episodes -> the evaluation's dict of the run folder's contract, and videos: one loop for every script.
+
+What is evaluated has `act(obs, turn) -> actions, values`: obs as in the README's contract, but of the n rows
+whose turn it is alone; turn a dict of `rows` (n,) (their numbers), `returns` (n,) (of their episodes so far),
+`instructions` and a random `generator`; actions numpy (n, K, ...); values (n,) for the videos, or None.
+"""
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from common import UserError, distributed
+from common.datasets import reference_scores
+from common.envs import make_envs
+from common.video import annotate, write_video
+
+VIDEOS = 6  # episodes of an evaluation that are filmed
+
+
+def wilson_interval(successes, episodes, z=1.96):
+    """95 % confidence interval of a success rate (Wilson 1927); sound near 0 and 1, unlike p +- 2 sigma."""
+    p, n = successes / episodes, episodes
+    centre, spread = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+    return [float(max(low, 0)), float(min(high, 1))]  # else -1e-17 by rounding
+
+
+def summarize(outcomes, has_success, instructions=(), references=None):
+    """outcomes: rows (success, return, length, task) -> the evaluation's dict of the run folder's contract.
+
+    references: the returns of D4RL's normalised score, 0 and 100. Of two tasks with one instruction each is
+    told by its number.
+    """
+    if not len(outcomes):
+        return {"episodes": 0}
+    success, reward, length, task = np.asarray(outcomes, dtype=float).T
+    result = {"episodes": len(outcomes)}
+    if has_success:
+        result["success_rate"] = float(success.mean())
+        result["success_rate_ci95"] = wilson_interval(success.sum(), len(outcomes))
+    result |= {"mean_reward": float(reward.mean()), "mean_length": float(length.mean())}
+    if references:
+        result["normalized_score"] = (
+            100 * (result["mean_reward"] - references[0]) / np.diff(references).item()
+        )
+    if len(instructions) > 1:
+        result["per_task"] = {}
+        for number in np.unique(task).astype(int).tolist():
+            rows, name = [row for row in outcomes if row[3] == number], instructions[number]
+            name += f" (task {number})" if instructions.count(name) > 1 else ""
+            result["per_task"][name] = summarize(rows, has_success)
+    return result
+
+
+def rollout_metrics(episodes, has_success):
+    """Of training's last episodes, rows (success, return, length) -> the means by name."""
+    names = ("rollout/success_rate", "rollout/mean_reward", "rollout/mean_length")
+    means = dict(zip(names, np.mean(episodes, 0), strict=True)) if episodes else {}
+    return means if has_success else {name: x for name, x in means.items() if name != names[0]}
+
+
+def score(evaluation):
+    """What is to be raised: the success rate, or else the mean return (0 of no episodes)."""
+    return evaluation.get("success_rate", evaluation.get("mean_reward", 0.0))
+
+
+@torch.no_grad()
+def run_episodes(agent, envs, seeds, generator=None, video_folder=None):
+    """One episode from each of the `seeds` -> rows (success, return, length, task) in their order.
+
+    Nothing is computed for finished environments, and neither the training's generators nor its environments
+    move. The first `VIDEOS` episodes go to video_folder.
+    """
+    training = agent.training
+    agent.eval()
+    total, size, seeds = len(seeds), envs.num_envs, np.asarray(seeds)
+    episode = np.arange(size)  # that each environment plays
+    running, returns = episode < total, np.zeros(size)
+    begin = lambda rows: envs.reset(seeds[np.minimum(episode, total - 1)], rows)  # noqa: E731
+    obs = begin(running) if total else None
+    outcomes, frames = [None] * total, {i: [] for i in range(min(VIDEOS, total, size) if video_folder else 0)}
+    started = len(outcomes[:size])
+    while running.any():
+        rows = np.flatnonzero(running)
+        turn = dict(rows=rows, returns=returns[rows], instructions=envs.instructions, generator=generator)
+        action, values = agent.act({key: x[rows] for key, x in obs.items()}, turn)
+        actions = np.zeros((size, *action.shape[1:]), action.dtype)
+        actions[rows] = action
+        record = np.isin(episode, list(frames)) & running
+        tasks = obs.get("task", np.zeros(size, int))
+        obs, _, terminated, truncated, info = envs.step(actions, mask=running, record=record)
+        returns, ended = info["episode_return"].copy(), terminated | truncated
+        for i in np.flatnonzero(record):
+            value = None if values is None else values[rows == i].item()
+            captions = caption(info, i, envs, tasks[i], ended[i], value)
+            frames[episode[i]] += [annotate(*pair) for pair in zip(info["frames"][i], captions, strict=True)]
+        again = info["lost"] & running  # the worker died: the same episode once more
+        for i in np.flatnonzero(again & record):
+            frames[episode[i]] = []
+        for i in np.flatnonzero(ended & running):
+            row = [info[key][i] for key in ("success", "episode_return", "episode_length")]
+            outcomes[episode[i]] = (*row, tasks[i])
+            episode[i], started = started, started + 1
+            again[i] = running[i] = episode[i] < total
+        if again.any():
+            returns[again] = 0.0
+            obs = begin(again)
+    for i, pictures in frames.items():
+        write_video(video_folder / f"episode_{i}.mp4", pictures + [pictures[-1]] * 10, fps=20)
+    agent.train(training)
+    return outcomes
+
+
+def caption(info, i, envs, task, ended, value):
+    """The lines below each of the frames of environment i's chunk."""
+    steps, length = info["steps"][i], info["episode_length"][i]
+    for step in range(length - steps + 1, length + 1):
+        text = f"step {step}"
+        text += "" if value is None else f"   value {value:.2f}"
+        if ended and step == length:
+            outcome = "success" if info["success"][i] else "failure"
+            text += f"   {outcome if envs.has_success else 'return {:.1f}'.format(info['episode_return'][i])}"
+        yield [line for line in (envs.instructions[task], text) if line]
+
+
+def evaluate(agent, envs, args, run, videos=False, references=None):
+    """`--eval-episodes` episodes of `envs` with seeds 0, 1, 2, ..., the same at each time, split over
+    torchrun's processes -> the evaluation's dict. videos: for --capture-video. envs None: of no episodes."""
+    if envs is None:
+        return {"episodes": 0}
+    generator = torch.Generator(run.device).manual_seed(args.seed + run.rank)
+    seeds = np.arange(run.rank, args.eval_episodes, run.processes)
+    outcomes = run_episodes(agent, envs, seeds, generator, run.videos if videos else None)
+    outcomes = [row for rows in distributed.all_gather(outcomes) for row in rows]
+    return summarize(outcomes, envs.has_success, envs.instructions, references)
+
+
+def evaluation_world(args, dataset, run, episodes):
+    """Where a policy learned from `dataset` is evaluated, `episodes` at a time: --env, or else the data set's
+    own world, which must fit its shapes.
+
+    -> envs (None with --eval-episodes 0), what -1 and 1 mean in the file's units (each (A,), or None without a
+    world), and the returns of the normalised scores 0 and 100 (or None). Raises UserError.
+    """
+    env, references = args.env or dataset.env_id, dataset.reference_scores
+    if env is None and args.eval_episodes:
+        raise UserError(f"{dataset.name} names no environment; give --env, or --eval-episodes 0.")
+    if env is None:
+        return None, None, references
+    if dataset.env_id and env != dataset.env_id:
+        references = reference_scores(env)
+    envs = make_envs(dataclasses.replace(args, env=env), "eval", max(1, episodes), states=True)
+    run.closing(envs)  # also for a run without evaluations it says what the actions mean
+    has, wants = (
+        (dataset.states.shape[1], dataset.actions.shape[1]),
+        envs.single_observation_space["proprio"].shape + envs.single_action_space.shape,
+    )
+    if has != wants:
+        raise UserError(
+            f"{dataset.name} has {has[0]} observations and {has[1]} actions, {env} {wants[0]} and {wants[1]}; "
+            "give another --env."
+        )
+    return envs if args.eval_episodes else None, envs.action_bounds, references
