@@ -12,6 +12,7 @@ uses nothing but the training layouts. Expect on 2 CPU cores (3 seeds): 0.44 gre
 0.62) in 4 minutes.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -26,7 +27,7 @@ from common.backbones import export, load_backbone, load_weights, stored_weights
 from common.datasets import chunk_targets, training_demonstrations, training_scenes
 from common.envs import make_envs
 from common.evaluation import evaluate
-from common.flags import FIXED, KEPT, NonNegative, NonNegativeInt, Positive, PositiveInt
+from common.flags import FIXED, KEPT, NonNegative, NonNegativeInt, Only, Positive, PositiveInt
 from common.run import VLAArgs, main
 
 
@@ -55,14 +56,14 @@ class Args(VLAArgs):
     """AdamW; cosine decay to zero over the imitation steps"""
     warmup_steps: PositiveInt = 50
     """linear warm-up of the learning rate in both stages"""
-    label_sigma: NonNegative = 3.0
+    label_sigma: Annotated[NonNegative, Only("head", "tokens")] = 3.0
     """tokens: the target is a Gaussian of this many bins around the demonstrated bin: near misses cost
     less"""
     max_grad_norm: Positive = 1.0
     """global gradient norm clip"""
     temperature: Annotated[Positive, KEPT] = 0.35
     """divides the logits when sampling (--no-deterministic)"""
-    init_std: Annotated[Positive, FIXED] = 0.2
+    init_std: Annotated[Positive, FIXED, Only("head", "gaussian")] = 0.2
     """gaussian head: the standard deviation that PPO starts with"""
     learn_std: ClassVar[bool] = False  # imitation leaves the standard deviation alone
     eval_freq: NonNegativeInt = 0
@@ -167,7 +168,7 @@ class GaussianHead(nn.Module):
             self.mean = nn.Linear(backbone.hidden_size, 1)
             nn.init.orthogonal_(self.mean.weight, 0.01)
             nn.init.zeros_(self.mean.bias)
-        log_std = torch.full((backbone.action_dim,), float(np.log(args.init_std)))
+        log_std = torch.full((backbone.action_dim,), math.log(args.init_std))
         self.log_std = nn.Parameter(log_std, requires_grad=args.learn_std)
 
     def forward(self, backbone, action_hidden):
@@ -247,6 +248,9 @@ def imitation_tensors(demos, args, envs, backbone, device):
     """Demonstrations -> what a gradient step draws from: the observations' keys, and where they are known
     `pixels`; `targets` (S, K*A), bins or actions, of the next K actions, and `mask` (S, K*A), those that the
     episode has and the world feels."""
+    has, wants = demos["image"].shape[1:], envs.single_observation_space["image"].shape
+    if has != wants and "image_size" in backbone.config:  # it resizes nothing
+        raise UserError(f"{args.demos} holds images {has}; this run's world has {wants}.")
     actions = backbone.from_env(demos["actions"])
     targets, mask = chunk_targets(actions, demos["episode_starts"], args.chunk)
     data = {
@@ -340,7 +344,7 @@ def train(args, run):
             and run.due(step - args.grounding_steps, args.eval_freq)
         ):
             evaluate_now()
-        if run.due(args.save_freq, step) or step == total:
+        if run.due(step, args.save_freq) or step == total:
             save("checkpoint.pt")
 
     if step < total:

@@ -194,7 +194,7 @@ class Agent(nn.Module):
         return mean, 3.5 * log_std.tanh() - 1.5
 
     def act(self, obs, turn):
-        """An evaluation's (see common/evaluation.py): the environment's own observations -> actions (B, 1, A)."""
+        """An evaluation's (see common/evaluation.py), from the environment's own observations: (B, 1, A)."""
         obs = torch.as_tensor(obs["proprio"], device=self.obs_mean.device)
         action = self.policy((obs - self.obs_mean) / self.obs_std)[0].tanh()
         return action[:, None].cpu().numpy(), None

@@ -172,14 +172,15 @@ class Agent(nn.Module):
 # --- evaluation
 
 
-class Prompted:
-    """What an evaluation asks (see common/evaluation.py): the agent, told in each environment which return its
-    episode shall reach, with the last --context-length steps of all of them."""
+class Prompted(nn.Module):
+    """What an evaluation asks (see common/evaluation.py): the agent, told in each environment which return
+    its episode shall reach, with the last --context-length steps of all of them."""
 
     def __init__(self, agent, wanted, args, device):
+        super().__init__()
         self.agent, self.wanted, self.args, self.device, self.step = agent, wanted, args, device, 0
         width = 1 + len(agent.obs_mean) + agent.head.out_features
-        self.context = torch.empty(len(wanted), 0, width, device=device)
+        self.context = torch.empty(len(wanted), 0, width, device=device)  # return-to-go, obs, action
 
     def act(self, obs, turn):
         """-> actions (B, 1, A). All episodes are at the same step: each environment plays one."""
@@ -199,28 +200,16 @@ class Prompted:
         self.step += 1
         return action[:, None].cpu().numpy(), None
 
-    @property
-    def training(self):
-        return self.agent.training
-
-    def train(self, mode=True):
-        self.agent.train(mode)
-
-    def eval(self):
-        self.agent.eval()
-
 
 def evaluate_targets(agent, envs, args, run, references, targets, videos=False):
-    """`--eval-episodes` episodes for each of the target returns, with seeds 0, 1, 2, ... -> the evaluation's dict
-    of the best target, and `per_target` of all."""
+    """`--eval-episodes` episodes for each of the target returns, with seeds 0, 1, 2, ... -> the evaluation's
+    dict of the best target, and `per_target` of all."""
     if envs is None:
         return {"episodes": 0}
     seeds = np.tile(np.arange(args.eval_episodes), len(targets))
     prompted = Prompted(agent, np.repeat(targets, args.eval_episodes), args, run.device)
-    outcomes, per_target = (
-        run_episodes(prompted, envs, seeds, video_folder=run.videos if videos else None),
-        {},
-    )
+    outcomes = run_episodes(prompted, envs, seeds, video_folder=run.videos if videos else None)
+    per_target = {}
     for i, target in enumerate(targets):
         rows = outcomes[i * args.eval_episodes : (i + 1) * args.eval_episodes]
         per_target[f"{target:.12g}"] = summarize(rows, False, (), references) | {"target_return": target}
@@ -231,8 +220,8 @@ def evaluate_targets(agent, envs, args, run, references, targets, videos=False):
 
 
 def episode_tensors(dataset, bounds, args, device):
-    """The data set on the device: states (N + F, S), rest (N, A + 1): action, scaled return-to-go, starts (E + 1,)
-    of the episodes, and N."""
+    """The data set on the device: states (N + F, S), rest (N, A + 1): action, scaled return-to-go, starts (E
+    + 1,) of the episodes, and N."""
     starts = torch.from_numpy(dataset.episode_starts)
     returns = returns_to_go(torch.from_numpy(dataset.rewards), starts) / args.return_scale
     rest = np.c_[unit_actions(dataset, bounds), returns].astype(np.float32)

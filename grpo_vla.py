@@ -29,8 +29,18 @@ from common.action_tokenizer import ActionTokenizer
 from common.backbones import export, load_backbone, load_weights, stored_weights
 from common.checkpoint import map_tensors
 from common.envs import make_envs
-from common.evaluation import evaluate, rollout_metrics
-from common.flags import FIXED, KEPT, POSITIVE, NonNegative, NonNegativeInt, Positive, PositiveInt, Share
+from common.evaluation import evaluate, finished_episodes, rollout_metrics
+from common.flags import (
+    FIXED,
+    KEPT,
+    POSITIVE,
+    NonNegative,
+    NonNegativeInt,
+    Only,
+    Positive,
+    PositiveInt,
+    Share,
+)
 from common.run import VLAArgs, main, mean_metrics
 
 
@@ -85,7 +95,7 @@ class Args(VLAArgs):
     )
     """weights of the batch's terms: all alike (DAPO), every episode alike (GRPO), or the episode's sum
     divided by --constant-length decisions (Dr. GRPO)"""
-    constant_length: PositiveInt = 12
+    constant_length: Annotated[PositiveInt, Only("aggregation", "constant-length")] = 12
     """decisions that constant-length divides an episode by"""
     clip_low: Share = 0.2
     """the ratio is clipped to [1 - clip_low, 1 + clip_high]"""
@@ -101,9 +111,9 @@ class Args(VLAArgs):
     """end the iteration's update once approx_kl of a minibatch exceeds it"""
     max_grad_norm: Positive = 1.0
     """global gradient norm clip"""
-    init_std: Annotated[Positive, FIXED] = 0.2
+    init_std: Annotated[Positive, FIXED, Only("head", "gaussian")] = 0.2
     """gaussian head: initial standard deviation, actions being in [-1, 1]"""
-    learn_std: bool = True
+    learn_std: Annotated[bool, Only("head", "gaussian")] = True
     """gaussian head: train the standard deviation, one per action dimension"""
 
     def check(self):
@@ -199,8 +209,8 @@ def decision_advantages(returns, present):
 def aggregation_weights(counts, episode, num_episodes, aggregation, constant, total):
     """The weight of each term of the batch's loss, one a chunk.
 
-    counts (B,) terms of each chunk, episode (B,) int64 in [0, num_episodes), total: the terms ("token-mean") or
-    the episodes of the whole batch, of which torchrun's other processes may have more -> (B,) float32.
+    counts (B,) terms of each chunk, episode (B,) int64 in [0, num_episodes), total: the terms ("token-mean")
+    or the episodes of the whole batch, of which torchrun's other processes may have more -> (B,) float32.
     "token-mean": 1 / all terms; "sequence-mean-token-mean": 1 / (episodes * terms of its episode);
     "constant-length": 1 / (episodes * constant). But for the last, weights times counts add up to 1.
     """
@@ -263,10 +273,11 @@ def grpo_loss(log_probs, entropies, batch, totals, args, scale=1.0):
     """The loss of a micro-batch (Shao et al. 2024, eq. 3, without a critic) and its metrics.
 
     log_probs, entropies (B, K*A): of the policy in training. batch: of the same decisions as they were made,
-    `mask` (B, K*A), `old_log_probs` (B, G) as `merge_tokens` makes them, `advantages` and `weights` (B,), `fresh`
-    (B,) bool (made by the policy that this update started from), with a kl_coef `reference_log_probs` (B, K*A),
-    and for GSPO `episode_log_ratio` (B,). totals: the minibatch's numbers of ratios, tokens and fresh ratios,
-    (3,); scale: decisions of the batch per decision of the minibatch. -> loss (), {name: ()} without gradients
+    `mask` (B, K*A), `old_log_probs` (B, G) as `merge_tokens` makes them, `advantages` and `weights` (B,),
+    `fresh` (B,) bool (made by the policy that this update started from), with a kl_coef `reference_log_probs`
+    (B, K*A), and for GSPO `episode_log_ratio` (B,). totals: the minibatch's numbers of ratios, tokens and
+    fresh ratios, (3,); scale: decisions of the batch per decision of the minibatch. -> loss (), {name: ()}
+    without gradients
     """
     merged, covered = merge_tokens(log_probs, batch["mask"], args.ratio_level, args.chunk)
     log_ratio = merged - batch["old_log_probs"]
@@ -360,7 +371,7 @@ class GaussianHead(nn.Module):
             self.mean = nn.Linear(backbone.hidden_size, 1)
             nn.init.orthogonal_(self.mean.weight, 0.01)
             nn.init.zeros_(self.mean.bias)
-        log_std = torch.full((backbone.action_dim,), float(np.log(args.init_std)))
+        log_std = torch.full((backbone.action_dim,), math.log(args.init_std))
         self.log_std = nn.Parameter(log_std, requires_grad=args.learn_std)
 
     def forward(self, backbone, action_hidden):
@@ -508,11 +519,13 @@ class Groups:
         del self.incomplete[group]
 
 
-def minibatches(units, pool, epochs, parts, generator):
-    """Parts of the `pool` of units in each epoch's random order -> the rows whose unit (B,) is drawn, and how many
-    times more units the pool has: by that the minibatches' losses average to the batch's."""
+def minibatches(units, pool, epochs, per_epoch, generator):
+    """In each epoch the `pool` of units in random order and in `per_epoch` minibatches -> the rows whose unit
+    (B,) is drawn, and how many times more units the pool has: by that the minibatches' losses average to the
+    batch's.
+    """
     for _ in range(epochs):
-        for drawn in pool[torch.randperm(len(pool), generator=generator)].tensor_split(parts):
+        for drawn in pool[torch.randperm(len(pool), generator=generator)].tensor_split(per_epoch):
             yield torch.isin(units, drawn).nonzero().squeeze(1), len(pool) / max(len(drawn), 1)
 
 
@@ -532,8 +545,18 @@ def micro_batches(rows, data, lengths, size):
         yield index, batch
 
 
+@torch.no_grad()
+def current_log_probs(agent, rows, data, lengths, size):
+    """The log-probs (all rows, K*A) that the agent now gives to what was done in `rows`, and 0 elsewhere."""
+    log_probs = torch.zeros_like(data["log_probs"])
+    for index, micro in micro_batches(rows, data, lengths, size):
+        log_probs[index] = agent.evaluate_actions(micro, micro["actions"], micro.get("vision"))[0]
+    return log_probs
+
+
 def train(args, run):
-    """Collect groups with the current policy, compare within them, update, repeat (Shao et al. 2024, alg. 1)."""
+    """Collect groups with the current policy, compare within them, update, repeat (Shao et al. 2024, alg.
+    1)."""
     if args.num_groups % run.processes:
         raise UserError(f"{args.num_groups} groups cannot be split evenly over {run.processes} processes.")
     eval_envs = run.closing(make_envs(args, "eval", args.eval_envs))
@@ -552,30 +575,25 @@ def train(args, run):
     # The KL's reference: what is trained, as it was at first. Adapters that are new add nothing then.
     reference = [p.detach().clone() for p in trained] if args.kl_coef > 0 else None
     sampler, shuffler = run.generator("sampler", device), run.generator("shuffler")
-    active, order_in_chunk = (
-        torch.as_tensor(envs.active_dims, device=device),
-        torch.arange(args.chunk, device=device),
-    )
+    active_dims = torch.as_tensor(envs.active_dims, device=device)
+    order_in_chunk = torch.arange(args.chunk, device=device)
 
     step, iteration, gradient_steps, recent = 0, 0, 0, []  # recent: the last episodes
     groups, wanted = Groups(envs.num_envs, run.rank), args.num_groups // run.processes
     if saved := run.restore():
         optimizer.load_state_dict(saved["optimizer"])
         step, iteration, gradient_steps = saved["counters"]
-        reference, state = map_tensors(lambda x: x.to(device), [saved["reference"], saved["groups"]])
-        vars(groups).update(state)
+        playing, reference = map_tensors(lambda x: x.to(device), [saved["groups"], saved["reference"]])
+        vars(groups).update(playing)
         recent, obs = saved["recent"], envs.set_state(saved["envs"])
 
     def save(name):
         """`best.pt` holds the weights, `checkpoint.pt` all that the run needs to go on."""
         state, own = {"agent": stored_weights(agent), "backbone": backbone.config}, None
         if name == "checkpoint.pt":
-            counters = [step, iteration, gradient_steps]
-            state |= dict(optimizer=optimizer.state_dict(), counters=counters, reference=reference)
-            playing = map_tensors(
-                lambda x: x.cpu().clone(), vars(groups)
-            )  # a view would take its batch along
-            own = dict(envs=envs.get_state(), groups=playing, recent=recent)
+            state |= dict(optimizer=optimizer.state_dict(), counters=[step, iteration, gradient_steps])
+            state |= dict(reference=reference)
+            own = dict(envs=envs.get_state(), groups=vars(groups), recent=recent)
         run.save(name, state, own)
 
     def evaluate_now(videos=False):
@@ -589,9 +607,9 @@ def train(args, run):
     while step < args.total_timesteps:
         # --- collect until the batch is full; every environment always plays an unfinished episode
         agent.eval()
-        collected = 0
+        num_steps = 0
         while len(groups.ready) < wanted and groups.finished < args.max_refill * wanted:
-            if run.signalled or step + collected * run.processes >= args.total_timesteps:
+            if run.signalled or step + num_steps * run.processes >= args.total_timesteps:
                 break
             if None in groups.playing:
                 obs = envs.reset(*groups.start(args.seed, args.group_size, run.processes))
@@ -602,122 +620,116 @@ def train(args, run):
                 actions, log_probs, _ = agent.get_action_and_value(batch, vision, generator=sampler)
             if cache_vision:
                 batch.pop("image", None)
-            batch |= {} if vision is None else {"vision": vision}
             run.lap("policy")
             obs, rewards, terminated, truncated, info = envs.step(backbone.to_env(agent.head.to_env(actions)))
             run.lap("env")
             # Tokens that the environment never saw (after the end, or of a joint it lacks) teach nothing.
             executed = torch.as_tensor(info["steps"], device=device)[:, None] > order_in_chunk
-            mask = (executed[..., None] & active).flatten(1)
-            version = torch.full((len(actions),), iteration, device=device)
-            batch |= dict(actions=actions, log_probs=log_probs, mask=mask, version=version)
-            collected += int(info["steps"].sum())
-            groups.computed += len(actions)
-            for n, row in enumerate(zip(*(x.unbind() for x in batch.values()), strict=True)):
+            mask = (executed[..., None] & active_dims).flatten(1)
+            batch |= dict(actions=actions, log_probs=log_probs, mask=mask)
+            batch |= {} if vision is None else {"vision": vision}
+            batch["version"] = torch.full((envs.num_envs,), iteration, device=device)
+            num_steps += int(info["steps"].sum())
+            groups.computed += envs.num_envs
+            ended = terminated | truncated
+            for n, decision in enumerate(zip(*(x.unbind() for x in batch.values()), strict=True)):
                 if info["lost"][n]:
                     groups.repeat(n)
                     continue
-                episode = groups.add(n, dict(zip(batch, row, strict=True)), rewards[n], info["steps"][n])
-                if terminated[n] or truncated[n] or 0 < args.max_steps <= sum(episode["steps"]):
-                    outcome = (info[x][n] for x in ("success", "episode_return", "episode_length"))
-                    recent = [*recent, list(map(float, outcome))][-200:]
+                episode = groups.add(n, dict(zip(batch, decision, strict=True)), rewards[n], info["steps"][n])
+                ended[n] |= 0 < args.max_steps <= sum(episode["steps"])
+                if ended[n]:
                     groups.end(n, info["success"][n], args, envs.has_success)
+            recent = [*recent, *finished_episodes(info, ended)][-200:]
         everyone = distributed.all_gather(
-            [len(groups.ready), collected, groups.finished, groups.computed, envs.lost_episodes]
+            [len(groups.ready), num_steps, groups.finished, groups.computed, envs.lost_episodes]
         )
-        num_ready, collected, finished, computed, lost_episodes = zip(*everyone, strict=True)
-        step += sum(collected)
+        all_ready, all_steps, all_finished, all_computed, all_lost = zip(*everyone, strict=True)
+        step += sum(all_steps)
         if run.stopping():
             break
         groups.finished = groups.computed = 0
-        if not min(num_ready):  # every group was uniform
+        if not min(all_ready):  # every group was uniform
             continue
         iteration += 1
 
         # --- advantages
         chosen, groups.ready = groups.ready[:wanted], groups.ready[wanted:]  # too many wait for the next
         members = [member for group in chosen for member in group]
-        lengths_of = torch.tensor([len(member["chunks"]) for member in members], device=device)
-        episode = torch.arange(len(members), device=device).repeat_interleave(lengths_of)
+        decisions = torch.tensor([len(member["chunks"]) for member in members], device=device)
+        episode = torch.arange(len(members), device=device).repeat_interleave(decisions)
         returns = [torch.tensor(member["returns"]) for member in members]
         returns = nn.utils.rnn.pad_sequence(returns, batch_first=True).to(device)  # (episodes, decisions)
-        present = torch.arange(returns.shape[1], device=device) < lengths_of[:, None]
+        present = torch.arange(returns.shape[1], device=device) < decisions[:, None]
         by_group = (len(chosen), args.group_size, -1)
-        outcomes = returns[:, 0].view(by_group[:2])
+        returns, present = returns.view(by_group), present.view(by_group)
         if args.advantage_level == "episode":
-            advantages = grpo_advantages(outcomes, args.std_normalisation, args.leave_one_out)
+            advantages = grpo_advantages(returns[..., 0], args.std_normalisation, args.leave_one_out)
             advantages = advantages.flatten()[episode]
         else:
-            present = present.view(by_group)
-            advantages = decision_advantages(returns.view(by_group), present)[present]
+            advantages = decision_advantages(returns, present)[present]
 
         # --- flatten: valid chunks only, one after another
         chunks = [chunk for member in members for chunk in member["chunks"]]
-        data = {key: torch.stack([chunk[key] for chunk in chunks]) for key in chunks[0]}
-        rows = len(chunks)
-        for chunk in chunks:
-            chunk.clear()  # one copy is enough
+        num_rows, rows = len(chunks), torch.arange(len(chunks))
+        # popped, so that one copy is enough
+        data = {key: torch.stack([chunk.pop(key) for chunk in chunks]) for key in list(chunks[0])}
         data["fresh"], data["advantages"] = data.pop("version") == iteration - 1, advantages
-        old_log_probs, covered = merge_tokens(data["log_probs"], data["mask"], args.ratio_level, args.chunk)
-        data["old_log_probs"], data["covered"] = old_log_probs, covered
-        lengths = data.pop("length").cpu() if "length" in data else None
+        data["old_log_probs"], data["covered"] = merge_tokens(
+            data["log_probs"], data["mask"], args.ratio_level, args.chunk
+        )
+        lengths = data.pop("length").cpu() if "length" in data else None  # of prompts, where they differ
         # What is shuffled: whole episodes where a ratio covers one, else the chunks that have a gradient.
-        units, pool, used = torch.arange(rows), torch.arange(rows), rows
+        units = pool = rows
         if args.ratio_level == "sequence":
             units, pool = episode.cpu(), torch.arange(len(members))
         elif not args.kl_coef and not args.entropy_coef:
             pool = advantages.nonzero().squeeze(1).cpu()
-            used = len(pool)
-        terms = int(covered.sum()) if args.aggregation == "token-mean" else len(members)
-        everyone = distributed.all_gather([rows, used, len(chosen), terms, recent])
-        num_rows, num_used, num_kept, terms, recents = zip(*everyone, strict=True)
-        constant = args.constant_length * (covered.shape[1] // args.chunk if covered.shape[1] > 1 else 1)
+        num_used = num_rows if args.ratio_level == "sequence" else len(pool)
+        num_terms = int(data["covered"].sum()) if args.aggregation == "token-mean" else len(members)
+        everyone = distributed.all_gather([num_rows, num_used, num_terms, len(chosen), recent])
+        all_rows, all_used, all_terms, all_chosen, all_recent = zip(*everyone, strict=True)
+        terms = data["covered"].sum(1)
+        constant = args.constant_length * (data["covered"].shape[1] // args.chunk or 1)
         data["weights"] = aggregation_weights(
-            covered.sum(1), episode, len(members), args.aggregation, constant, sum(terms)
+            terms, episode, len(members), args.aggregation, constant, sum(all_terms)
         )
         if args.kl_coef > 0:
-            data["reference_log_probs"] = torch.empty_like(data["log_probs"])
-            with torch.no_grad(), weights_of(reference, trained):
-                for index, batch in micro_batches(torch.arange(rows), data, lengths, args.micro_batch_size):
-                    log_probs, _ = agent.evaluate_actions(batch, batch["actions"], batch.get("vision"))
-                    data["reference_log_probs"][index] = log_probs
+            with weights_of(reference, trained):
+                log_probs = current_log_probs(agent, rows, data, lengths, args.micro_batch_size)
+            data["reference_log_probs"] = log_probs
         run.lap("policy")
 
         # --- update
         agent.train()
         fraction = max(0.0, 1 - step / args.total_timesteps) if args.anneal_lr else 1.0
         optimizer.param_groups[0]["lr"] = args.learning_rate * fraction
-        updates, parts = [], math.ceil(max(sum(num_used), 1) / args.minibatch_size)
-        for minibatch, scale in minibatches(units, pool, args.update_epochs, parts, shuffler):
+        updates, per_epoch = [], math.ceil(max(sum(all_used), 1) / args.minibatch_size)
+        for rows, scale in minibatches(units, pool, args.update_epochs, per_epoch, shuffler):
             # What the means divide by is the minibatch's, so that micro-batches, here and in torchrun's other
             # processes, add up to it exactly.
-            here = minibatch.to(device)
-            totals = [data["covered"][here].sum(), data["mask"][here].sum()]
-            totals.append((data["covered"][here] & data["fresh"][here, None]).sum())
-            totals = distributed.all_sum(torch.stack(totals))
+            index = rows.to(device)
+            covered, mask, fresh = (data[key][index] for key in ("covered", "mask", "fresh"))
+            totals = torch.stack([covered.sum(), mask.sum(), (covered & fresh[:, None]).sum()])
+            distributed.all_sum(totals)
             if args.ratio_level == "sequence":  # of all of an episode's chunks
-                log_ratio = torch.zeros_like(data["log_probs"])
-                with torch.no_grad():
-                    for index, batch in micro_batches(minibatch, data, lengths, args.micro_batch_size):
-                        log_probs, _ = agent.evaluate_actions(batch, batch["actions"], batch.get("vision"))
-                        log_ratio[index] = log_probs - batch["log_probs"]
-                log_ratio = sequence_log_ratio(
-                    log_ratio[here], data["mask"][here], episode[here], len(members)
-                )
+                log_ratio = current_log_probs(agent, rows, data, lengths, args.micro_batch_size)
+                log_ratio = (log_ratio - data["log_probs"])[index]
+                log_ratio = sequence_log_ratio(log_ratio, mask, episode[index], len(members))
                 data["episode_log_ratio"] = log_ratio[episode]
             terms = []
-            for _, batch in micro_batches(minibatch, data, lengths, args.micro_batch_size):
-                new = agent.evaluate_actions(batch, batch["actions"], batch.get("vision"))
-                loss, metrics = grpo_loss(*new, batch, totals, args, scale)
+            for _, micro in micro_batches(rows, data, lengths, args.micro_batch_size):
+                new = agent.evaluate_actions(micro, micro["actions"], micro.get("vision"))
+                loss, term = grpo_loss(*new, micro, totals, args, scale)
                 loss.backward()
-                terms.append(metrics)
+                terms.append(term)
             metrics = distributed.sum_metrics(terms, device)
             if args.target_kl is not None and metrics["policy/approx_kl"] > args.target_kl:
                 optimizer.zero_grad()
                 break
             distributed.sum_gradients(trained)
             metrics["optim/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-            run.check_finite(metrics, f"iteration {iteration}", outcomes=outcomes)
+            run.check_finite(metrics, f"iteration {iteration}", outcomes=returns[..., 0])
             optimizer.step()
             optimizer.zero_grad()
             gradient_steps += 1
@@ -725,22 +737,23 @@ def train(args, run):
         run.lap("update")
 
         # --- log, evaluate, save
-        scalars = mean_metrics(updates) | rollout_metrics(sum(recents, []), envs.has_success)
+        scalars = mean_metrics(updates) | rollout_metrics(sum(all_recent, []), envs.has_success)
         scalars |= {
             "policy/first_ratio_error": updates[0]["policy/ratio_error"] if updates else 0.0,
             "policy/stale_share": 1 - data["fresh"].float().mean(),
             "optim/learning_rate": args.learning_rate * fraction,
-            "rollout/groups_kept": sum(num_ready), "rollout/groups_waiting": sum(num_ready) - sum(num_kept),
-            "rollout/refill_factor": sum(finished) / sum(num_kept),
-            "rollout/kept_share": sum(num_rows) / max(sum(computed), 1),
-            "rollout/trained_share": sum(num_used) / max(sum(computed), 1),
-            "rollout/lost_episodes": sum(lost_episodes),
-            "time/samples_per_second": sum(num_used) * args.update_epochs / run.laps["update"],
-        }  # fmt: skip
+            "rollout/groups_kept": sum(all_ready),
+            "rollout/groups_waiting": sum(all_ready) - sum(all_chosen),
+            "rollout/refill_factor": sum(all_finished) / sum(all_chosen),
+            "rollout/kept_share": sum(all_rows) / max(sum(all_computed), 1),
+            "rollout/trained_share": sum(all_used) / max(sum(all_computed), 1),
+            "rollout/lost_episodes": sum(all_lost),
+            "time/samples_per_second": sum(all_used) * args.update_epochs / run.laps["update"],
+        }
         run.log(scalars, step)
         if run.due(iteration, args.eval_freq) and step < args.total_timesteps:
             evaluate_now()
-        if run.due(args.save_freq, iteration) or step >= args.total_timesteps:
+        if run.due(iteration, args.save_freq) or step >= args.total_timesteps:
             save("checkpoint.pt")
 
     if step < args.total_timesteps:

@@ -147,7 +147,7 @@ class Agent(nn.Module):
         return self.actor(obs).tanh(), self.log_std.clamp(-5, 2)
 
     def act(self, obs, turn):
-        """An evaluation's (see common/evaluation.py): the environment's own observations -> actions (B, 1, A)."""
+        """An evaluation's (see common/evaluation.py), from the environment's own observations: (B, 1, A)."""
         obs = torch.as_tensor(obs["proprio"], device=self.obs_mean.device)
         action = self.actor((obs - self.obs_mean) / self.obs_std).tanh()
         return action[:, None].cpu().numpy(), None

@@ -28,8 +28,18 @@ from common.action_tokenizer import ActionTokenizer
 from common.backbones import export, load_backbone, load_weights, stored_weights
 from common.checkpoint import map_tensors
 from common.envs import make_envs
-from common.evaluation import evaluate, rollout_metrics
-from common.flags import FIXED, KEPT, POSITIVE, NonNegative, NonNegativeInt, Positive, PositiveInt, Share
+from common.evaluation import evaluate, finished_episodes, rollout_metrics
+from common.flags import (
+    FIXED,
+    KEPT,
+    POSITIVE,
+    NonNegative,
+    NonNegativeInt,
+    Only,
+    Positive,
+    PositiveInt,
+    Share,
+)
 from common.run import VLAArgs, main, mean_metrics
 
 
@@ -91,9 +101,9 @@ class Args(VLAArgs):
     """to mean 0 and std 1 over an iteration's data"""
     max_grad_norm: Positive = 1.0
     """global gradient norm clip"""
-    init_std: Annotated[Positive, FIXED] = 0.2
+    init_std: Annotated[Positive, FIXED, Only("head", "gaussian")] = 0.2
     """gaussian head: initial standard deviation, actions being in [-1, 1]"""
-    learn_std: bool = True
+    learn_std: Annotated[bool, Only("head", "gaussian")] = True
     """gaussian head: train the standard deviation, one per action dimension"""
 
 
@@ -192,11 +202,11 @@ def explained_variance(values, returns):
 def ppo_loss(log_probs, entropies, values, batch, totals, args, critic_only=False):
     """PPO's loss of a micro-batch (Schulman et al. 2017, eq. 9, and a penalty on the KL) and its metrics.
 
-    log_probs, entropies (B, K*A), values (B,): of the network in training. batch: of the same decisions as they
-    were made, `mask` (B, K*A), `old_log_probs` (B, G) as `merge_tokens` makes them, `values`, `returns`,
+    log_probs, entropies (B, K*A), values (B,): of the network in training. batch: of the same decisions as
+    they were made, `mask` (B, K*A), `old_log_probs` (B, G) as `merge_tokens` makes them, `values`, `returns`,
     `advantages` (B,), and with a kl_coef `reference_log_probs` (B, K*A). totals: the minibatch's numbers of
-    ratios, tokens and decisions, (3,), by which the sums are divided: those of its micro-batches add up to its
-    means. critic_only: the value's part alone. -> loss (), {name: ()} without gradients
+    ratios, tokens and decisions, (3,), by which the sums are divided: those of its micro-batches add up to
+    its means. critic_only: the value's part alone. -> loss (), {name: ()} without gradients
     """
     merged, covered = merge_tokens(log_probs, batch["mask"], args.ratio_level, args.chunk)
     log_ratio = merged - batch["old_log_probs"]
@@ -230,12 +240,12 @@ def ratio_metrics(log_ratio, covered, total, clip_low, clip_high):
 
 
 def valid_decisions(lost, ended):
-    """Which decisions teach: not those of an episode that was lost with its worker. lost, ended (T, N) bool
-    arrays, told with the episode's last decision -> (T, N) bool."""
-    valid = np.ones(lost.shape, bool)
-    for t, n in np.argwhere(lost):
-        before = np.flatnonzero((lost | ended)[:t, n])
-        valid[before[-1] + 1 if len(before) else 0 : t + 1, n] = False
+    """Which decisions teach: not those of an episode that was lost with its worker. lost, ended (T, N) bool,
+    true at the decision that the episode was lost or ended with -> (T, N) bool."""
+    valid, doomed = torch.empty_like(lost), torch.zeros_like(lost[0])
+    for t in reversed(range(len(lost))):
+        doomed = lost[t] | (doomed & ~ended[t])
+        valid[t] = ~doomed
     return valid
 
 
@@ -300,7 +310,7 @@ class GaussianHead(nn.Module):
             self.mean = nn.Linear(backbone.hidden_size, 1)
             nn.init.orthogonal_(self.mean.weight, 0.01)
             nn.init.zeros_(self.mean.bias)
-        log_std = torch.full((backbone.action_dim,), float(np.log(args.init_std)))
+        log_std = torch.full((backbone.action_dim,), math.log(args.init_std))
         self.log_std = nn.Parameter(log_std, requires_grad=args.learn_std)
 
     def forward(self, backbone, action_hidden):
@@ -412,10 +422,10 @@ def weights_of(reference, parameters):
         p.data.copy_(x)
 
 
-def minibatches(num_rows, epochs, parts, generator):
-    """Row numbers, all in each epoch's random order, in `parts` parts an epoch."""
+def minibatches(num_rows, epochs, per_epoch, generator):
+    """Row numbers (B,), in each epoch all of them, in random order and in `per_epoch` minibatches."""
     for _ in range(epochs):
-        yield from torch.randperm(num_rows, generator=generator).tensor_split(parts)
+        yield from torch.randperm(num_rows, generator=generator).tensor_split(per_epoch)
 
 
 def micro_batches(rows, data, lengths, size):
@@ -434,6 +444,15 @@ def micro_batches(rows, data, lengths, size):
         yield index, batch
 
 
+@torch.no_grad()
+def current_log_probs(agent, rows, data, lengths, size):
+    """The log-probs (all rows, K*A) that the agent now gives to what was done in `rows`, and 0 elsewhere."""
+    log_probs = torch.zeros_like(data["log_probs"])
+    for index, micro in micro_batches(rows, data, lengths, size):
+        log_probs[index] = agent.evaluate_actions(micro, micro["actions"], micro.get("vision"))[0]
+    return log_probs
+
+
 def train(args, run):
     """Collect with the current policy, estimate advantages, update, repeat (Schulman et al. 2017, alg. 1)."""
     eval_envs = run.closing(make_envs(args, "eval", args.eval_envs))
@@ -446,8 +465,8 @@ def train(args, run):
         return export(backbone, args, run)
 
     envs, device = run.closing(make_envs(args, "train", args.num_envs, autoreset=True)), run.device
-    named = [(name, p) for name, p in agent.named_parameters() if p.requires_grad]
-    trained, policy = [p for _, p in named], [p for name, p in named if not name.startswith("value_head")]
+    trained = {name: p for name, p in agent.named_parameters() if p.requires_grad}
+    policy = [p for name, p in trained.items() if not name.startswith("value_head")]
     groups = [
         {"params": policy, "lr": args.learning_rate},
         {"params": list(agent.value_head.parameters()), "lr": args.value_learning_rate},
@@ -455,25 +474,20 @@ def train(args, run):
     optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0)
     cache_vision = not any(p.requires_grad for p in backbone.vision_parameters())
     # The KL's reference: what is trained, as it was at first. Adapters that are new add nothing then.
-    reference = [p.detach().clone() for p in trained] if args.kl_coef > 0 else None
+    reference = [p.detach().clone() for p in trained.values()] if args.kl_coef > 0 else None
     sampler, shuffler = run.generator("sampler", device), run.generator("shuffler")
-    active, order_in_chunk = (
-        torch.as_tensor(envs.active_dims, device=device),
-        torch.arange(args.chunk, device=device),
-    )
+    active_dims = torch.as_tensor(envs.active_dims, device=device)
+    order_in_chunk = torch.arange(args.chunk, device=device)
 
-    step, iteration, gradient_steps = 0, 0, 0
-    rollout, recent = [], []  # the decisions of this iteration so far; the last episodes
+    step, iteration, gradient_steps, recent = 0, 0, 0, []  # recent: the last episodes
+    rollout, num_steps, episodes = [], 0, []  # this iteration's decisions, environment steps, ended episodes
     if saved := run.restore():
         optimizer.load_state_dict(saved["optimizer"])
         step, iteration, gradient_steps = saved["counters"]
-        recent, reference, rollout = map_tensors(
-            lambda x: x.to(device), [saved["recent"], saved["reference"], saved["rollout"]]
-        )
+        recent, (rollout, num_steps, episodes) = saved["recent"], saved["rollout"]
+        rollout, reference = map_tensors(lambda x: x.to(device), [rollout, saved["reference"]])
         envs.set_state(saved["envs"])
-        obs = {
-            key: np.asarray(x) for key, x in saved["envs"]["obs"].items()
-        }  # also of episodes that are lost
+        obs = {key: np.asarray(x) for key, x in saved["envs"]["obs"].items()}  # of lost episodes too
     else:
         obs = envs.reset()
 
@@ -481,11 +495,9 @@ def train(args, run):
         """`best.pt` holds the weights, `checkpoint.pt` all that the run needs to go on."""
         state, own = {"agent": stored_weights(agent), "backbone": backbone.config}, None
         if name == "checkpoint.pt":
-            counters = [step, iteration, gradient_steps]
-            state |= dict(
-                optimizer=optimizer.state_dict(), counters=counters, recent=recent, reference=reference
-            )
-            own = dict(envs=envs.get_state(), rollout=map_tensors(lambda x: x.cpu(), rollout))
+            state |= dict(optimizer=optimizer.state_dict(), counters=[step, iteration, gradient_steps])
+            state |= dict(recent=recent, reference=reference)
+            own = dict(envs=envs.get_state(), rollout=[rollout, num_steps, episodes])
         run.save(name, state, own)
 
     def evaluate_now(videos=False):
@@ -506,74 +518,65 @@ def train(args, run):
                 actions, log_probs, values = agent.get_action_and_value(batch, vision, generator=sampler)
             if cache_vision:
                 batch.pop("image", None)
-            batch |= {} if vision is None else {"vision": vision}
             run.lap("policy")
             obs, rewards, terminated, truncated, info = envs.step(backbone.to_env(agent.head.to_env(actions)))
             run.lap("env")
             # Tokens that the environment never saw (after the end, or of a joint it lacks) teach nothing.
             executed = torch.as_tensor(info["steps"], device=device)[:, None] > order_in_chunk
-            mask = (executed[..., None] & active).flatten(1)
-            final_values = torch.zeros(len(rewards), device=device)
+            mask = (executed[..., None] & active_dims).flatten(1)
+            final_values = torch.zeros_like(values)  # V(final observation) after a truncation, else 0
             if truncated.any():
                 final_obs = {key: x[truncated] for key, x in info["final_obs"].items()}
                 with torch.no_grad():
                     bootstrap = agent.get_value(backbone.preprocess(final_obs, envs.instructions))
                 final_values[torch.as_tensor(truncated, device=device)] = bootstrap
-            ended = terminated | truncated
-            outcome = zip(*(info[x] for x in ("success", "episode_return", "episode_length")), strict=True)
-            rollout.append(
-                batch | dict(actions=actions, log_probs=log_probs, values=values, mask=mask,
-                    rewards=torch.as_tensor(rewards, device=device), final_values=final_values,
-                    ended=ended, lost=info["lost"], steps=int(info["steps"].sum()),
-                    episodes=[list(map(float, row)) for row, end in zip(outcome, ended, strict=True) if end])
-            )  # fmt: skip
+            told = dict(rewards=rewards, ended=terminated | truncated, lost=info["lost"])
+            told = {key: torch.as_tensor(x, device=device) for key, x in told.items()}
+            batch |= dict(actions=actions, log_probs=log_probs, mask=mask, values=values)
+            batch |= {} if vision is None else {"vision": vision}
+            rollout.append(batch | told | {"final_values": final_values})
+            num_steps += int(info["steps"].sum())
+            episodes += finished_episodes(info, terminated | truncated)
         if run.stopping():
             break
 
         # --- advantages
-        iteration, first_step = iteration + 1, step
+        iteration += 1
         with torch.no_grad():
             last_value = agent.get_value(backbone.preprocess(obs, envs.instructions))
-        column = {key: [decision.pop(key) for decision in rollout] for key in list(rollout[0])}
-        rollout = []
-        ended, lost = (np.stack([np.asarray(x) for x in column.pop(key)]) for key in ("ended", "lost"))
-        valid, episodes, collected = (
-            valid_decisions(lost, ended),
-            column.pop("episodes"),
-            sum(column.pop("steps")),
-        )
-        data = {key: torch.stack(column.pop(key)) for key in list(column)}  # (T, N, ...)
-        ends = torch.as_tensor(ended | ~valid, device=device)
-        next_values = torch.cat([data["values"][1:], last_value[None]])
-        # final_values is V(final observation) after a truncation and 0 after a termination
-        next_values = torch.where(ends, data.pop("final_values"), next_values)
+        # (T, N, ...); popped, so that one copy is enough
+        data = {key: torch.stack([decision.pop(key) for decision in rollout]) for key in list(rollout[0])}
+        ended, values = data.pop("ended"), data["values"]
+        valid = valid_decisions(data.pop("lost"), ended)
+        next_values = torch.cat([values[1:], last_value[None]])
+        next_values = torch.where(ended | ~valid, data.pop("final_values"), next_values)
         data["advantages"], data["returns"] = compute_gae(
-            data.pop("rewards"), data["values"], next_values, ends, args.gamma, args.gae_lambda
+            data.pop("rewards"), values, next_values, ended | ~valid, args.gamma, args.gae_lambda
         )
 
         # --- flatten, valid decisions only
-        keep = (
-            slice(None) if valid.all() else torch.as_tensor(valid.reshape(-1)).nonzero().squeeze(1).to(device)
-        )
-        data, rows = {key: x.flatten(0, 1)[keep] for key, x in data.items()}, int(valid.sum())
-        everyone = distributed.all_gather([rows, collected, sum(episodes, []), envs.lost_episodes])
-        kept, collected, episodes, lost_episodes = zip(*everyone, strict=True)
-        step, recent = step + sum(collected), (recent + sum(episodes, []))[-200:]
-        if not min(kept):  # every environment's worker died
+        keep = slice(None) if valid.all() else valid.flatten().nonzero().squeeze(1)
+        data = {key: x.flatten(0, 1)[keep] for key, x in data.items()}
+        num_rows = len(data["values"])
+        everyone = distributed.all_gather([num_rows, num_steps, episodes, envs.lost_episodes])
+        all_rows, all_steps, all_episodes, all_lost = zip(*everyone, strict=True)
+        first_step, step = step, step + sum(all_steps)
+        recent = (recent + sum(all_episodes, []))[-200:]
+        rollout, num_steps, episodes = [], 0, []
+        if not min(all_rows):  # every environment's worker died
             continue
-        lengths = data.pop("length").cpu() if "length" in data else None
-        if args.normalize_advantages and sum(kept) > 1:
+        if args.normalize_advantages and sum(all_rows) > 1:
             whole = torch.cat(distributed.all_gather(data["advantages"].cpu())).to(device)
             data["advantages"] = (data["advantages"] - whole.mean()) / (whole.std() + 1e-8)
         data["old_log_probs"], data["covered"] = merge_tokens(
             data["log_probs"], data["mask"], args.ratio_level, args.chunk
         )
+        lengths = data.pop("length").cpu() if "length" in data else None  # of prompts, where they differ
         if args.kl_coef > 0:
-            data["reference_log_probs"] = torch.empty_like(data["log_probs"])
-            with torch.no_grad(), weights_of(reference, trained):
-                for index, batch in micro_batches(torch.arange(rows), data, lengths, args.micro_batch_size):
-                    log_probs, _, _ = agent.evaluate_actions(batch, batch["actions"], batch.get("vision"))
-                    data["reference_log_probs"][index] = log_probs
+            with weights_of(reference, trained.values()):
+                rows = torch.arange(num_rows)
+                log_probs = current_log_probs(agent, rows, data, lengths, args.micro_batch_size)
+            data["reference_log_probs"] = log_probs
         run.lap("policy")
 
         # --- update
@@ -582,26 +585,24 @@ def train(args, run):
         optimizer.param_groups[0]["lr"] = args.learning_rate * fraction
         optimizer.param_groups[1]["lr"] = args.value_learning_rate * fraction
         critic_only, updates = iteration <= args.critic_warmup, []
-        parts = math.ceil(sum(kept) / args.minibatch_size)
-        for minibatch in minibatches(rows, args.update_epochs, parts, shuffler):
+        per_epoch = math.ceil(sum(all_rows) / args.minibatch_size)
+        for rows in minibatches(num_rows, args.update_epochs, per_epoch, shuffler):
             # What the means divide by is the minibatch's, so that micro-batches, here and in torchrun's other
             # processes, add up to it exactly.
-            covered, mask = data["covered"][minibatch.to(device)], data["mask"][minibatch.to(device)]
-            totals = torch.stack(
-                [covered.sum(), mask.sum(), covered.new_tensor(len(mask), dtype=torch.int64)]
-            )
+            covered, mask = data["covered"][rows.to(device)], data["mask"][rows.to(device)]
+            totals = torch.stack([covered.sum(), mask.sum(), mask.new_tensor(len(rows), dtype=torch.int64)])
             distributed.all_sum(totals)
             terms = []
-            for _, batch in micro_batches(minibatch, data, lengths, args.micro_batch_size):
-                new = agent.evaluate_actions(batch, batch["actions"], batch.get("vision"))
-                loss, metrics = ppo_loss(*new, batch, totals, args, critic_only)
+            for _, micro in micro_batches(rows, data, lengths, args.micro_batch_size):
+                new = agent.evaluate_actions(micro, micro["actions"], micro.get("vision"))
+                loss, term = ppo_loss(*new, micro, totals, args, critic_only)
                 loss.backward()
-                terms.append(metrics)
+                terms.append(term)
             metrics = distributed.sum_metrics(terms, device)
             if args.target_kl is not None and metrics["policy/approx_kl"] > args.target_kl:
                 optimizer.zero_grad()
                 break
-            distributed.sum_gradients(trained)
+            distributed.sum_gradients(trained.values())
             if critic_only:
                 for parameter in policy:  # reached through the value where it is not detached
                     parameter.grad = None
@@ -619,13 +620,13 @@ def train(args, run):
             "policy/first_ratio_error": updates[0]["policy/ratio_error"] if updates else 0.0,
             "value/explained_variance": explained_variance(data["values"], data["returns"]),
             "optim/learning_rate": args.learning_rate * fraction,
-            "rollout/lost_episodes": sum(lost_episodes),
-            "time/samples_per_second": sum(kept) * args.update_epochs / run.laps["update"],
+            "rollout/lost_episodes": sum(all_lost),
+            "time/samples_per_second": sum(all_rows) * args.update_epochs / run.laps["update"],
         }
         run.log(scalars, step)
         if run.due(iteration, args.eval_freq) and step < args.total_timesteps:
             evaluate_now()
-        if run.due(args.save_freq, iteration) or step >= args.total_timesteps:
+        if run.due(iteration, args.save_freq) or step >= args.total_timesteps:
             save("checkpoint.pt")
 
     if step < args.total_timesteps:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from common import UserError
 from common.datasets import check_append, reference_scores, write_transitions
 from common.envs import make_envs
-from common.evaluation import evaluate, rollout_metrics
+from common.evaluation import evaluate, finished_episodes, rollout_metrics
 from common.flags import FIXED, FREE, NonNegative, NonNegativeInt, PositiveInt, Share
 from common.optim import compile_update, minimize
 from common.run import StateArgs, main
@@ -318,8 +318,7 @@ def train(args, run):
         obs, info, ended = step_envs(envs, obs, action.cpu().numpy(), row)
         replay[step // N % T] = torch.from_numpy(row).to(device)
         step += N
-        for n in np.flatnonzero(ended):
-            recent = [*recent, [0.0, float(info["episode_return"][n]), int(info["episode_length"][n])]][-100:]
+        recent = [*recent, *finished_episodes(info, ended)][-100:]
 
         # --- update
         filled = min(step // N, T) * N

@@ -139,7 +139,7 @@ class Agent(nn.Module):
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
 
     def act(self, obs, turn):
-        """An evaluation's (see common/evaluation.py): the environment's own observations -> actions (B, 1, A)."""
+        """An evaluation's (see common/evaluation.py), from the environment's own observations: (B, 1, A)."""
         obs = torch.as_tensor(obs["proprio"], device=self.obs_mean.device)
         action = self.actor((obs - self.obs_mean) / self.obs_std).tanh()
         return action[:, None].cpu().numpy(), None

@@ -15,7 +15,8 @@ import psutil
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.envs import libero, make_envs  # noqa: E402
+from common.envs import libero  # noqa: E402
+from common.envs.vector import vectorize  # noqa: E402
 
 CHUNK = 8
 
@@ -45,10 +46,9 @@ def vector(args, num_envs, num_workers, cameras, num_tasks):
     pages), and of the same share of what the workers have in common"""
     rng, start, shape = np.random.default_rng(0), time.perf_counter(), (num_envs, CHUNK, 7)
     tasks, max_steps = range(num_tasks or 1), None if num_tasks else 10**9
-    envs = make_envs(
-        "libero", num_envs, seed=1, chunk=CHUNK, num_workers=num_workers, suite=args.suite,
-        cameras=cameras, tasks=tuple(map(str, tasks)), max_steps=max_steps,
-    )  # fmt: skip
+    kwargs = dict(suite=args.suite, cameras=cameras, tasks=tuple(map(str, tasks)), max_steps=max_steps)
+    world = ("libero", libero.__name__, kwargs)
+    envs = vectorize(world, num_envs, seed=1, chunk=CHUNK, num_workers=num_workers)
     envs.reset()
     began, steps = time.perf_counter() - start, []
 

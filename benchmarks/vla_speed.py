@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ppo_vla  # noqa: E402
 from common import UserError  # noqa: E402
-from common.backbones import add_lora, load_backbone  # noqa: E402
+from common.backbones import add_lora, build_backbone  # noqa: E402
 from common.backbones.openvla import LIBERO_CHECKPOINTS, memory_needed, update_memory  # noqa: E402
 
 PRESETS = {  # GPU memory in GB -> settings of the PPO update, one picture, LoRA on the language model
@@ -171,7 +171,7 @@ def count_memory(agent, batch, actions):
 
 def make_agent(chunk, device, sizes=None, rank=0, path="random", **config):
     config |= dict(path=path, sizes=sizes, chunk=chunk, libero=True, unnorm_key="none", device=device)
-    model = load_backbone("openvla", **config)
+    model = build_backbone("openvla", **config)
     if rank:
         add_lora(model, rank)
     if device == "meta":  # it has no autocast; all that is kept has 16 bits with it, too
@@ -199,17 +199,17 @@ def empty_batch(model, size, cameras):
     )
 
 
-def losses(agent, batch, actions, vision, share=1.0):
-    """ppo_vla.py's losses for a micro-batch, this share of its minibatch, and their gradients."""
-    log_probs, _, values = agent.evaluate_actions(batch, actions, vision)
+def losses(agent, batch, actions, vision, size=1):
+    """ppo_vla.py's loss for a micro-batch of a minibatch of this size, and its gradients."""
+    args, one = ppo_vla.Args(chunk=agent.backbone.chunk), torch.ones(len(actions), device=actions.device)
+    log_probs, entropies, values = agent.evaluate_actions(batch, actions, vision)
     mask = torch.ones_like(log_probs, dtype=torch.bool)
-    log_ratio, covered = ppo_vla.merge_tokens(log_probs, mask, "step", agent.backbone.chunk)
-    advantages = torch.ones_like(values)
-    surrogate = ppo_vla.clipped_surrogate(log_ratio - log_ratio.detach(), advantages, 0.2, 0.28)
-    loss = ppo_vla.masked_mean(surrogate, covered)
-    loss = loss + 0.5 * ppo_vla.value_loss(values, values.detach(), advantages, 0.2, 0.0).mean()
+    old_log_probs, _ = ppo_vla.merge_tokens(log_probs.detach(), mask, args.ratio_level, args.chunk)
+    made = dict(mask=mask, old_log_probs=old_log_probs, values=one, returns=one, advantages=one)
+    totals = size * torch.tensor([args.chunk, mask.shape[1], 1], device=actions.device)
+    loss, _ = ppo_vla.ppo_loss(log_probs, entropies, values, made, totals, args)
     if loss.requires_grad:
-        (loss * share).backward()
+        loss.backward()
 
 
 def make_update(agent, size, micro_batch_size):
@@ -226,7 +226,7 @@ def make_update(agent, size, micro_batch_size):
     def update():
         for i in range(0, size, micro_batch_size):
             rows = slice(i, i + micro_batch_size)
-            losses(agent, take(batch, rows), actions[rows], vision[rows], len(actions[rows]) / size)
+            losses(agent, take(batch, rows), actions[rows], vision[rows], size)
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -375,7 +375,9 @@ def specified_rows():
 def main(args):
     if args.tiny and not args.random_init:
         raise UserError("There are no published weights of a tiny width; drop --tiny or --no-random-init.")
-    device = ppo_vla.choose_device(args.device)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but PyTorch finds no CUDA GPU here; use --device cpu.")
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     args.seconds /= 10 if args.tiny else 1
     sizes, dtype = (TINY, "float32") if args.tiny else (None, "bfloat16")
     where = (

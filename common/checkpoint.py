@@ -111,8 +111,8 @@ def load_checkpoint(path: str | os.PathLike, device="cpu") -> dict:
     """Read what `save_checkpoint` wrote, without ever unpickling code.
 
     Returns the state with `format`, `script` and `version` beside its keys, tensors on `device`. `path` may
-    be a run's folder, then its `checkpoint.pt`. CheckpointError if the file is missing, truncated, holds code,
-    or was written by something else.
+    be a run's folder, then its `checkpoint.pt`. CheckpointError if the file is missing, truncated, holds
+    code, or was written by something else.
     """
     path = Path(path)
     if path.is_dir():

@@ -218,8 +218,9 @@ def chunk_targets(
 def training_demonstrations(args, envs) -> dict:
     """The demonstrations of a run: --demos' files, or else the scripted expert's of the world.
 
-    As `load_demonstrations`, with `task` into `envs.instructions`, pictures as the world shows them, and --action-history
-    in `proprio`; from an expert also `pixels` (S, cameras, 2, 2). UserError where they do not fit the world.
+    As `load_demonstrations`, with `task` into `envs.instructions`, pictures as the world shows them, and
+    --action-history in `proprio`; from an expert also `pixels` (S, cameras, 2, 2). UserError where they do
+    not fit the world.
     """
     world, flags = world_module(args.env), world_flags(args)
     if args.demos:
@@ -244,7 +245,7 @@ def training_demonstrations(args, envs) -> dict:
         )
     else:
         raise UserError(
-            f"--env {args.env} needs --demos, HDF5 files or a folder of them: it has no expert that makes its own."
+            f"--env {args.env} needs --demos, HDF5 files or a folder of them: it has no expert of its own."
         )
     if args.action_history:  # the last n executed actions, oldest first, zeros before the episode's first
         n, starts = args.action_history, demos["episode_starts"]
@@ -260,8 +261,8 @@ def training_demonstrations(args, envs) -> dict:
 
 
 def training_scenes(args, envs, device) -> dict[str, torch.Tensor] | None:
-    """Still pictures of the world with the place of what is named, for the grounding stage: image, proprio, task,
-    pixels; None from a world or for demonstrations without them."""
+    """Still pictures of the world with the place of what is named, for the grounding stage: image, proprio,
+    task, pixels; None from a world or for demonstrations without them."""
     world = world_module(args.env)
     if args.demos or not hasattr(world, "scenes"):
         return None
@@ -404,8 +405,8 @@ def unit_actions(dataset: OfflineDataset, bounds: tuple | None) -> np.ndarray:
 
 
 def scaled_rewards(dataset: OfflineDataset, normalize: bool, scale: float, bias: float) -> np.ndarray:
-    """scale * rewards + bias (N,); with `normalize` rewards first span 1000 from the worst to the best episode's
-    return. UserError where all returns are nearly equal."""
+    """scale * rewards + bias (N,); with `normalize` rewards first span 1000 from the worst to the best
+    episode's return. UserError where all returns are nearly equal."""
     rewards = dataset.rewards
     if normalize:
         returns = np.add.reduceat(rewards, dataset.episode_starts, dtype=np.float64)
@@ -711,9 +712,9 @@ def check_append(path: str | os.PathLike, env_id: str) -> None:
 
 def write_transitions(path: str | os.PathLike, rows: torch.Tensor, count: int, widths: list[int], envs,
                       append: bool) -> None:  # fmt: skip
-    """The first `count` rows of (T, N, W), N recordings of T steps in the order of time, as a D4RL file of `envs`'
-    world, after what it holds already where they are to be appended. widths: of the columns obs, action in
-    [-1, 1], reward, terminated, truncated and next_obs."""
+    """The first `count` rows of (T, N, W), N recordings of T steps in the order of time, as a D4RL file of
+    `envs`' world, after what it holds already where they are to be appended. widths: of the columns obs,
+    action in [-1, 1], reward, terminated, truncated and next_obs."""
     obs, action, reward, terminated, truncated, next_obs = rows.split(widths, -1)
     truncated = (truncated > 0).squeeze(-1)
     truncated[-1] |= terminated[-1, :, 0] == 0  # the recording ends here, the episode does not

@@ -65,7 +65,8 @@ def gather(value):
 
 
 def sum_metrics(terms, device):
-    """Sums over a list of {name: () tensor}, of micro-batches, and over all processes, which may have none."""
+    """Sums over a list of {name: () tensor}, of micro-batches, and over all processes, which may have
+    none."""
     names = list(dict.fromkeys(name for names in all_gather([*terms[0]] if terms else []) for name in names))
     sums = [sum((each[name] for each in terms), torch.zeros((), device=device)) for name in names]
     return dict(zip(names, all_sum(torch.stack(sums)).unbind(), strict=True)) if sums else {}

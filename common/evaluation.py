@@ -53,6 +53,12 @@ def summarize(outcomes, has_success, instructions=(), references=None):
     return result
 
 
+def finished_episodes(info, ended):
+    """Rows (success, return, length) of the environments whose episode ended with this step of `Envs`."""
+    keys = ("success", "episode_return", "episode_length")
+    return [[float(info[key][n]) for key in keys] for n in np.flatnonzero(ended)]
+
+
 def rollout_metrics(episodes, has_success):
     """Of training's last episodes, rows (success, return, length) -> the means by name."""
     names = ("rollout/success_rate", "rollout/mean_reward", "rollout/mean_length")
@@ -140,8 +146,8 @@ def evaluation_world(args, dataset, run, episodes):
     """Where a policy learned from `dataset` is evaluated, `episodes` at a time: --env, or else the data set's
     own world, which must fit its shapes.
 
-    -> envs (None with --eval-episodes 0), what -1 and 1 mean in the file's units (each (A,), or None without a
-    world), and the returns of the normalised scores 0 and 100 (or None). Raises UserError.
+    -> envs (None with --eval-episodes 0), what -1 and 1 mean in the file's units (each (A,), or None without
+    a world), and the returns of the normalised scores 0 and 100 (or None). Raises UserError.
     """
     env, references = args.env or dataset.env_id, dataset.reference_scores
     if env is None and args.eval_episodes:
@@ -152,13 +158,11 @@ def evaluation_world(args, dataset, run, episodes):
         references = reference_scores(env)
     envs = make_envs(dataclasses.replace(args, env=env), "eval", max(1, episodes), states=True)
     run.closing(envs)  # also for a run without evaluations it says what the actions mean
-    has, wants = (
-        (dataset.states.shape[1], dataset.actions.shape[1]),
-        envs.single_observation_space["proprio"].shape + envs.single_action_space.shape,
-    )
+    has = dataset.states.shape[1], dataset.actions.shape[1]
+    wants = envs.single_observation_space["proprio"].shape + envs.single_action_space.shape
     if has != wants:
         raise UserError(
-            f"{dataset.name} has {has[0]} observations and {has[1]} actions, {env} {wants[0]} and {wants[1]}; "
-            "give another --env."
+            f"{dataset.name} has {has[0]} observations and {has[1]} actions, {env} {wants[0]} and "
+            f"{wants[1]}; give another --env."
         )
     return envs if args.eval_episodes else None, envs.action_bounds, references

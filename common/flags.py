@@ -1,14 +1,22 @@
-"""What a flag's annotation says beside its type: which values work, and what becomes of it beside a checkpoint.
+"""What a flag's annotation says beside its type: which values work, and what it means beside other flags.
 
 gamma: Share = 0.99
-init_std: Annotated[Positive, FIXED] = 0.2
+init_std: Annotated[Positive, FIXED, Only("head", "gaussian")] = 0.2
 """
 
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 FREE = "may differ from the run's when that is resumed"
 FIXED = "is part of a checkpoint: beside --checkpoint it has that one's value, and no other"
 KEPT = "has the checkpoint's value where that is evaluated, unless it is given"
+
+
+class Only(NamedTuple):
+    """Has an effect only where another flag has this value: given elsewhere, it is an error."""
+
+    flag: str
+    value: str
+
 
 POSITIVE, NONNEGATIVE, SHARE = "positive", "nonnegative", "share"
 LIMITS = {  # what a value must do, and whether it does

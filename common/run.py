@@ -1,8 +1,9 @@
 """A run: what every script needs and no paper is about.
 
 `main` reads the command line (presets, `--resume`, what a checkpoint fixes), opens a `Run` and calls the
-script's `train(args, run)`. A `Run` is a handle, no trainer: it knows device, processes, folder, log, progress
-bar, checkpoints, signals and results, and calls nothing of the script. In the order of a script's life:
+script's `train(args, run)`. A `Run` is a handle, no trainer: it knows device, processes, folder, log,
+progress bar, checkpoints, signals and results, and calls nothing of the script. In the order of a script's
+life:
 
     run.closing(envs)                      closed when the run ends, however it ends
     run.saved                              what --checkpoint or --resume holds, or None
@@ -48,6 +49,7 @@ from common.checkpoint import (
     CheckpointError,
     hardware,
     load_checkpoint,
+    map_tensors,
     rng_state,
     run_folder,
     save_checkpoint,
@@ -58,7 +60,7 @@ from common.checkpoint import (
 from common.datasets import d4rl_name
 from common.envs import WORLDS, world_module
 from common.evaluation import score
-from common.flags import FIXED, FREE, KEPT, LIMITS, NonNegativeInt, PositiveInt
+from common.flags import FIXED, FREE, KEPT, LIMITS, NonNegativeInt, Only, PositiveInt
 
 # --- flags
 
@@ -100,8 +102,8 @@ class VLAArgs(RunArgs):
     env: str = "tabletop"
     """the world: tabletop, libero, or a Gymnasium id with vector observations; its own flags stand below"""
     backbone: Annotated[str, FIXED] = "tiny"
-    """the model: tiny, mlp, openvla (the world's published checkpoint), or a checkpoint's folder or hub id; its
-    own flags stand below"""
+    """the model: tiny, mlp, openvla (the world's published checkpoint), or a checkpoint's folder or hub id;
+    its own flags stand below"""
     chunk: Annotated[PositiveInt, FIXED] = 4
     """K, actions a decision, executed open loop"""
     action_history: Annotated[NonNegativeInt, FIXED] = 0
@@ -170,66 +172,83 @@ def marks(field):
     return getattr(field.type, "__metadata__", ())
 
 
-def check_values(args):
-    """UserError in one sentence for the first value that cannot work."""
+def check_values(args, given):
+    """UserError in one sentence for the first value that cannot work. given: names of the flags that the
+    command line has."""
     for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
+        name, value = field.name, getattr(args, field.name)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, float) and not math.isfinite(number):
-                raise UserError(f"{flag(field.name)} must be a finite number, not {number}.")
+                raise UserError(f"{flag(name)} must be a finite number, not {number}.")
         for mark in marks(field):
             want, fits = LIMITS.get(mark, (None, None))
             if want and value is not None and not fits(value):
-                raise UserError(f"{flag(field.name)} must {want}, not {value}.")
+                raise UserError(f"{flag(name)} must {want}, not {value}.")
+            if isinstance(mark, Only) and name in given and getattr(args, mark.flag) != mark.value:
+                raise UserError(f"{flag(name)} does nothing without {flag(mark.flag)} {mark.value}; drop it.")
     for part in type(args).__mro__:
         if "check" in vars(part):
             part.check(args)
 
 
-def read_flags(words, Args, presets, script):
-    """The command line's `words` -> arguments, and what --checkpoint or --resume holds (or None).
-
-    `Args` are the script's flags, to which those of the world and of the model come that they name. A value is
-    the command line's, else what a checkpoint fixes, else what follows from the world's flags, else the
-    preset's: of `presets` those apply, in their order, whose key is the world, the Gymnasium id, the model's
-    family or a word of the data set's name. Raises UserError and CheckpointError.
-    """
+def read_source(words, Args, script):
+    """What has to be known before all flags are: -> the command line's --env, --backbone, --dataset,
+    --checkpoint and --resume (each a text or None), and what the latter two hold (or None)."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("env", "backbone", "dataset", "checkpoint", "resume"):
         peek.add_argument(f"--{name}", nargs="?")
-    seen, fields = peek.parse_known_args(words)[0], {f.name for f in dataclasses.fields(Args)}
-    published = "backbone" in fields and seen.checkpoint and (Path(seen.checkpoint) / "config.json").is_file()
-    if published:  # not a run's folder, but one that --backbone takes
+    seen, vla = peek.parse_known_args(words)[0], hasattr(Args, "backbone")
+    if vla and seen.checkpoint and (Path(seen.checkpoint) / "config.json").is_file():
+        # not a run's folder, but one that --backbone takes
         seen.backbone, seen.checkpoint = seen.checkpoint, None
     source = seen.resume or seen.checkpoint
-    saved = load_checkpoint(source) if source else None
-    before = saved["args"] if saved and ("backbone" in saved) == ("backbone" in fields) else {}
-    if saved and not before:
+    if not source:
+        return seen, None
+    saved = load_checkpoint(source)
+    if ("backbone" in saved) != vla:
         raise UserError(
             f"{source} was written by {saved['script']}.py, whose networks are none of {script}.py's."
         )
     if seen.resume and saved["script"] != script:
-        raise UserError(f"{seen.resume} was written by {saved['script']}.py; resume it with that script.")
+        raise UserError(f"{source} was written by {saved['script']}.py; resume it with that script.")
     if seen.resume and "processes" not in saved:
-        raise UserError(f"{seen.resume} holds weights alone; use --checkpoint, or resume the run's folder.")
+        raise UserError(f"{source} holds weights alone; use --checkpoint, or resume the run's folder.")
+    return seen, saved
 
-    # which flags there are
-    env = seen.env or (before.get("env") if seen.resume else None) or getattr(Args, "env", None)
-    names = {env, env if env in WORLDS else "gymnasium"}
-    if "dataset" in fields:
-        dataset = seen.dataset or before.get("dataset") or Args.dataset
-        names |= set(re.split(r"[^a-z0-9]+", d4rl_name(dataset).lower()))
-    preset = {key: value for name in presets if name in names for key, value in presets[name].items()}
+
+def compose(Args, presets, seen, before):
+    """The script's flags with those of the world and of the model that `seen`, or the arguments `before` of a
+    checkpoint, name. -> the dataclass, and what differs from its defaults: of `presets` those apply, in their
+    order, whose key is the world, the Gymnasium id, a word of the data set's name, or the model's family."""
+    env = (before.get("env") if seen.resume else None) or seen.env or getattr(Args, "env", None)
+    keys = [env, env if env in WORLDS else "gymnasium"]
     parts = [world_module(env).Args] if env in WORLDS else []
-    if "backbone" in fields:
+    if hasattr(Args, "dataset"):
+        dataset = before.get("dataset", Args.dataset) if seen.resume else seen.dataset or Args.dataset
+        keys += re.split(r"[^a-z0-9]+", d4rl_name(dataset).lower())
+    preset = {key: value for name in presets if name in keys for key, value in presets[name].items()}
+    if hasattr(Args, "backbone"):
         backbone = before.get("backbone") or seen.backbone or preset.get("backbone", Args.backbone)
         preset |= presets.get(family_of(backbone), {})
         parts = [model_module(backbone).Args, *parts]
-    if parts:
-        Args = dataclasses.make_dataclass(Args.__name__, [], bases=(*parts, Args))
-    fields = {field.name: field for field in dataclasses.fields(Args)}
+    if env:
+        preset["env"] = env
+    return dataclasses.make_dataclass(Args.__name__, [], bases=(*parts, Args)) if parts else Args, preset
 
-    # and their values
+
+def read_flags(words, Args, presets, script):
+    """The command line's `words` -> arguments, and what --checkpoint or --resume holds (or None).
+
+    A value is the command line's, else what a checkpoint fixes, else what follows from the world's flags,
+    else the preset's, else the default. Raises UserError and CheckpointError.
+    """
+    seen, saved = read_source(words, Args, script)
+    before = saved["args"] if saved else {}
+    Args, preset = compose(Args, presets, seen, before)
+    fields = {field.name: field for field in dataclasses.fields(Args)}
+    given = {
+        word[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for word in words if word[:2] == "--"
+    }
     if seen.resume:
         if other := before.keys() ^ fields.keys():
             raise UserError(
@@ -239,30 +258,28 @@ def read_flags(words, Args, presets, script):
         args = tyro.cli(Args, args=words, default=Args(**before))
         clash = [n for n, f in fields.items() if FREE not in marks(f) and getattr(args, n) != before[n]]
         if clash:
-            flags = ", ".join(map(flag, clash))
             raise UserError(
-                f"--resume goes on with the run's own arguments; drop {flags}, or use --checkpoint instead."
+                f"--resume goes on with the run's own arguments; drop {', '.join(map(flag, clash))}, or use "
+                "--checkpoint instead."
             )
-        check_values(args)
-        return args, saved
-    preset |= {"env": env} if env else {}
-    evaluating = {FIXED, KEPT} if "--evaluate" in words else {FIXED}
-    given = {n: before[n] for n, f in fields.items() if n in before and evaluating & {*marks(f)}}
-    default = dataclasses.replace(Args(), **preset | given)
-    if any("defaults" in vars(part) for part in parts):
-        quiet = [word for word in words if word not in ("-h", "--help")]
-        chosen = tyro.cli(Args, args=quiet, default=default)
-        default = dataclasses.replace(default, **world_module(env).Args.defaults(chosen))
-    args = tyro.cli(Args, args=words, default=default)
-    if published:
-        args.backbone, args.checkpoint = args.checkpoint, None
-    for name in given:
-        if FIXED in marks(fields[name]) and getattr(args, name) != before[name]:
-            raise UserError(
-                f"{flag(name)} {getattr(args, name)} is not what the checkpoint has: {before[name]} is part of "
-                f"it; drop the flag."
-            )
-    check_values(args)
+    else:
+        keep = {FIXED, KEPT} if "evaluate" in given else {FIXED}
+        kept = {n: before[n] for n, f in fields.items() if n in before and keep & {*marks(f)}}
+        default = dataclasses.replace(Args(), **preset | kept)
+        if hasattr(Args, "defaults"):
+            quiet = [word for word in words if word not in ("-h", "--help")]
+            chosen = tyro.cli(Args, args=quiet, default=default)
+            default = dataclasses.replace(default, **chosen.defaults())
+        args = tyro.cli(Args, args=words, default=default)
+        if seen.backbone and not seen.checkpoint:
+            args.backbone, args.checkpoint = seen.backbone, None
+        for name in kept:
+            if FIXED in marks(fields[name]) and getattr(args, name) != before[name]:
+                raise UserError(
+                    f"{flag(name)} {getattr(args, name)} is not what the checkpoint has: {before[name]} is "
+                    "part of it; drop the flag."
+                )
+    check_values(args, given)
     return args, saved
 
 
@@ -358,6 +375,8 @@ class Run:
         """Write `state` as the folder's `name`: the first process's, and with `own`, each process's, all that
         `restore` needs: generators, evaluations and clock too."""
         if own is not None:
+            # clones: of a view, all of its tensor would be written
+            own = map_tensors(lambda x: x.cpu().clone(), own)
             own = distributed.gather({"state": own, "rng": rng_state(self._generators, {})})
             state = state | dict(
                 processes=own, initial=self.initial, best=self.best, seconds=self.seconds()
@@ -368,8 +387,8 @@ class Run:
         self._tick = time.perf_counter()
 
     def load(self, agent):
-        """Put the weights of the checkpoint, if there is one, into `agent`, and it on the device. UserError where
-        they do not fit. (Of a vision-language-action policy: `common.backbones.load_weights`.)"""
+        """Put the weights of the checkpoint, if there is one, into `agent`, and it on the device. UserError
+        where they do not fit. (Of a vision-language-action policy: `common.backbones.load_weights`.)"""
         if self.saved:
             try:
                 agent.load_state_dict(self.saved["agent"])
@@ -379,15 +398,14 @@ class Run:
         agent.to(self.device)
 
     def restore(self):
-        """--resume: `state` and this process's `own` as one dict, after setting the generators back. Else None.
-        UserError if another number of processes wrote it."""
+        """--resume: `state` and this process's `own` as one dict, after setting the generators back. Else
+        None. UserError if another number of processes wrote it."""
         if not self.args.resume:
             return None
         saved, self.saved = self.saved, None
-        if len(saved["processes"]) != self.processes:
+        if (before := len(saved["processes"])) != self.processes:
             raise UserError(
-                f"{self.args.resume} ran as {len(saved['processes'])} processes, not {self.processes}; resume "
-                "it so."
+                f"{self.args.resume} ran as {before} processes, not {self.processes}; resume it so."
             )
         own = saved.pop("processes")[self.rank]
         set_rng_state(own["rng"], self._generators, {})
@@ -471,7 +489,8 @@ class Run:
         return better
 
     def check_finite(self, metrics, when, **data):
-        """UserError that shows the metrics ({name: () tensor}) and the range of `data` unless all are finite."""
+        """UserError that shows the metrics ({name: () tensor}) and the range of `data` unless all are
+        finite."""
         if torch.stack([x.detach().float().mean() for x in metrics.values()]).isfinite().all():
             return
         shown = ", ".join(f"{name} {x.float().mean().item():.3g}" for name, x in metrics.items())

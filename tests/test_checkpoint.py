@@ -44,7 +44,7 @@ def test_roundtrip_is_exact_and_plain(tmp_path):
     save_checkpoint(path, script="ppo_vla", state=state)
     assert [p.name for p in path.parent.iterdir()] == ["checkpoint.pt"]
     loaded = load_checkpoint(path.parent)  # the folder stands for the file in it
-    assert (loaded["format"], loaded["script"], loaded["version"]) == ("vla-rl", "ppo_vla", 1)
+    assert (loaded["format"], loaded["script"], loaded["version"]) == ("vla-rl", "ppo_vla", 2)
     assert loaded["mean"].dtype == torch.float64 and np.array_equal(
         loaded["mean"], state["mean"], equal_nan=True
     )
@@ -194,11 +194,13 @@ def test_whatever_is_not_a_checkpoint_is_refused(tmp_path, monkeypatch):
         "pickle": pickle.dumps(Code()),
     }.items():
         (tmp_path / name).write_bytes(content)
-    torch.save({"format": "vla-rl", "script": "bc_warmup", "version": 1, "x": Code()}, tmp_path / "code")
+    torch.save({"format": "vla-rl", "script": "bc_warmup", "version": 2, "x": Code()}, tmp_path / "code")
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "foreign")
     torch.save([1, 2], tmp_path / "list")
-    torch.save({"format": "other", "script": "bc_warmup", "version": 1}, tmp_path / "format")
-    torch.save({"format": "vla-rl", "script": "bc_warmup", "version": 2}, tmp_path / "version")
+    torch.save({"format": "other", "script": "bc_warmup", "version": 2}, tmp_path / "format")
+    for version in (1, 3):
+        content = {"format": "vla-rl", "script": "bc_warmup", "version": version}
+        torch.save(content, tmp_path / f"version {version}")
     np.savez(tmp_path / "arrays.npz", a=np.zeros(3))
     for name in [*(path.name for path in tmp_path.iterdir() if path != good), "missing"]:
         with pytest.raises(CheckpointError) as error:
@@ -207,15 +209,17 @@ def test_whatever_is_not_a_checkpoint_is_refused(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="checkpoint.pt does not exist"):
         load_checkpoint(tmp_path)
     assert not (tmp_path / "hacked").exists()
+    assert "not 2; use the code" in str(
+        pytest.raises(CheckpointError, load_checkpoint, tmp_path / "version 1").value
+    )
     assert "run code" in str(pytest.raises(CheckpointError, load_checkpoint, tmp_path / "code").value)
 
 
-def test_another_scripts_checkpoint_is_refused_by_name(tmp_path):
-    save_checkpoint(tmp_path / "c.pt", "iql", {"step": 1})
-    assert load_checkpoint(tmp_path / "c.pt", scripts=("iql", "cql"))["step"] == 1
-    with pytest.raises(CheckpointError) as error:
-        load_checkpoint(tmp_path / "c.pt", scripts=("ppo_vla", "bc_warmup"))
-    assert "iql.py" in one_sentence(error) and "ppo_vla or bc_warmup" in str(error.value)
+def test_a_function_of_every_tensor():
+    state = {"a": torch.ones(2), "b": [torch.ones(1), {"c": torch.zeros(1)}, "text"], "d": 3, "e": None}
+    found = checkpoint.map_tensors(lambda x: (x + 1).tolist(), state)
+    assert found == {"a": [2, 2], "b": [[2], {"c": [1]}, "text"], "d": 3, "e": None}
+    assert state["a"].tolist() == [1, 1]
 
 
 def test_rng_continues_bit_for_bit(tmp_path):

@@ -1,11 +1,13 @@
 """Both scripts through their command lines: results, resume after any end, variants, and wrong inputs."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -23,18 +25,20 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import bc_warmup
+import common.run
 import ppo_vla
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.datasets import save_demonstrations
 from common.envs import tabletop
+from common.envs.vector import Envs
 
 ROOT = Path(ppo_vla.__file__).parent
 EVAL = "--eval-episodes 5 --eval-envs 3 --reward shaped --device cpu --num-workers 0 --seed 3"
 BC = f"""{EVAL} --num-demos 6 --grounding-scenes 40 --grounding-steps 3 --gradient-steps 6 --batch-size 16
-    --warmup-steps 2 --learning-rate 1e-3 --chunk 5 --save-freq 100 --eval-freq 0 --lora-rank 0"""
+    --warmup-steps 2 --learning-rate 1e-3 --chunk 5 --save-freq 100 --eval-freq 0"""
 PPO = f"""{EVAL} --num-envs 4 --num-steps 2 --total-timesteps 120 --chunk 5 --update-epochs 2
     --minibatch-size 5 --micro-batch-size 3 --critic-warmup 1 --eval-freq 2 --save-freq 1 --learning-rate 1e-3
-    --value-learning-rate 1e-3 --temperature 1.6 --ratio-level step --lora-rank 0 --value-coef 0.5
+    --value-learning-rate 1e-3 --temperature 1.6 --ratio-level step --value-coef 0.5
     --entropy-coef 0 --kl-coef 0"""
 CARTPOLE = """--env CartPole-v1 --num-envs 4 --num-steps 16 --total-timesteps 800 --minibatch-size 24
     --micro-batch-size 24 --update-epochs 2 --eval-episodes 5 --eval-envs 3 --eval-freq 3 --save-freq 1
@@ -62,13 +66,14 @@ def words(*flags):
 
 
 def call(script, *flags):
-    """`main` of a script in this process -> exit code, standard output and error."""
+    """A script in this process -> exit code, standard output and error."""
     argv, out, err, code = sys.argv, io.StringIO(), io.StringIO(), 0
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = [f"{script.__name__}.py", *words(*flags)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            script.main()
+            parallel = script.__name__ in ("ppo_vla", "grpo_vla")
+            common.run.main(script.train, script.Args, script.PRESETS, parallel=parallel)
     except SystemExit as error:
         code = error.code
     finally:
@@ -119,11 +124,10 @@ def assert_same_run(folder, other):
         assert a[key] == b[key], key
     a, b = flat(load_checkpoint(folder)), flat(load_checkpoint(other))
     assert a.keys() == b.keys() and any("optimizer" in key for key in a)
-    clocks = {"/seconds", max((key for key in a if key.startswith("/counters/")), default="")}
     for key, value in a.items():
         # nothing draws from Python's and numpy's global generators, and nothing seeds them
         quiet = ("/rng/global_python" in key, "/rng/global_numpy" in key)
-        if key.startswith("/args/") or any(quiet) or key in clocks:
+        if key.startswith("/args/") or any(quiet) or key == "/seconds":
             continue
         same = torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key]
         assert same, key
@@ -233,22 +237,18 @@ def test_lora_trains_the_adapters_alone(warmup, trained):
 
 def test_videos(home, trained):
     videos = sorted((trained / "videos").iterdir())
-    assert [video.name for video in videos] == [
-        f"episode_{i}.mp4" for i in range(3)
-    ]  # of the first environments
+    assert [video.name for video in videos] == [f"episode_{i}.mp4" for i in range(3)]  # as --eval-envs
     size, count = frames(videos[0])
     assert size[0] == 384 and size[1] > 192 and count > 10
-    done = run(
-        ppo_vla,
-        EVAL,
-        f"--chunk 5 --evaluate --checkpoint {trained} --capture-video --output-dir {home}/videos",
-    )
+    flags = f"--evaluate --checkpoint {trained} --capture-video --output-dir {home}/videos"
+    done = run(ppo_vla, EVAL, flags)
     assert "evaluated" in done.out and len(list((home / "videos").glob("*/videos/*.mp4"))) == 3
 
 
 @pytest.mark.parametrize("through", [call, shell])
 def test_evaluation_of_the_saved_file_is_the_runs_final_one(home, trained, through):
-    flags = f"--chunk 5 --temperature 1.6 --evaluate --checkpoint {trained}/checkpoint.pt"
+    """What the checkpoint fixes (here --chunk) needs no flag."""
+    flags = f"--evaluate --checkpoint {trained}/checkpoint.pt"
     where = home / through.__name__
     arguments = (EVAL, flags, f"--output-dir {where} --run-name again")
     done = through(ppo_vla, *arguments, **({"cwd": home} if through is shell else {}))
@@ -260,24 +260,42 @@ def test_evaluation_of_the_saved_file_is_the_runs_final_one(home, trained, throu
 
 
 def test_sampled_evaluation_repeats_itself_and_differs_from_the_greedy_one(tmp_path, trained):
-    flags = f"--chunk 5 --temperature 1.6 --evaluate --no-deterministic --checkpoint {trained}"
-    for name in "ab":
-        run(ppo_vla, EVAL, flags, f"--output-dir {tmp_path} --run-name {name}")
-    assert results(tmp_path / "a")["final"] == results(tmp_path / "b")["final"] != results(trained)["final"]
+    """Without --temperature at the one of the training, which was not the default."""
+    flags = f"--evaluate --no-deterministic --checkpoint {trained} --output-dir {tmp_path}"
+    for name, temperature in (("a", ""), ("b", "--temperature 1.6"), ("c", "--temperature 0.1")):
+        run(ppo_vla, EVAL, flags, f"--run-name {name}", temperature)
+    a, b, c = (results(tmp_path / name)["final"] for name in "abc")
+    assert a == b != c and a != results(trained)["final"]
 
 
 def test_evaluation_of_a_warmup_and_of_its_best(tmp_path, warmup):
     for script in (bc_warmup, ppo_vla):
         name = script.__name__
-        run(
-            script,
-            EVAL,
-            f"--chunk 5 --evaluate --checkpoint {warmup} --output-dir {tmp_path} --run-name {name}",
-        )
+        flags = f"--evaluate --checkpoint {warmup} --output-dir {tmp_path} --run-name {name}"
+        run(script, EVAL, flags)
         assert results(tmp_path / name)["final"] == results(warmup)["final"]
-    flags = f"--chunk 5 --evaluate --checkpoint {warmup}/best.pt --output-dir {tmp_path} --run-name best"
+    flags = f"--evaluate --checkpoint {warmup}/best.pt --output-dir {tmp_path} --run-name best"
     run(ppo_vla, EVAL, flags)
     assert results(tmp_path / "best")["final"] == results(warmup)["best"]
+
+
+def test_best_holds_the_weights_alone(warmup, trained):
+    for folder in (warmup, trained):
+        best, last = load_checkpoint(folder / "best.pt"), load_checkpoint(folder)
+        assert best.keys() == {"format", "script", "version", "args", "agent", "backbone"}
+        assert best["agent"].keys() == last["agent"].keys() and best["backbone"] == last["backbone"]
+        assert last.keys() > best.keys() | {"optimizer", "processes", "initial", "best", "seconds"}
+
+
+def test_imitation_goes_on_from_a_policy_that_ppo_trained(tmp_path, trained):
+    """Its value head is left behind, its adapters go on."""
+    flags = f"--checkpoint {trained} --output-dir {tmp_path} --run-name r"
+    run(bc_warmup, BC, flags)
+    assert results(tmp_path / "r")["initial"] == results(trained)["final"]
+    before, after = load_checkpoint(trained)["agent"], load_checkpoint(tmp_path / "r")["agent"]
+    assert after.keys() == {key for key in before if not key.startswith("value_head.")}
+    changed = {key for key, value in after.items() if not torch.equal(value, before[key])}
+    assert changed and all(".lora_" in key for key in changed)
 
 
 def test_one_seed_gives_one_run(tmp_path, warmup):
@@ -312,25 +330,28 @@ def test_the_default_name_of_a_run(tmp_path, monkeypatch):
 
 
 def test_gaussian_head_from_warmup_to_ppo(tmp_path):
-    base = f"--head gaussian --output-dir {tmp_path}"
-    run(bc_warmup, BC, base, "--run-name bc")
+    base = f"--output-dir {tmp_path}"
+    run(bc_warmup, BC, base, "--head gaussian --init-std 0.3 --run-name bc")
     run(ppo_vla, PPO, base, f"--checkpoint {tmp_path}/bc --run-name ppo --kl-coef 0.1 --entropy-coef 0.01")
     assert results(tmp_path / "ppo")["initial"] == results(tmp_path / "bc")["final"]
     before, after = (load_checkpoint(tmp_path / name)["agent"] for name in ("bc", "ppo"))
     assert not torch.equal(before["head.log_std"], after["head.log_std"])
+    made = results(tmp_path / "ppo")["args"]
+    assert (made["head"], made["init_std"]) == ("gaussian", 0.3)  # what the checkpoint fixes
     assert max(value for _, value in scalars(tmp_path / "ppo")["policy/first_ratio_error"]) < 1e-5
-    run(ppo_vla, EVAL, base, f"--chunk 5 --evaluate --checkpoint {tmp_path}/ppo --run-name again")
+    run(ppo_vla, EVAL, base, f"--evaluate --checkpoint {tmp_path}/ppo --run-name again")
     assert results(tmp_path / "again")["final"] == results(tmp_path / "ppo")["final"]
 
 
 def test_action_history_from_warmup_to_ppo(tmp_path):
-    base = f"--action-history 2 --output-dir {tmp_path}"
-    run(bc_warmup, BC, base, "--run-name bc")
+    base = f"--output-dir {tmp_path}"
+    run(bc_warmup, BC, base, "--action-history 2 --run-name bc")
     run(ppo_vla, PPO, base, f"--checkpoint {tmp_path}/bc --run-name ppo")
     assert results(tmp_path / "ppo")["initial"] == results(tmp_path / "bc")["final"]
     assert load_checkpoint(tmp_path / "ppo")["backbone"]["proprio_dim"] == 8 + 2 * 7
-    done = call(ppo_vla, PPO, f"--checkpoint {tmp_path}/bc --output-dir {tmp_path} --run-name without")
-    assert done.code == 2 and "set --action-history or --env as it was" in done.err
+    assert results(tmp_path / "ppo")["args"]["action_history"] == 2
+    done = call(ppo_vla, PPO, base, f"--action-history 0 --checkpoint {tmp_path}/bc --run-name without")
+    assert done.code == 2 and "--action-history 0 is not what the checkpoint has: 2 is part of" in done.err
 
 
 def test_a_lora_warmup_goes_on_as_lora(tmp_path):
@@ -343,7 +364,7 @@ def test_a_lora_warmup_goes_on_as_lora(tmp_path):
     before, after = (load_checkpoint(tmp_path / name)["agent"] for name in ("bc", "ppo"))
     changed = {key for key, value in before.items() if not torch.equal(value, after[key])}
     assert changed and all(".lora_" in key for key in changed)
-    run(ppo_vla, EVAL, base, f"--chunk 5 --evaluate --checkpoint {tmp_path}/ppo --run-name again")
+    run(ppo_vla, EVAL, base, f"--evaluate --checkpoint {tmp_path}/ppo --run-name again")
     assert results(tmp_path / "again")["final"] == results(tmp_path / "ppo")["final"]
     done = call(ppo_vla, PPO, base, f"--lora-rank 3 --checkpoint {tmp_path}/bc --run-name rank")
     assert done.code == 2 and "rank 2; use --lora-rank 2 or 0" in done.err
@@ -362,7 +383,7 @@ def test_both_cameras_and_some_tasks(tmp_path):
 
 @pytest.mark.parametrize("split", ["vision", "semantics", "execution"])
 def test_evaluation_of_held_out_splits(tmp_path, warmup, split):
-    flags = f"--chunk 5 --evaluate --checkpoint {warmup} --eval-split {split}"
+    flags = f"--evaluate --checkpoint {warmup} --eval-split {split}"
     run(ppo_vla, EVAL, flags, f"--output-dir {tmp_path} --run-name r")
     found = results(tmp_path / "r")["final"]
     check_evaluation(found, 5, True)
@@ -469,11 +490,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         monkeypatch.setattr(script, name, loss)
 
     poison(bc_warmup, "soft_cross_entropy", 3)
-    with pytest.raises(FloatingPointError, match="step 6: .*not finite.*last good state"):
-        call(bc_warmup, BC, f"--save-freq 1 --output-dir {tmp_path} --run-name bc")
+    done = call(bc_warmup, BC, f"--save-freq 1 --output-dir {tmp_path} --run-name bc")
+    assert done.code == 2 and re.fullmatch("error: step 6: .*not finite.*nan.*last good state.*\n", done.err)
     poison(ppo_vla, "value_loss", 9)
-    with pytest.raises(FloatingPointError, match="iteration 2: .*not finite.*nan.*last good state"):
-        call(ppo_vla, PPO, f"--checkpoint {warmup} --output-dir {tmp_path} --run-name ppo")
+    done = call(ppo_vla, PPO, f"--checkpoint {warmup} --output-dir {tmp_path} --run-name ppo")
+    wanted = "error: iteration 2: .*not finite.*nan.*returns .* to .*last good state.*\n"
+    assert done.code == 2 and re.fullmatch(wanted, done.err)
     for name in ("bc", "ppo"):
         agent = load_checkpoint(tmp_path / name)["agent"]
         assert all(torch.isfinite(value).all() for value in agent.values())
@@ -533,7 +555,8 @@ def test_a_stopped_run_goes_on_bit_identically(tmp_path, whole, env, number):
             process.wait(60)
     said = (tmp_path / "log").read_text()
     if number == signal.SIGTERM:
-        assert process.returncode == 128 + number and "go on with: python ppo_vla.py --resume" in said, said
+        go_on = rf"stopped at \d+ env_steps; go on with: python ppo_vla.py --resume {tmp_path}/stopped\n"
+        assert process.returncode == 128 + number and re.search(go_on, said), said
     else:
         assert process.returncode == -number
     assert not (tmp_path / "stopped/results.json").exists()
@@ -582,12 +605,43 @@ def test_every_variant_goes_on_bit_identically(tmp_path, home, whole, monkeypatc
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("at", [1, 7, 11])
+@pytest.mark.parametrize(
+    ("env", "flags"),
+    [("CartPole-v1", ""), ("tabletop", "--kl-coef 0.1"), ("tabletop", "--train-vision --num-workers 2")],
+)
+def test_a_run_stopped_amid_a_rollout_goes_on_bit_identically(tmp_path, whole, monkeypatch, env, flags, at):
+    """The signal comes while the environments make their `at`-th step of the training."""
+    base, script = f"{RESUMED[env]} {flags} --num-steps 5 --output-dir {tmp_path}", ppo_vla
+    wanted = whole(f"{env}-{len(flags)}", script, RESUMED[env], flags, "--num-steps 5")
+    step, calls = Envs.step, []
+
+    def patched(self, *args, **kwargs):
+        calls.extend([1] if self.autoreset else [])
+        if self.autoreset and len(calls) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Envs, "step", patched)
+    done = call(script, base, "--run-name stopped --save-freq 1000")
+    assert (done.code, done.err) == (128 + signal.SIGTERM, ""), done
+    monkeypatch.undo()
+    saved = load_checkpoint(tmp_path / "stopped")
+    rollout, num_steps, _ = saved["processes"][0]["state"]["rollout"]
+    assert len(rollout) == at % 5 and saved["counters"][1] == at // 5 and num_steps > 0
+    run(script, f"--resume {tmp_path}/stopped")
+    assert_same_run(tmp_path / "stopped", wanted)
+
+
 @pytest.mark.parametrize("at", [2, 6])  # in the grounding stage, in the imitation
 def test_a_stopped_warmup_goes_on_bit_identically(tmp_path, whole, monkeypatch, at):
     wanted = whole("bc", bc_warmup, BC, "--eval-freq 2")
     stopped_by(monkeypatch, bc_warmup, "learning_rate_at", at)
     done = call(bc_warmup, BC, f"--eval-freq 2 --output-dir {tmp_path} --run-name stopped")
-    assert done.code == 128 + signal.SIGINT and f"stopped at gradient step {at};" in done.out
+    assert (
+        done.code == 128 + signal.SIGINT
+        and f"stopped at {at} gradient_steps; go on with: python bc_warmup.py" in done.out
+    )
     monkeypatch.undo()
     run(bc_warmup, f"--resume {tmp_path}/stopped")
     assert_same_run(tmp_path / "stopped", wanted)
@@ -636,7 +690,7 @@ def bad(home, warmup, trained):
     (folder / "text.pt").write_text("no checkpoint")
     torch.save({"weights": torch.ones(3)}, folder / "foreign.pt")
     torch.save(torch.nn.Linear(2, 2), folder / "module.pt")
-    save_checkpoint(folder / "sac.pt", script="sac", state={"agent": {}})
+    save_checkpoint(folder / "sac.pt", script="sac", state={"args": {}, "agent": {}})
     state = load_checkpoint(warmup)
     state["agent"]["backbone.extra"] = state["agent"].pop("backbone.action_slots")
     save_checkpoint(folder / "other.pt", script="bc_warmup", state=state)
@@ -672,13 +726,14 @@ def tree(folder):
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+# What each begins with: PPO or BC, unless it says another, is put before it.
 WRONG_PPO = [
     (
-        "--env NoSuchWorld-v1",
+        "CARTPOLE --env NoSuchWorld-v1",
         "unknown environment 'NoSuchWorld-v1': known are tabletop, libero and a Gymnasium id",
     ),
-    ("--env no_such_module:World-v1", "unknown environment"),
-    ("--env FrozenLake-v1", "not a vector"),
+    ("CARTPOLE --env no_such_module:World-v1", "unknown environment"),
+    ("CARTPOLE --env FrozenLake-v1", "not a vector"),
     ("--tasks dance", "Unknown task 'dance'"),
     ("--cameras top", "Unknown cameras"),
     ("--eval-split nowhere", "Unknown split 'nowhere'"),
@@ -689,8 +744,7 @@ WRONG_PPO = [
     ("CARTPOLE --head tokens", "use --head discrete"),
     ("CARTPOLE --head gaussian", "use --head discrete"),
     ("CARTPOLE --action-history 2", "needs continuous actions"),
-    ("CARTPOLE --lora-rank 4", "takes no LoRA; use --lora-rank 0"),
-    ("--num-envs 0", "--num-envs must be positive, not 0"),
+    ("--num-envs 0", "--num-envs must be positive, not 0."),
     ("--eval-envs 0", "--eval-envs must be positive"),
     ("--eval-episodes 0", "--eval-episodes must be positive"),
     ("--num-steps 0", "--num-steps must be positive"),
@@ -701,19 +755,21 @@ WRONG_PPO = [
     ("--save-freq 0", "--save-freq must be positive"),
     ("--chunk 0", "--chunk must be positive"),
     ("--temperature 0", "--temperature must be positive"),
-    ("--temperature nan", "--temperature must be positive"),
+    ("--temperature nan", "--temperature must be a finite number, not nan."),
     ("--learning-rate -1", "--learning-rate must not be negative"),
-    ("--learning-rate nan", "--learning-rate must not be negative"),
+    ("--learning-rate inf", "--learning-rate must be a finite number, not inf."),
+    ("--entropy-coef nan", "--entropy-coef must be a finite number"),
     ("--lora-rank -1", "--lora-rank must not be negative"),
     ("--action-history -1", "--action-history must not be negative"),
     ("--kl-coef -1", "--kl-coef must not be negative"),
-    ("--clip-low -0.1", "--clip-low must"),
-    ("--clip-low 1.5", "--clip-low must"),
+    ("--clip-low -0.1", "--clip-low must be in [0, 1]"),
+    ("--clip-low 1.5", "--clip-low must be in [0, 1]"),
     ("--clip-high -0.1", "--clip-high must not be negative"),
     ("--huber-delta -1", "--huber-delta must not be negative"),
     ("--value-clip -1", "--value-clip must not be negative"),
     ("--target-kl -1", "--target-kl must be positive"),
-    ("--gamma 1.5", "--gamma must be in [0, 1]"),
+    ("--max-grad-norm 0", "--max-grad-norm must be positive"),
+    ("--gamma 1.5", "--gamma must be in [0, 1], not 1.5."),
     ("--gae-lambda -1", "--gae-lambda must be in [0, 1]"),
     ("--seed -1", "--seed must be in"),
     ("--seed 99999999999999999999", "--seed must be in"),
@@ -725,29 +781,42 @@ WRONG_PPO = [
     ("--checkpoint BAD/text.pt", "is truncated or no checkpoint"),
     ("--checkpoint BAD/foreign.pt", "was not written by this project"),
     ("--checkpoint BAD/module.pt", "is not loaded since that can run code"),
-    ("--checkpoint BAD/sac.pt", "was written by sac.py; this needs one of ppo_vla or bc_warmup"),
+    ("--checkpoint BAD/sac.pt", "was written by sac.py, whose networks are none of ppo_vla.py's."),
     ("--checkpoint BAD/other.pt", "do not fit this agent: backbone.action_slots"),
     ("--checkpoint BAD", "checkpoint.pt does not exist"),
-    ("--checkpoint BAD/cartpole", "has the head 'discrete', not 'tokens'; set --head"),
-    ("CARTPOLE --checkpoint WARMUP --head discrete", "has the head 'tokens', not 'discrete'"),
-    ("--checkpoint WARMUP --chunk 2", "chunk is 5, but this run's is 2; set --chunk as it was"),
     (
-        "--checkpoint WARMUP --action-history 2",
-        "proprio_dim is 8, but this run's is 22; set --action-history or --env",
+        "--checkpoint BAD/cartpole",
+        "--chunk 5 is not what the checkpoint has: 1 is part of it; drop the flag.",
     ),
-    ("--checkpoint WARMUP --head gaussian", "has the head 'tokens', not 'gaussian'; set --head"),
+    ("EVAL --checkpoint BAD/cartpole", "action_dim is 1, but this run's is 7; set --env as it was"),
+    (
+        "CARTPOLE --checkpoint WARMUP --head discrete",
+        "--head discrete is not what the checkpoint has: tokens is part of it; drop the flag.",
+    ),
+    ("CARTPOLE --checkpoint WARMUP", "action_dim is 7, but this run's is 1; set --env as it was"),
+    (
+        "--checkpoint WARMUP --chunk 2",
+        "--chunk 2 is not what the checkpoint has: 5 is part of it; drop the flag.",
+    ),
+    ("--checkpoint WARMUP --action-history 2", "--action-history 2 is not what the checkpoint has: 0 is"),
+    ("--checkpoint WARMUP --head gaussian", "--head gaussian is not what the checkpoint has: tokens is"),
+    ("--checkpoint WARMUP --backbone mlp", "--backbone mlp is not what the checkpoint has: tiny is"),
     ("--checkpoint WARMUP --cameras agentview wrist", "cameras is 1, but this run's is 2; set --cameras"),
-    ("--evaluate --checkpoint WARMUP --chunk 2", "chunk is 5, but this run's is 2"),
-    ("--env Pendulum-v1 --head gaussian --checkpoint WARMUP", "has the head 'tokens'"),
+    ("--evaluate --checkpoint WARMUP --chunk 2", "--chunk 2 is not what the checkpoint has: 5 is"),
     ("--output-dir BAD/text.pt/runs", "cannot be written"),
     ("--output-dir BAD --run-name text.pt", "cannot be written"),
     ("--output-dir BAD --run-name cartpole", "already holds a checkpoint; continue it with --resume"),
-    ("--resume BAD/missing", "does not exist"),
-    (["--resume", "BAD/a folder"], "does not exist"),
-    ("--resume BAD/truncated.pt", "is truncated or no checkpoint"),
-    ("--resume WARMUP", "was written by bc_warmup.py; this needs one of ppo_vla"),
-    ("--resume BAD/cartpole --num-envs 5", "drop --num-envs, or use --checkpoint instead"),
-    ("--resume BAD/old", "is of another version of this script, which differs in an_old_flag"),
+    ("NONE --resume BAD/missing", "does not exist"),
+    (["NONE", "--resume", "BAD/a folder"], "does not exist"),
+    ("NONE --resume BAD/truncated.pt", "is truncated or no checkpoint"),
+    ("NONE --resume WARMUP", "was written by bc_warmup.py; resume it with that script."),
+    ("NONE --resume BAD/sac.pt", "was written by sac.py, whose networks are none of ppo_vla.py's."),
+    (
+        "NONE --resume PPO/best.pt",
+        "best.pt holds weights alone; use --checkpoint, or resume the run's folder.",
+    ),
+    ("NONE --resume BAD/cartpole --num-envs 5", "drop --num-envs, or use --checkpoint instead"),
+    ("NONE --resume BAD/old", "is of another version of this script, which differs in an_old_flag"),
 ]
 WRONG_BC = [
     ("--tasks dance", "Unknown task 'dance'"),
@@ -762,13 +831,14 @@ WRONG_BC = [
     ("--demo-noise -1", "--demo-noise must not be negative"),
     ("--grounding-steps -1", "--grounding-steps must not be negative"),
     ("--label-sigma -1", "--label-sigma must not be negative"),
+    ("--label-sigma nan", "--label-sigma must be a finite number"),
+    ("--learning-rate 0", "--learning-rate must be positive"),
     ("--demo-noise 1000 --num-demos 1", "succeeded in none of 1 episodes"),
     ("--seed -1", "--seed must be in"),
     ("--evaluate", "--evaluate needs --checkpoint"),
     ("--demos BAD/missing.hdf5", "does not exist or is a folder"),
     ("--demos BAD", "garbage.hdf5 is truncated or not HDF5"),
     ("--demos WARMUP", "holds no .hdf5 file"),
-    ("--env libero", "needs --demos"),
     ("--demos BAD/garbage.hdf5", "is truncated or not HDF5"),
     ("--demos BAD/truncated.hdf5", "is truncated or not HDF5"),
     ("--demos BAD/layout.hdf5", "is not in the RoboMimic/LIBERO layout"),
@@ -776,14 +846,15 @@ WRONG_BC = [
     ("--demos BAD/instruction.hdf5", "has the instruction 'fold the towel'"),
     ("--demos BAD/proprio.hdf5", "has a proprio of 9 numbers; this world's has 8"),
     ("--demos BAD/good.hdf5 --cameras wrist", "eye_in_hand"),
-    ("--checkpoint PPO", "was written by ppo_vla.py; this needs one of bc_warmup"),
     ("--checkpoint BAD/truncated.pt", "is truncated or no checkpoint"),
-    ("--checkpoint WARMUP --chunk 2", "chunk is 5, but this run's is 2"),
-    ("--checkpoint WARMUP --action-history 1", "proprio_dim is 8"),
+    ("--checkpoint BAD/sac.pt", "was written by sac.py, whose networks are none of bc_warmup.py's."),
+    ("--checkpoint WARMUP --chunk 2", "--chunk 2 is not what the checkpoint has: 5 is part of it"),
+    ("--checkpoint WARMUP --action-history 1", "--action-history 1 is not what the checkpoint has: 0 is"),
     ("--output-dir BAD/text.pt/runs", "cannot be written"),
-    ("--resume BAD/missing", "does not exist"),
-    ("--resume PPO", "was written by ppo_vla.py"),
-    ("--resume WARMUP --num-demos 7", "drop --num-demos, or use --checkpoint instead"),
+    ("NONE --resume BAD/missing", "does not exist"),
+    ("NONE --resume PPO", "was written by ppo_vla.py; resume it with that script."),
+    ("NONE --resume WARMUP/best.pt", "holds weights alone"),
+    ("NONE --resume WARMUP --num-demos 7", "drop --num-demos, or use --checkpoint instead"),
 ]
 
 
@@ -795,14 +866,12 @@ def test_wrong_input_ends_in_one_sentence(
     bad, warmup, trained, tmp_path, monkeypatch, script, flags, sentence
 ):
     monkeypatch.chdir(tmp_path)
-    names = {"BAD": bad, "WARMUP": warmup, "PPO": trained, "CARTPOLE": CARTPOLE}
-    flags = words(flags)
-    for name, value in names.items():
+    bases = {"NONE": "", "CARTPOLE": CARTPOLE, "EVAL": EVAL}
+    first, *rest = words(flags)
+    base = bases.get(first, BC if script is bc_warmup else PPO)
+    flags = rest if first in bases else [first, *rest]
+    for name, value in {"BAD": bad, "WARMUP": warmup, "PPO": trained}.items():
         flags = [word.replace(name, str(value)) if word.startswith(name) else word for word in flags]
-    flags = words(*(flag.split() if flag == CARTPOLE else [flag] for flag in flags))
-    base = {True: "", False: BC if script is bc_warmup else PPO}[
-        "--resume" in flags or "CartPole-v1" in flags
-    ]
     before = {folder: tree(folder) for folder in (bad, warmup, trained)}
     done = call(script, base, flags)
     assert done.code == 2, done
@@ -845,7 +914,7 @@ def test_a_missing_package_ends_in_one_sentence(tmp_path, monkeypatch):
 def test_a_full_gpu_ends_in_one_sentence(monkeypatch):
     text = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has\n a total capacity of 8 GiB"
 
-    def train(args):
+    def train(args, run):
         raise torch.OutOfMemoryError(text)
 
     monkeypatch.setattr(ppo_vla, "train", train)
@@ -867,12 +936,50 @@ def test_tyros_own_errors_exit_with_2_as_well(flags):
         assert done.code == 2 and "Traceback" not in done.err + done.out
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--suite libero_goal",  # another world's
+        "--family oft",  # another model's
+        "--env CartPole-v1 --backbone mlp --tasks lift",
+        "--env CartPole-v1 --backbone mlp --lora-rank 4",
+        "--env libero --backbone tiny --adapter somewhere",
+        "--env libero --renderer ray",
+    ],
+)
+def test_flags_of_another_world_or_model_are_refused(flags):
+    for script in (ppo_vla, bc_warmup):
+        done = call(script, flags)
+        assert done.code == 2 and not done.out, done
+        last = flags.split()[-2]  # tyro names the words in its own order
+        assert re.search(f"Unrecognized options: .*{last}", done.err), done
+
+
+def shown_flags(text):
+    return set(re.findall(r"--[a-z][a-z0-9-]*", text))
+
+
 @pytest.mark.parametrize("script", [ppo_vla, bc_warmup])
-def test_help_documents_every_flag(script):
-    done = call(script, "--help")
-    assert done.code == 0
-    for name in script.Args.__dataclass_fields__:
-        assert f"--{name.replace('_', '-')}" in done.out or f"--no-{name.replace('_', '-')}" in done.out
+def test_help_documents_every_flag_that_the_run_has_and_no_other(script):
+    own = {
+        "tabletop": {"--tasks", "--cameras", "--renderer", "--reward", "--eval-split"},
+        "libero": {"--suite", "--protocol", "--tasks", "--cameras"},
+        "tiny": {"--lora-rank"},
+        "openvla": {"--lora-rank", "--family", "--adapter"},
+    }
+    every = set().union(*own.values())
+    for flags, parts in (
+        ("", ["tabletop", "tiny"]),
+        ("--env libero", ["libero", "openvla"]),
+        ("--env libero --backbone tiny", ["libero", "tiny"]),
+        ("--env CartPole-v1 --backbone mlp", []),
+    ):
+        done = call(script, flags, "--help")
+        assert done.code == 0
+        found, wanted = shown_flags(done.out), set().union(*(own[part] for part in parts))
+        for name in (field.name for field in dataclasses.fields(script.Args)):
+            assert {common.run.flag(name), common.run.flag(f"no_{name}")} & found, name
+        assert found & every == wanted
 
 
 def test_the_shell_sees_one_line_and_exit_code_2(tmp_path, bad):

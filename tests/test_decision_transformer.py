@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -18,6 +19,8 @@ from test_cli import assert_same_run, one_thread, results, scalars  # noqa: F401
 import decision_transformer as dt
 from common.checkpoint import load_checkpoint
 from common.datasets import load_dataset, save_d4rl
+from common.envs import make_envs
+from common.run import read_flags
 
 SMALL = """--device cpu --n-layer 2 --n-head 2 --embed-dim 8 --context-length 4 --batch-size 8
     --eval-episodes 2 --warmup-steps 5 --max-timesteps 30 --seed 3"""
@@ -273,32 +276,29 @@ class Echo(gymnasium.Env):
 gymnasium.register("Echo-v0", entry_point=Echo, max_episode_steps=50)
 
 
-class Recorder:
+class Recorder(torch.nn.Module):
     """An agent that acts at random and notes what it is shown."""
 
     def __init__(self):
+        super().__init__()
+        self.obs_mean, self.obs_std, self.head = torch.zeros(2), torch.ones(2), torch.nn.Linear(1, 1)
         self.seen, self.generator = [], torch.Generator().manual_seed(0)
 
-    def eval(self):
-        self.mode = "eval"
-
-    def train(self):
-        self.mode = "train"
-
-    def act(self, context, step):
-        assert self.mode == "eval"
-        action = torch.rand(len(context), 1, generator=self.generator) * 2 - 1
-        self.seen.append((context.clone(), step, action))
-        return action
+    def forward(self, returns, obs, action, timestep, last):
+        assert not self.training and last
+        chosen = torch.rand(len(obs), 1, 1, generator=self.generator) * 2 - 1
+        self.seen.append((torch.cat([returns[..., None], obs, action], -1), timestep, chosen[:, 0]))
+        return chosen
 
 
 def test_evaluation_shows_the_return_still_to_go():
-    args = dt.Args(context_length=3, return_scale=4.0)
+    args = dt.Args(env="Echo-v0", context_length=3, return_scale=4.0, eval_episodes=4, seed=0)
     targets, agent = (7.0, -2.5), Recorder()
-    envs = dt.build_envs("Echo-v0", 8, seed=0)
-    found = dt.evaluate(agent, envs, torch.device("cpu"), (0.0, 8.0), targets, args)
-    assert agent.mode == "train"
-    assert [step for _, step, _ in agent.seen] == list(range(len(agent.seen)))
+    envs, here = make_envs(args, "eval", 8, states=True), SimpleNamespace(device="cpu", videos=None)
+    found = dt.evaluate_targets(agent, envs, args, here, (0.0, 8.0), targets)
+    assert agent.training
+    for step, (_, timestep, _) in enumerate(agent.seen):
+        assert (timestep == torch.arange(max(step - 2, 0), step + 1)).all()
     returns = []
     for n in range(8):  # each environment again, alone, with the actions it got
         env, history, total = Echo(), [], 0.0
@@ -318,20 +318,34 @@ def test_evaluation_shows_the_return_still_to_go():
             total += reward
         assert terminated
         returns.append(total)
+    assert len(set(lengths)) > 1 and len(agent.seen) == max(lengths)
     means = {"7": np.mean(returns[:4]), "-2.5": np.mean(returns[4:])}
     assert found["mean_reward"] == max(means.values()) and found["episodes"] == 4
     assert {key: each["mean_reward"] for key, each in found["per_target"].items()} == means
     assert found["target_return"] == (7.0 if means["7"] >= means["-2.5"] else -2.5)
     assert found["normalized_score"] == pytest.approx(100 * found["mean_reward"] / 8)
+    assert dt.evaluate_targets(agent, None, args, here, (0.0, 8.0), targets) == {"episodes": 0}
 
 
 def test_acting_normalises_and_counts_time_steps():
-    agent = make_agent()
+    """Eight steps of two episodes, of which the policy sees five."""
+    agent, args = make_agent(torch.float32, scale=3), dt.Args(context_length=5, return_scale=4.0)
     agent.obs_mean[:], agent.obs_std[:] = torch.tensor([1.0, 2, 3]), torch.tensor([2.0, 4, 8])
-    returns, obs, action, _ = make_batch()
-    context = torch.cat([returns[..., None], obs * agent.obs_std + agent.obs_mean, action], -1)
-    wanted = agent(returns, obs, action, torch.arange(3, 8).expand(3, -1))[:, -1]
-    torch.testing.assert_close(agent.act(context, 7), wanted, rtol=1e-9, atol=1e-9)
+    prompted, obs = dt.Prompted(agent, np.array([9.0, 5.0]), args, "cpu"), make_batch(2, 8, torch.float32)[1]
+    earned, acted = np.arange(16.0).reshape(8, 2) / 3, []
+    for step in range(8):
+        turn = dict(rows=np.arange(2), returns=earned[step])
+        shown = obs[:, step] * agent.obs_std + agent.obs_mean
+        with torch.no_grad():
+            action, values = prompted.act({"proprio": shown.numpy()}, turn)
+        assert action.shape == (2, 1, 2) and values is None
+        acted.append(torch.from_numpy(action[:, 0]))
+        seen = slice(max(step - 4, 0), step + 1)
+        returns = torch.tensor(([9.0, 5.0] - earned[seen]).T / 4, dtype=torch.float32)
+        history = torch.stack([*acted[seen.start : -1], torch.zeros(2, 2)], 1)
+        timestep = torch.arange(seen.start, seen.stop).expand(2, -1)
+        wanted = agent(returns, obs[:, seen], history, timestep)[:, -1]
+        torch.testing.assert_close(acted[-1], wanted.detach(), rtol=1e-4, atol=1e-5)
 
 
 # --- through the command line
@@ -374,13 +388,14 @@ def home(tmp_path_factory):
 def test_data_in_the_policys_units(home):
     dataset = load_dataset(home / "echo.hdf5")
     returns = dt.returns_to_go(torch.from_numpy(dataset.rewards), torch.from_numpy(dataset.episode_starts))
-    states, rest, starts = dt.prepare_data(
-        dataset, dt.Args(return_scale=5.0), (np.array([-2.0]), np.array([2.0]))
+    states, rest, starts = dt.episode_tensors(
+        dataset, (np.array([-2.0]), np.array([2.0])), dt.Args(return_scale=5.0), "cpu"
     )
+    assert np.array_equal(states, dataset.states) and rest.dtype == torch.float32
     np.testing.assert_allclose(rest[:, :1], dataset.actions / 2, rtol=1e-6)
     np.testing.assert_allclose(rest[:, 1], returns / 5, rtol=1e-6)
     assert starts.tolist() == [*dataset.episode_starts.tolist(), len(dataset.actions)]
-    rest = dt.prepare_data(dataset, dt.Args(), (np.array([-1.0]), np.array([1.0])))[1]
+    rest = dt.episode_tensors(dataset, (np.array([-1.0]), np.array([1.0])), dt.Args(), "cpu")[1]
     np.testing.assert_allclose(rest[:, :1], np.sign(dataset.actions))  # outside the bounds: clipped
 
 
@@ -395,7 +410,7 @@ def test_learning_to_reach_the_return_that_is_asked_for(home):
     high, low = (found["final"]["per_target"][target] for target in ("8", "0"))
     assert high["mean_reward"] > 0.85 * high["mean_length"] and low["mean_reward"] < 0.15 * low["mean_length"]
     assert found["final"]["target_return"] == 8 and found["final"]["mean_reward"] == high["mean_reward"]
-    names = {"loss/policy", "optim/grad_norm", "eval/mean_reward", "eval/mean_length", "eval/target_return"}
+    names = {"loss/policy", "optim/grad_norm", "eval/mean_reward", "eval/mean_length"}
     names |= {"time/updates_per_second", "eval/mean_reward_of_8", "eval/mean_reward_of_0"}
     assert set(scalars(home / "learned")) == names
 
@@ -434,7 +449,7 @@ def test_warm_up(home, whole):
 
 def test_updates_against_a_reference(tmp_path, home, monkeypatch):
     """Three updates in float64: masked error, clipped gradient, AdamW with decay and warm-up."""
-    agents, seen, prepare_data, sample_batch = [], [], dt.prepare_data, dt.sample_batch
+    agents, seen, episode_tensors, sample_batch = [], [], dt.episode_tensors, dt.sample_batch
 
     class Agent(dt.Agent):
         def __init__(self, *args):
@@ -447,8 +462,8 @@ def test_updates_against_a_reference(tmp_path, home, monkeypatch):
         return batch
 
     monkeypatch.setattr(dt, "Agent", Agent)
-    monkeypatch.setattr(dt, "prepare_data", lambda *args: [
-        x.double() if x.is_floating_point() else x for x in prepare_data(*args)])  # fmt: skip
+    monkeypatch.setattr(dt, "episode_tensors", lambda *args: [
+        x.double() if x.is_floating_point() else x for x in episode_tensors(*args)])  # fmt: skip
     monkeypatch.setattr(dt, "sample_batch", sample)
     torch.set_default_dtype(torch.float64)
     try:
@@ -494,7 +509,7 @@ def test_a_stopped_process_goes_on_bit_identically(tmp_path, whole):
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + signal.SIGTERM, said
     assert "go on with: python decision_transformer.py --resume" in said
-    assert load_checkpoint(tmp_path / "stopped")["counters"][0] < 60
+    assert load_checkpoint(tmp_path / "stopped")["step"] < 60
     done = call(f"--resume {tmp_path}/stopped")
     assert (done.code, done.err) == (0, ""), done
     assert_same_run(tmp_path / "stopped", wanted)
@@ -547,12 +562,13 @@ def test_compiled_updates_are_the_same(tmp_path, whole):
         ("--context-length 0", "--context-length must be positive"),
         ("--dropout 1.5", "--dropout must be in [0, 1]"),
         ("--return-scale 0", "--return-scale must be positive"),
-        ("--target-returns 3 nan", "--target-returns must be finite"),
-        ("--env CartPole-v1", "needs vector observations and continuous actions"),
+        ("--target-returns 3 nan", "--target-returns must be a finite number, not nan"),
+        ("--env CartPole-v1", "needs states and continuous actions"),
         ("--env Hopper-v5", "give another --env"),
         ("--dataset WIDE --eval-episodes 0", "has actions outside [-1, 1]; give --env"),
         ("--evaluate", "--evaluate needs --checkpoint"),
-        ("--checkpoint WHOLE --embed-dim 16", "do not fit this run"),
+        ("--checkpoint WHOLE --embed-dim 16", "is not what the checkpoint has: 8 is part of it; drop the flag"),
+        ("--checkpoint WHOLE --dataset WIDE --env Pendulum-v1", "has 1 observations and 1 actions, Pendulum"),
         ("--checkpoint WHOLE/best.pt.txt", "does not exist"),
     ],
 )
@@ -572,9 +588,10 @@ def test_resume_refuses_changed_flags(whole):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(home, whole):
-    with pytest.raises(FloatingPointError, match="update 25: a loss is not finite"):
-        call(whole[0], "--run-name diverged --learning-rate 1e38 --eval-episodes 0 --save-freq 1000")
-    assert load_checkpoint(home / "diverged")["counters"][0] == 0
+    done = call(whole[0], "--run-name diverged --learning-rate 1e38 --eval-episodes 0 --save-freq 1000")
+    assert done.code == 2 and "update 25: a loss or its gradient is not finite" in done.err, done
+    assert f"{home}/diverged/checkpoint.pt is the last good state" in done.err and done.err.count("\n") == 1
+    assert load_checkpoint(home / "diverged")["step"] == 0
 
 
 def test_presets():
@@ -582,9 +599,6 @@ def test_presets():
         "hopper-medium-v2": (3600.0, 1800.0),
         "data/walker2d-x.hdf5": (5000.0, 2500.0),
     }.items():
-        argv, sys.argv = sys.argv, ["decision_transformer.py", "--dataset", name]
-        try:
-            args = dt.resolve_args(dt.Args(dataset=name))
-        finally:
-            sys.argv = argv
+        args, saved = read_flags(["--dataset", name], dt.Args, dt.PRESETS, "decision_transformer")
+        assert saved is None
         assert args.target_returns == targets and args.return_scale == 1000

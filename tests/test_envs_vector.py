@@ -1,6 +1,7 @@
-"""common.envs: the chunk wrapper, the workers and exact resume, on a fake world and on Gymnasium's."""
+"""common.envs.vector: the chunk wrapper, the workers and exact resume, on a fake world and on Gymnasium's."""
 
 import ast
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -8,15 +9,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
 import pytest
 
 import common.envs
-from common import UserError
-from common.envs import make_envs
+from common import UserError, distributed
+from common.envs import vector
 from common.envs.gymnasium_env import make as make_gymnasium
+from common.envs.vector import vectorize
 
 
 class FakeEnv(gymnasium.Env):
@@ -29,7 +32,8 @@ class FakeEnv(gymnasium.Env):
     has_success = True
     active_dims = np.array([True, False])
 
-    def __init__(self, length=5, end="terminated", die="", marker="", once=True, stateful=True, bad=""):
+    def __init__(self, length=5, end="terminated", die="", marker="", once=True, stateful=True, bad="",
+                 told="success"):  # fmt: skip
         if bad:
             raise UserError(bad)
         box = gymnasium.spaces.Box
@@ -39,7 +43,7 @@ class FakeEnv(gymnasium.Env):
         )
         self.action_space = box(-1.0, 1.0, (2,), np.float32)
         self.length, self.end, self.die, self.marker, self.once = length, end, die, marker, once
-        self.renders = 0
+        self.renders, self.told = 0, told
         if not stateful:
             self.get_state = lambda: None
 
@@ -64,7 +68,7 @@ class FakeEnv(gymnasium.Env):
                 raise ArithmeticError("the gripper fell off")
             os.kill(os.getpid(), signal.SIGKILL)
         over = self.count >= self.length
-        return 1.0, over and self.end != "truncated", over and self.end != "terminated", {"success": over}
+        return 1.0, over and self.end != "truncated", over and self.end != "terminated", {self.told: over}
 
     def struck(self):
         if not self.once:
@@ -90,14 +94,21 @@ class FakeEnv(gymnasium.Env):
 make = FakeEnv
 
 
+OWN = ("chunk", "num_workers", "autoreset", "action_history", "seed", "first")  # of `vectorize`
+
+
 @pytest.fixture
-def envs(monkeypatch):
-    """make_envs that knows the world "fake" and closes what it made."""
-    monkeypatch.setitem(common.envs.WORLDS, "fake", __name__)
+def envs():
+    """`vectorize` of the fake world or a Gymnasium id, which closes what it made."""
     made = []
 
     def build(env_id="fake", num_envs=2, **kwargs):
-        made.append(make_envs(env_id, num_envs, **{"seed": 0, "num_workers": 0} | kwargs))
+        own = {"seed": 0, "num_workers": 0} | {key: x for key, x in kwargs.items() if key in OWN}
+        kwargs = {key: x for key, x in kwargs.items() if key not in OWN}
+        world = ("fake", __name__, kwargs)
+        if env_id != "fake":
+            world = (env_id, common.envs.GYMNASIUM, {"id": env_id} | kwargs)
+        made.append(vectorize(world, num_envs, **own))
         return made[-1]
 
     yield build
@@ -353,7 +364,7 @@ def test_worker_that_keeps_dying_ends_the_run(envs, tmp_path, monkeypatch):
     assert e.lost_episodes == 4 and e.closed
     with pytest.raises(RuntimeError, match="closed"):
         e.reset()
-    monkeypatch.setattr(common.envs, "GOOD_STEPS", 1)  # one good step forgives
+    monkeypatch.setattr(vector, "GOOD_STEPS", 1)  # one good step forgives
     e = envs(num_envs=1, num_workers=1, die="raise", marker=str(marker), once=False, length=50)
     e.reset()
     for _ in range(12):
@@ -378,7 +389,7 @@ def test_step_async_and_close_in_flight(envs):
 
 
 def test_spawn_start_method(envs, monkeypatch):
-    monkeypatch.setattr(common.envs, "START_METHOD", "spawn")
+    monkeypatch.setattr(vector, "START_METHOD", "spawn")
     e = envs("CartPole-v1", 2, num_workers=1)
     monkeypatch.undo()
     assert flat(e.reset()) == flat(envs("CartPole-v1", 2).reset())
@@ -387,9 +398,10 @@ def test_spawn_start_method(envs, monkeypatch):
 def test_no_worker_outlives_a_killed_parent():
     code = """
 import os, time, multiprocessing
-from common.envs import make_envs
-e = make_envs("CartPole-v1", 2, seed=0, num_workers=2)
-f = make_envs("CartPole-v1", 2, seed=0, num_workers=1)
+from common.envs.vector import vectorize
+world = ("CartPole-v1", "common.envs.gymnasium_env", {"id": "CartPole-v1"})
+e = vectorize(world, 2, seed=0, num_workers=2)
+f = vectorize(world, 2, seed=0, num_workers=1)
 stranger = os.fork()  # holds the parent's ends of all pipes open
 if stranger:
     print(stranger, *[p.pid for p in multiprocessing.active_children()], flush=True)
@@ -442,6 +454,15 @@ def test_bad_arguments_end_in_one_sentence(envs, num_workers, kwargs, sentence):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_world_that_does_not_tell_success_ends_in_one_sentence(envs, num_workers):
+    e = envs(num_workers=num_workers, told="succeeded")
+    e.reset()
+    with pytest.raises(UserError, match="'fake' has has_success, but its info has no 'success'") as caught:
+        e.step(actions(e))
+    assert "\n" not in str(caught.value) and (e.closed or not num_workers)
+
+
 def test_bad_actions_end_in_one_sentence(envs):
     e = envs(chunk=2)
     with pytest.raises(ValueError, match=r"environments \[0, 1\] have no running episode"):
@@ -489,7 +510,63 @@ def test_adapter_observes_what_it_restored():
     second.close()
 
 
+@dataclasses.dataclass
+class Args:
+    """The fake world's flags, and those of a run that `make_envs` reads."""
+
+    length: int = 5
+    end: str = "terminated"
+
+
+def make_split(split, **kwargs):
+    env = FakeEnv(**kwargs)
+    env.instructions = (split,)
+    return env
+
+
+def test_make_envs_of_a_run(monkeypatch):
+    """A world gets its flags and the split; a Gymnasium id neither; the rest is the run's."""
+    monkeypatch.setitem(common.envs.WORLDS, "fake", __name__)
+    monkeypatch.setattr(sys.modules[__name__], "make", make_split)
+    run = dict(seed=4, chunk=2, action_history=1, num_workers=0, gamma=0.9)
+    args = SimpleNamespace(env="fake", length=3, end="truncated", **run)
+    assert common.envs.world_flags(args) == {"length": 3, "end": "truncated"}
+    e = common.envs.make_envs(args, "eval", 2)
+    assert e.instructions == ["eval"] and (e.num_envs, e.chunk, e.seed, e.autoreset) == (2, 2, 4, False)
+    assert e.single_observation_space["proprio"].shape == (3 + 2,)
+    e.reset()
+    e.step(actions(e))
+    assert e.step(actions(e))[3].all()
+    e.close()
+    e = common.envs.make_envs(SimpleNamespace(env="Pendulum-v1", **run), "train", 3, True, states=True)
+    assert e.instructions == [""] and e.autoreset and e.action_bounds[1] == [2.0]
+    e.close()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("env", ["fake", "CartPole-v1"])
+def test_what_does_not_act_from_states_alone_is_refused(monkeypatch, env):
+    monkeypatch.setitem(common.envs.WORLDS, "fake", __name__)
+    monkeypatch.setattr(sys.modules[__name__], "make", make_split)
+    args = SimpleNamespace(env=env, length=3, end="both", seed=0, chunk=1, action_history=0, num_workers=1)
+    with pytest.raises(UserError, match=f"^--env {env} is not for this script: it needs states and"):
+        common.envs.make_envs(args, "train", 1, states=True)
+    assert not multiprocessing.active_children()
+
+
+def test_environments_are_split_over_processes(monkeypatch):
+    """As one process would have them: the second half's seeds are those of the numbers 2 and 3."""
+    args = SimpleNamespace(env="CartPole-v1", seed=0, chunk=1, action_history=0, num_workers=0)
+    whole = common.envs.make_envs(args, "train", 4)
+    monkeypatch.setattr(distributed, "ranks", lambda: (1, 2))
+    half = common.envs.make_envs(args, "train", 4)
+    assert half.num_envs == 2
+    assert (half.reset()["proprio"] == whole.reset()["proprio"][2:]).all()
+    with pytest.raises(UserError, match="5 environments cannot be split evenly over 2 processes"):
+        common.envs.make_envs(args, "train", 5)
+
+
 def test_workers_import_no_torch():
-    code = "import sys, common.envs, common.envs.gymnasium_env; sys.exit('torch' in sys.modules)"
+    code = "import sys, common.envs.vector, common.envs.gymnasium_env; sys.exit('torch' in sys.modules)"
     root = Path(common.envs.__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

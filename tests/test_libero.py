@@ -20,9 +20,10 @@ import torch
 
 from common import UserError
 from common.datasets import load_demonstrations
-from common.envs import libero, make_envs
+from common.envs import libero
+from common.envs.vector import vectorize
 
-RNG = np.random.default_rng(0)
+RNG, WORLD = np.random.default_rng(0), ("libero", "common.envs.libero")
 
 
 def physics(env):
@@ -39,9 +40,9 @@ def same(a, b):
 def test_in_a_worker_with_chunks(assets):
     """Two environments of two tasks in one process, chunks of actions, exact resume in another worker. The
     first test, since OpenGL does not survive a fork."""
-    kwargs = dict(suite="libero_object", tasks=("0", "5"), split="eval", size=32, max_steps=6)
+    world = (*WORLD, dict(suite="libero_object", tasks=("0", "5"), split="eval", size=32, max_steps=6))
     actions = RNG.uniform(-1, 1, (3, 2, 2, 7)).astype(np.float32)
-    envs = make_envs("libero", 2, seed=0, chunk=2, num_workers=1, autoreset=False, **kwargs)
+    envs = vectorize(world, 2, seed=0, chunk=2, num_workers=1, autoreset=False)
     first = envs.reset(np.array([0, 1]))
     assert first["task"].tolist() == [0, 5] and first["image"].shape == (2, 1, 32, 32, 3)
     assert envs.instructions[5] == "pick up the tomato sauce and place it in the basket"
@@ -50,7 +51,7 @@ def test_in_a_worker_with_chunks(assets):
     expected = [envs.step(chunk) for chunk in actions[1:]]
     assert expected[-1][3].all() and not expected[-1][2].any()
     envs.close()
-    envs = make_envs("libero", 2, seed=0, chunk=2, num_workers=1, autoreset=False, **kwargs)
+    envs = vectorize(world, 2, seed=0, chunk=2, num_workers=1, autoreset=False)
     envs.set_state(state)
     for chunk, (obs, *_) in zip(actions[1:], expected, strict=True):
         assert same(envs.step(chunk)[0], obs)
@@ -471,7 +472,7 @@ def test_no_gl(env, monkeypatch):
 
 def test_no_gl_at_import():
     """Which mujoco loads, or fails to, in the first import of a process."""
-    code = "from common import envs; envs.make_envs('libero', 1, seed=0, num_workers=0)"
+    code = f"from common.envs.vector import vectorize; vectorize({(*WORLD, {})}, 1, seed=0, num_workers=0)"
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parents[1], env=os.environ | {"MUJOCO_GL": "none"},
         capture_output=True, text=True, check=False,
@@ -483,7 +484,8 @@ def test_no_gl_at_import():
 
 
 def test_fork_after_rendering(env):
-    envs = make_envs("libero", 1, seed=0, num_workers=1, suite="libero_object", size=32)
+    world = (*WORLD, dict(suite="libero_object", size=32))
+    envs = vectorize(world, 1, seed=0, num_workers=1)
     with pytest.raises(UserError, match="--num-workers 0"):
         envs.reset()
 

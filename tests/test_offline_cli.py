@@ -1,11 +1,9 @@
 """sac.py, iql.py, cql.py, td3_bc.py through their command lines: results, resume, SAC's data sets, learning,
 wrong inputs."""
 
-import dataclasses
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -35,7 +33,9 @@ import iql
 import sac
 import td3_bc
 from common.checkpoint import load_checkpoint, save_checkpoint
-from common.datasets import D4RL_FILES, load_dataset, save_d4rl
+from common.datasets import D4RL_FILES, load_dataset, save_d4rl, transition_tensors
+from common.envs import make_envs
+from common.run import read_flags
 
 SCRIPTS = (sac, iql, cql, td3_bc)
 SMALL = "--width 16 --depth 1 --batch-size 8 --eval-episodes 2 --seed 3 --device cpu"
@@ -136,9 +136,15 @@ def test_results_of_a_run(whole):
     steps = [0, 200, 400, 500] if online else [0, 25, 50, 60]
     assert [step for step, _ in events["eval/mean_reward"]] == steps
     assert max(value for _, value in events["eval/mean_reward"]) == pytest.approx(rewards["best"], rel=1e-6)
-    assert {"loss/critic", "loss/policy", "time/updates_per_second", "value/q"} <= events.keys()
-    for name in ("checkpoint.pt", "best.pt"):
-        assert load_checkpoint(folder / name)["script"] == script.__name__
+    speed = {f"time/{'env_steps' if online else 'updates'}_per_second"}
+    assert {"loss/critic", "loss/policy", "value/q"} | speed <= events.keys()
+    assert {name for name in events if name.endswith("_per_second")} == speed
+    best, saved = load_checkpoint(folder / "best.pt"), load_checkpoint(folder)
+    assert best.keys() == {"format", "version", "script", "args", "agent"}
+    assert best["script"] == saved["script"] == script.__name__ and best["args"] == found["args"]
+    whole = {"optimizers", "processes", "initial", "best", "seconds"}
+    assert saved.keys() == best.keys() | whole | ({"counters", "recent", "replay"} if online else {"step"})
+    assert [each.keys() for each in saved["processes"]] == [{"state", "rng"}]
     if script is td3_bc:  # no numbers of an update before: their memory may be another update's
         steps = {key: {step for step, _ in events[key]} for key in ("loss/critic", "loss/policy")}
         assert steps["loss/policy"] == steps["loss/critic"] - {25} and 25 in steps["loss/critic"]
@@ -157,30 +163,17 @@ def test_evaluation_is_the_runs_final_one(home, whole):
         assert found["final"] == results(folder)[key] and done.out.startswith("evaluated ")
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_an_evaluation_against_a_loop(script):
-    """Seeds 0, 1, 2, ..., without dropout; the mean return and D4RL's score of it."""
-
-    class Agent(torch.nn.Module):
-        def act(self, obs):
-            assert not self.training
-            seen.append(obs.numpy().copy())
-            return 0.1 * torch.ones(len(obs), 1)
-
-    seen, agent, returns = [], Agent(), []
-    envs = script.build_envs("Aim-v0", 3, seed=5)
-    found = script.evaluate(agent, envs, torch.device("cpu"), (-2.0, 6.0))
-    for seed in range(3):
-        env, rewards = Aim(), []
-        obs, _ = env.reset(seed=seed)
-        for step in range(4):
-            assert np.array_equal(seen[step][seed], obs)
-            obs, reward, _, _, _ = env.step(np.float32([0.2]))
-            rewards.append(reward)
-        returns.append(sum(rewards))
-    assert found["episodes"] == 3 and found["mean_length"] == 4 and agent.training
-    assert found["mean_reward"] == pytest.approx(np.mean(returns))
-    assert found["normalized_score"] == pytest.approx(100 * (np.mean(returns) + 2) / 8)
+def test_an_evaluation_prepares_no_rewards(home, tmp_path):
+    """Returns that are all equal cannot be scaled, and need not be."""
+    one = np.ones((4, 1))
+    save_d4rl(tmp_path / "even.hdf5", one * [1, 2], 0 * one, one, one * [1, 2], one, 0 * one, "Aim-v0")
+    flags = f"{SMALL} --output-dir {tmp_path} --total-timesteps 3"
+    run(iql, flags, f"--dataset {home}/aim.hdf5 --run-name r --no-normalize-rewards")
+    done = call(iql, flags, f"--dataset {tmp_path}/even.hdf5 --run-name refused")
+    assert done.code == 2 and "has nearly equal returns alone; use --no-normalize-rewards" in done.err, done
+    where = f"--dataset {tmp_path}/even.hdf5 --run-name evaluated"
+    run(iql, flags, f"{where} --evaluate --checkpoint {tmp_path}/r")
+    assert results(tmp_path / "evaluated")["final"] == results(tmp_path / "r")["final"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS[1:], ids=lambda script: script.__name__)
@@ -239,14 +232,15 @@ def test_evaluation_normalises_observations_by_the_training_data(home, tmp_path,
 
 
 @pytest.mark.parametrize("script", (*SCRIPTS, decision_transformer), ids=lambda script: script.__name__)
-def test_videos_of_the_first_three_episodes(home, tmp_path, script):
-    flags = "--env Aim-v0 --total-timesteps 1 --eval-episodes 4 --batch-size 8 --device cpu --capture-video"
+def test_videos_of_the_first_six_episodes(home, tmp_path, script):
+    """Four steps of Aim each, and its end for half a second."""
+    flags = "--env Aim-v0 --total-timesteps 1 --eval-episodes 7 --batch-size 8 --device cpu --capture-video"
     data = "" if script is sac else f"--dataset {home}/aim.hdf5"
     data += " --no-normalize-rewards" if script is iql else ""
     run(script, flags, data, f"--output-dir {tmp_path} --run-name r")
     files = sorted((tmp_path / "r/videos").iterdir())
-    assert [file.name for file in files] == [f"episode_{i}.mp4" for i in range(3)]
-    assert [frames(file)[1] for file in files] == [4, 4, 4]
+    assert [file.name for file in files] == [f"episode_{i}.mp4" for i in range(6)]
+    assert [frames(file)[1] for file in files] == 6 * [4 + 10]
 
 
 def test_a_run_without_evaluation_learns_the_same(home, tmp_path):
@@ -262,6 +256,12 @@ def test_a_run_without_evaluation_learns_the_same(home, tmp_path):
 
 
 # --- exact resume
+
+
+def position(path):
+    """The step at which a checkpoint was written."""
+    saved = load_checkpoint(path)
+    return saved["counters"][0] if "counters" in saved else saved["step"]
 
 
 @pytest.mark.parametrize("at", [17, 60])  # within a run, and in its last update but one or later
@@ -283,8 +283,8 @@ def test_a_signal_within_an_update(tmp_path, whole, monkeypatch, at):
         assert (done.code, done.err) == (0, "")
     else:
         assert done.code == 128 + signal.SIGINT and not done.err, done
-        said = f"stopped at {300 + 2 * -(-at // 2)} steps" if script is sac else f"stopped at {at} updates"
-        assert said in done.out and f"go on with: python {script.__name__}.py --resume" in done.out
+        where = f"{300 + 2 * -(-at // 2)} env_steps" if script is sac else f"{at} updates"
+        assert f"stopped at {where}; go on with: python {script.__name__}.py --resume" in done.out
         assert not (tmp_path / "r/results.json").exists()
         run(script, f"--resume {tmp_path}/r")
     assert_same_run(tmp_path / "r", folder)
@@ -298,13 +298,13 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path, whole):
     )  # fmt: skip
     limit = time.monotonic() + 200
     file = tmp_path / "r/checkpoint.pt"
-    while not (file.exists() and load_checkpoint(file)["counters"][0]):
+    while not (file.exists() and position(file)):
         assert process.poll() is None and time.monotonic() < limit
         time.sleep(0.001)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert load_checkpoint(tmp_path / "r")["counters"][0] < (500 if script is sac else 60)
+    assert position(tmp_path / "r") < (500 if script is sac else 60)
     run(script, f"--resume {tmp_path}/r")
     assert_same_run(tmp_path / "r", folder)
 
@@ -434,7 +434,7 @@ def test_steps_of_the_policy_as_a_data_set(tmp_path, trained_sac):
     assert len(dataset.actions) == 2055
     starts = sorted([*range(0, 2055, 206), *range(200, 2055, 206)])
     assert dataset.episode_starts.tolist() == [start for start in starts if start < 2055]
-    envs = sac.build_envs("Pendulum-v1", 10, seed=3)
+    envs = make_envs(sac.Args(env="Pendulum-v1", seed=3), "train", 10)
     for seen in (envs.reset()["proprio"].copy(), envs.reset(np.arange(10))["proprio"]):
         # episodes neither of training nor of evaluation
         assert not np.isin(seen[:, 0], dataset.observations[dataset.episode_starts, 0]).any()
@@ -480,11 +480,13 @@ def test_actions_whose_bounds_are_not_symmetric(tmp_path):
     run(sac, flags, f"--save-dataset {tmp_path}/x.hdf5 --output-dir {tmp_path} --run-name r")
     dataset, action = load_dataset(tmp_path / "x.hdf5"), load_checkpoint(tmp_path / "r")["replay"][:, 0, 2]
     np.testing.assert_allclose(dataset.actions[:, 0], 1.5 + 2.5 * action, atol=1e-6)
-    raw = dict(normalize_rewards=False)
-    for script in (*SCRIPTS[1:], decision_transformer):
-        args = dataclasses.replace(script.Args(), **{} if script is decision_transformer else raw)
-        data = script.prepare_data(dataset, args, script.action_bounds("Lopsided-v0"))
-        rest = data[1] if script is decision_transformer else data[2]
+    envs = make_envs(sac.Args(env="Lopsided-v0"), "eval", 1)
+    for rest in (
+        transition_tensors(dataset, envs.action_bounds, iql.Args(normalize_rewards=False), "cpu")[2],
+        decision_transformer.episode_tensors(
+            dataset, envs.action_bounds, decision_transformer.Args(), "cpu"
+        )[1],
+    ):
         np.testing.assert_allclose(rest[:, 0], action, atol=1e-6)
 
 
@@ -531,8 +533,8 @@ def test_behaviour_cloning_is_a_case_of_both(home, script, flags):
     agent, x = script.Agent(2, 1, script.Args(width=64)), torch.linspace(-0.8, 0.8, 9)
     agent.load_state_dict(load_checkpoint(home / name)["agent"])
     with torch.no_grad():
-        found = agent.act(torch.stack([10 + 3 * x, torch.zeros(9)], 1))[:, 0]
-    assert (found + 0.2 * x).abs().mean() < 0.06
+        found = agent.act({"proprio": torch.stack([10 + 3 * x, torch.zeros(9)], 1)}, None)[0][:, 0, 0]
+    assert np.abs(found + 0.2 * x.numpy()).mean() < 0.06
 
 
 def test_cql_asks_its_critics_in_pieces(tmp_path, home, monkeypatch):
@@ -631,14 +633,14 @@ def test_a_compiled_run_goes_on_bit_identically(tmp_path, home, script, monkeypa
 @pytest.mark.parametrize(
     "script, flags, words",
     [
-        (sac, "--env CartPole-v1", "needs vector observations and continuous actions"),
+        (sac, "--env CartPole-v1", "needs states and continuous actions"),
         (sac, "--env Nowhere-v1", "unknown environment 'Nowhere-v1'"),
         (sac, "--alpha -1", "--alpha must be auto or a positive number"),
         (sac, "--buffer-size 1 --num-envs 2", "must hold a step of all 2 envs"),
         (sac, "--collect 10", "--collect needs --save-dataset"),
         (sac, "--append", "--append needs --save-dataset"),
         (sac, "--append --save-dataset NAMELESS", "steps of Pendulum-v1 need a file of their own"),
-        (sac, "--evaluate --checkpoint x --save-dataset y", "add --collect and a number of steps"),
+        (sac, "--evaluate --checkpoint WEIGHTS --save-dataset y", "add --collect and a number of steps"),
         (sac, "--utd-ratio -1", "--utd-ratio must not be negative"),
         (sac, "--checkpoint DATA", "is truncated or no checkpoint"),
         (iql, "--dataset nowhere.hdf5", "nowhere.hdf5 is not a file"),
@@ -654,17 +656,31 @@ def test_a_compiled_run_goes_on_bit_identically(tmp_path, home, script, monkeypa
         (cql, "--cql-samples 0", "--cql-samples must be positive"),
         (cql, "--alpha 0", "--alpha must be auto or a positive number"),
         (cql, "--evaluate", "--evaluate needs --checkpoint"),
-        (td3_bc, "--alpha nan", "--alpha must not be negative"),
+        (td3_bc, "--alpha nan", "--alpha must be a finite number, not nan."),
+        (td3_bc, "--alpha -1", "--alpha must not be negative, not -1.0."),
+        (sac, "--alpha inf", "--alpha must be a finite number, not inf."),
+        (iql, "--reward-bias nan", "--reward-bias must be a finite number, not nan."),
+        (cql, "--target-gap inf", "--target-gap must be a finite number, not inf."),
+        (cql, "--batch-size 0", "--batch-size must be positive, not 0."),
+        (td3_bc, "--gamma 2", "--gamma must be in [0, 1], not 2.0."),
+        (iql, "--seed -1", "--seed must be in [0, 2**63), not -1."),
         (td3_bc, "--policy-delay 0", "--policy-delay must be positive"),
         (td3_bc, "--device cuda", "PyTorch finds no CUDA GPU"),
-        (td3_bc, "--checkpoint WEIGHTS", "was written by sac.py; this needs one of td3_bc"),
-        (sac, "--checkpoint WEIGHTS --width 8", "do not fit this run"),
+        (td3_bc, "--checkpoint WEIGHTS", "The checkpoint's weights do not fit this run: "),
+        (td3_bc, "--resume WEIGHTS", "was written by sac.py; resume it with that script."),
+        (iql, "--checkpoint POLICY", "was written by ppo_vla.py, whose networks are none of iql.py's."),
+        (iql, "--resume POLICY", "was written by ppo_vla.py, whose networks are none of iql.py's."),
+        (sac, "--checkpoint WEIGHTS --width 8",
+         "--width 8 is not what the checkpoint has: 16 is part of it; drop the flag."),
+        (sac, "--checkpoint WEIGHTS --depth 2", "--depth 2 is not what the checkpoint has: 1 is part of it"),
     ],
 )
 def test_wrong_input_ends_in_one_sentence(home, tmp_path, trained_sac, script, flags, words):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    inputs = {"DATA": home / "pendulum.hdf5", "WEIGHTS": trained_sac}
+    inputs = {"DATA": home / "pendulum.hdf5", "WEIGHTS": trained_sac, "POLICY": tmp_path / "policy.pt"}
+    policy = {"agent": {}, "backbone": {}, "args": {"backbone": "tiny", "width": 16}, "processes": []}
+    save_checkpoint(inputs["POLICY"], "ppo_vla", policy)
     for name, largest in (("NAMELESS", 1), ("WIDE", 2)):
         inputs[name] = tmp_path / f"{name}.hdf5"
         if name in flags:
@@ -673,20 +689,37 @@ def test_wrong_input_ends_in_one_sentence(home, tmp_path, trained_sac, script, f
     for name, path in inputs.items():
         flags = flags.replace(name, str(path))
     base = f"{SMALL} " + (SAC if script is sac else f"{OFFLINE} --dataset {home}/pendulum.hdf5")
-    done = call(script, base, f"--output-dir {tmp_path}/runs", flags)
+    base += f" --output-dir {tmp_path}/runs"
+    done = call(script, *([] if "--resume" in flags else [base]), flags)
     assert done.code == 2 and words in done.err and done.err.count("\n") == 1, done
     assert done.err.startswith("error: ") and not (tmp_path / "runs").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(home, tmp_path):
     flags = f"{SMALL} --output-dir {tmp_path} --eval-episodes 0"
-    with pytest.raises(FloatingPointError, match="update 25: a loss is not finite.*the last good state"):
-        call(iql, flags, OFFLINE, f"--dataset {home}/pendulum.hdf5 --critic-learning-rate 1e38",
-             "--save-freq 99 --run-name a")  # fmt: skip
-    with pytest.raises(FloatingPointError, match="the policy's action is not finite.*the last good state"):
-        call(sac, flags, SAC, "--save-freq 999 --learning-rate 1e38 --critic-learning-rate 1e38 --run-name b")
-    for name in "ab":
-        assert load_checkpoint(tmp_path / name)["counters"][0] == 0
+    for script, more, words in (
+        (iql, f"{OFFLINE} --dataset {home}/pendulum.hdf5 --save-freq 99", "update 25: a loss or "),
+        (sac, f"{SAC} --learning-rate 1e38 --save-freq 999", "step 302: "),
+    ):
+        name = script.__name__
+        done = call(script, flags, more, f"--critic-learning-rate 1e38 --run-name {name}")
+        assert done.code == 2 and done.err.startswith(f"error: {words}"), done
+        assert "is not finite" in done.err and done.err.count("\n") == 1
+        assert f"{tmp_path}/{name}/checkpoint.pt is the last good state" in done.err
+        assert position(tmp_path / name) == 0
+
+
+def test_what_a_checkpoint_fixes_needs_no_flag(home, tmp_path, whole):
+    """Widths and depths; seed and size of a batch are each run's own."""
+    script, _, source = whole
+    flags = f"--device cpu --eval-episodes 0 --total-timesteps 1 --checkpoint {source}/best.pt"
+    flags += " --env Pendulum-v1" if script is sac else f" --dataset {home}/pendulum.hdf5"
+    run(script, flags, f"--output-dir {tmp_path} --run-name r")
+    before, after = load_checkpoint(source)["args"], load_checkpoint(tmp_path / "r")["args"]
+    assert (before["width"], before["depth"]) == (after["width"], after["depth"]) == (16, 1)
+    assert before["seed"] == 3 and after["seed"] == 1 and after["batch_size"] == 256
+    if script is cql:
+        assert before["critic_depth"] == after["critic_depth"]
 
 
 def test_defaults_are_those_of_the_published_numbers():
@@ -710,7 +743,7 @@ def test_defaults_are_those_of_the_published_numbers():
     assert all(iql.PRESETS[task] == human for task in ("kitchen", "pen", "door", "hammer", "relocate"))
 
 
-def test_presets_go_by_the_name_of_the_data(monkeypatch):
+def test_presets_go_by_the_name_of_the_data():
     for script, dataset, name, value in (
         (iql, "antmaze-umaze-v2", "temperature", 10.0),
         (iql, "D4RL/door/human-v2", "dropout", 0.1),
@@ -721,5 +754,10 @@ def test_presets_go_by_the_name_of_the_data(monkeypatch):
         (iql, f"/x/{Path(D4RL_FILES['antmaze-umaze-v2']).name}", "temperature", 10.0),
         (td3_bc, Path(D4RL_FILES["antmaze-umaze-v0"]).name, "reward_bias", -1.0),
     ):
-        monkeypatch.setattr(sys, "argv", [script.__file__, "--dataset", dataset])
-        assert getattr(script.resolve_args(script.Args(dataset=dataset)), name) == value, (script, dataset)
+        args, _ = read_flags(["--dataset", dataset], script.Args, script.PRESETS, script.__name__)
+        assert getattr(args, name) == value, (script, dataset)
+        args, _ = read_flags(
+            ["--dataset", dataset, f"--{name}".replace("_", "-"), "0.25"],
+            script.Args, script.PRESETS, script.__name__,
+        )  # fmt: skip
+        assert getattr(args, name) == 0.25  # the command line is stronger

@@ -11,13 +11,14 @@ import test_offline_cli  # noqa: F401 (registers Aim-v0 and AimCut-v0)
 import torch
 import torch.nn as nn
 
+import common.run
 import cql
 import iql
 import sac
 import td3_bc
 from common import UserError
 from common.checkpoint import load_checkpoint
-from common.datasets import OfflineDataset, save_d4rl
+from common.datasets import OfflineDataset, save_d4rl, transition_tensors
 
 SCRIPTS = (sac, iql, cql, td3_bc)
 B, A = 7, 3
@@ -302,6 +303,13 @@ def test_iql_squashes_the_mean_alone():
     assert torch.isfinite(iql.gaussian_log_prob(mean, log_std, torch.ones(B, A))).all()  # at the bounds
 
 
+def act(agent, obs):
+    """What an evaluation executes: (B, S) -> (B, A)."""
+    action, values = agent.act({"proprio": obs.numpy()}, None)
+    assert isinstance(action, np.ndarray) and action.shape[:2] == (len(obs), 1) and values is None
+    return torch.from_numpy(action[:, 0])
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_acting_takes_the_squashed_mean(script):
     torch.manual_seed(0)
@@ -310,7 +318,7 @@ def test_acting_takes_the_squashed_mean(script):
         for parameter in agent.actor.parameters():
             parameter.mul_(9)
         wanted = net(agent.state_dict(), "actor", obs)[:, :A].tanh()
-        close(agent.act(obs), wanted, 1e-6)
+        close(act(agent, obs), wanted, 1e-6)
     assert wanted.abs().max() > 0.9  # where tanh matters
 
 
@@ -320,7 +328,8 @@ def test_iql_drops_out_in_the_policy_and_in_training_alone():
     assert not torch.equal(agent.policy(obs)[0], agent.policy(obs)[0])
     assert torch.equal(agent.value(obs), agent.value(obs))
     agent.eval()
-    assert torch.equal(agent.act(obs), agent.act(obs))
+    with torch.no_grad():
+        assert torch.equal(act(agent, obs), act(agent, obs))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -347,9 +356,10 @@ def test_cqls_critics_have_a_depth_of_their_own():
 def test_acting_normalises_observations(script):
     torch.manual_seed(0)
     agent, obs = script.Agent(4, A, script.Args(width=8)), torch.randn(B, 4)
-    wanted = agent.act(obs)
-    agent.obs_mean[:], agent.obs_std[:] = torch.arange(4.0), torch.tensor([1.0, 2, 4, 8])
-    torch.testing.assert_close(agent.act(obs * agent.obs_std + agent.obs_mean), wanted)
+    with torch.no_grad():
+        wanted = act(agent, obs)
+        agent.obs_mean[:], agent.obs_std[:] = torch.arange(4.0), torch.tensor([1.0, 2, 4, 8])
+        torch.testing.assert_close(act(agent, obs * agent.obs_std + agent.obs_mean), wanted)
     assert wanted.abs().max() <= 1
 
 
@@ -370,28 +380,31 @@ def make_dataset():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("script", [iql, cql, td3_bc])
-def test_data_in_the_policys_units(script):
+def test_data_in_the_policys_units():
     args = SimpleNamespace(normalize_rewards=False, reward_scale=10.0, reward_bias=-5.0)
-    states, next_index, rest = script.prepare_data(make_dataset(), args, (np.array([0.0]), np.array([4.0])))
+    bounds, device = (np.array([0.0]), np.array([4.0])), torch.device("cpu")
+    states, next_index, rest = transition_tensors(make_dataset(), bounds, args, device)
+    assert all(x.dtype == torch.float32 for x in (states, rest)) and next_index.dtype == torch.int64
     close(rest[:, 0], [-1, -1, 0, -0.5, 1, -1])  # outside the bounds the environment clipped
     close(rest[:, 1], [5, 15, 25, 35, 45, -5])
     close(rest[:, 2], [0, 0, 1, 0, 0, 0])
     args = SimpleNamespace(normalize_rewards=True, reward_scale=1.0, reward_bias=-1.0)
-    rest = script.prepare_data(make_dataset(), args, UNIT)[2]
+    rest = transition_tensors(make_dataset(), UNIT, args, device)[2]
     close(rest[:, 1], np.array([1, 2, 3, 4, 5, 0]) * 1000 / 9 - 1, 1e-6)  # returns 6, 9, 0
     close(rest[:, 0], [-1, 0, 1, 1, 1, -1])
     for rewards in ([0, 0, 0, 0, 0, 0], [10, 20, 30, 40, 20.5, 60]):  # returns 60, 60.5, 60
         even = make_dataset()
         even.rewards[:] = rewards
         with pytest.raises(UserError, match="nearly equal returns alone; use --no-normalize-rewards"):
-            script.prepare_data(even, args, UNIT)
+            transition_tensors(even, UNIT, args, device)
+    with pytest.raises(UserError, match=r"has actions outside \[-1, 1\]; give --env"):
+        transition_tensors(make_dataset(), None, args, device)
 
 
 @pytest.mark.parametrize("script", [iql, cql, td3_bc])
 def test_batches_hold_whole_transitions_all_equally_likely(script):
     args = SimpleNamespace(normalize_rewards=False, reward_scale=1.0, reward_bias=0.0)
-    data = script.prepare_data(make_dataset(), args, UNIT)
+    data = transition_tensors(make_dataset(), UNIT, args, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     obs, action, reward, next_obs, end = script.sample_batch(*data, 6000, generator)
     assert obs.shape == next_obs.shape == (6000, 2) and action.shape == (6000, 1)
@@ -568,8 +581,8 @@ def in_double(monkeypatch):
             def policy(self, obs):
                 return super().policy(obs.double())  # the environment's are float32
 
-        def prepare(*args):
-            return [x.double() if x.is_floating_point() else x for x in prepare_data(*args)]
+        def tensors(*args):
+            return [x.double() if x.is_floating_point() else x for x in transition_tensors(*args)]
 
         def sample(*args):
             batch, generator = sample_batch(*args), torch.Generator()
@@ -579,12 +592,12 @@ def in_double(monkeypatch):
 
         monkeypatch.setattr(script, "Agent", Agent)
         if script is not sac:
-            prepare_data, sample_batch = script.prepare_data, script.sample_batch
-            monkeypatch.setattr(script, "prepare_data", prepare)
+            sample_batch = script.sample_batch
+            monkeypatch.setattr(script, "transition_tensors", tensors)
             monkeypatch.setattr(script, "sample_batch", sample)
         monkeypatch.setattr(sys, "argv", [script.__file__, *COMMON.split(), str(tmp_path), *flags.split()])
-        monkeypatch.setattr(script.signal, "signal", lambda *_: None)
-        script.main()
+        monkeypatch.setattr(common.run.signal, "signal", lambda *_: None)
+        common.run.main(script.train, script.Args, script.PRESETS)
         return agents[0], seen
 
     torch.set_default_dtype(torch.float64)

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import ppo_vla
 from common import UserError
 from common.action_tokenizer import ActionTokenizer
-from common.backbones import add_lora, inject_lora, load_adapter, load_backbone, openvla, save_adapter
+from common.backbones import add_lora, inject_lora, load_adapter, build_backbone, openvla, save_adapter
 from common.checkpoint import CheckpointError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -50,7 +50,7 @@ def write_checkpoint(folder, family, seed=0):
     """A random checkpoint in the published layout: shards, index, config, tokenizer, OFT's extra files."""
     extra = dict(proprio=8, action_head=7) if family == "l1" else {}
     chunk = 1 if family == "openvla" else 2
-    shapes = load_backbone(
+    shapes = build_backbone(
         "openvla", path="random", chunk=chunk, sizes=SIZES | extra, device="meta"
     ).state_dict()
     generator, state = torch.Generator().manual_seed(seed), {}
@@ -98,7 +98,7 @@ def checkpoints(tmp_path_factory):
 def load(checkpoints, kind, **config):
     chunk, key = (1 if kind == "openvla" else 2), (None if kind == "l1" else "fractal")
     config = dict(dtype="float32", chunk=chunk, unnorm_key=key) | config
-    return load_backbone(str(checkpoints[kind]), **config)
+    return build_backbone(str(checkpoints[kind]), **config)
 
 
 def observe(size, cameras=1, seed=0, side=28, tasks=3):
@@ -152,7 +152,7 @@ def published(tmp_path_factory):
 def test_openvla_equals_the_published_code(published):
     reference = np.load(published / "tiny_openvla" / "reference.npz")
     config = dict(dtype="float32", unnorm_key="tiny_bridge")
-    model = load_backbone(str(published / "tiny_openvla"), **config)
+    model = build_backbone(str(published / "tiny_openvla"), **config)
     assert model.autoregressive and model.chunk == 1
     for case in range(3):
         want = {
@@ -184,7 +184,7 @@ def test_openvla_equals_the_published_code(published):
 def test_fine_tuning_loss_and_gradients_equal_the_published_ones(published):
     """Two prompts of different length, padded on the right; the loss covers the 7 actions and the stop."""
     reference = np.load(published / "tiny_openvla" / "reference.npz")
-    model = load_backbone(str(published / "tiny_openvla"), dtype="float32", unnorm_key="tiny_bridge")
+    model = build_backbone(str(published / "tiny_openvla"), dtype="float32", unnorm_key="tiny_bridge")
     ids, labels = (torch.tensor(reference[f"sft_{name}"]) for name in ("input_ids", "labels"))
     acting = labels != -100
     first = acting.int().argmax(1)
@@ -212,7 +212,7 @@ def test_fine_tuning_loss_and_gradients_equal_the_published_ones(published):
 @pytest.mark.parametrize("cameras", [1, 2])
 def test_oft_equals_the_published_code(published, cameras):
     reference = np.load(published / "tiny_openvla_oft" / "reference.npz")
-    model = load_backbone(str(published / "tiny_openvla_oft"), dtype="float32")
+    model = build_backbone(str(published / "tiny_openvla_oft"), dtype="float32")
     assert not model.autoregressive and model.chunk == 8
     name = "2img_proprio" if cameras == 2 else "1img"
     if cameras == 1:
@@ -242,7 +242,7 @@ def test_oft_equals_the_published_code(published, cameras):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_token_log_probs_equal_simplevla(published, side):
     reference = np.load(published / "tiny_openvla_oft" / "reference.npz")
-    model = load_backbone(str(published / "tiny_openvla_oft"), dtype="float32")
+    model = build_backbone(str(published / "tiny_openvla_oft"), dtype="float32")
     model.proprio_projector = None
     ids = torch.tensor(reference["svla_input_ids_leftpad"])
     if side == "right":
@@ -265,7 +265,7 @@ def test_token_log_probs_equal_simplevla(published, side):
 def test_oft_training_pass_equals_the_published_one(published):
     """Its regression targets, right-padded: the hidden states at the action positions and the L1 actions."""
     reference = np.load(published / "tiny_openvla_oft" / "reference.npz")
-    model = load_backbone(str(published / "tiny_openvla_oft"), dtype="float32")
+    model = build_backbone(str(published / "tiny_openvla_oft"), dtype="float32")
     ids = torch.tensor(reference["train_input_ids"])
     acting = torch.tensor(reference["train_labels"]) != -100
     first = acting.int().argmax(1)
@@ -287,9 +287,9 @@ def test_published_adapter_fits_its_base_and_no_other(published):
     """tiny_openvla + its adapter = tiny_openvla_oft's shards, which are merged already, to bfloat16."""
     adapter = published / "tiny_openvla_oft" / "lora_adapter"
     config = dict(dtype="float32", unnorm_key="none")
-    model = load_backbone(str(published / "tiny_openvla"), **config)
+    model = build_backbone(str(published / "tiny_openvla"), **config)
     load_adapter(model, adapter)
-    merged = load_backbone(str(published / "tiny_openvla_oft"), dtype="float32")
+    merged = build_backbone(str(published / "tiny_openvla_oft"), dtype="float32")
     theirs = dict(merged.named_parameters())
     names = [name for name in openvla.read_headers(published / "tiny_openvla") if name.endswith("weight")]
     for name in names:
@@ -298,7 +298,7 @@ def test_published_adapter_fits_its_base_and_no_other(published):
     hidden = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(0))
     wanted = model.language_model.lm_head(hidden)[..., 31744:32000]  # it has adapters, too
     close(model.action_logits(hidden), wanted, 1e-6)
-    half = load_backbone(str(published / "tiny_openvla"), unnorm_key="none")
+    half = build_backbone(str(published / "tiny_openvla"), unnorm_key="none")
     load_adapter(half, adapter)
     close(half.action_logits(hidden), wanted, 0.2)
     with pytest.raises(UserError, match="belongs to another base"):
@@ -313,7 +313,7 @@ def test_full_size_has_every_published_name():
     for pattern, (shape, count) in json.loads(file.read_text()).items():
         for i in range(count):
             expected[pattern.replace(".N.", f".{i}.")] = tuple(shape)
-    model = load_backbone("openvla", path="random", device="meta")
+    model = build_backbone("openvla", path="random", device="meta")
     assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == expected
     assert sum(p.numel() for p in model.parameters()) == 7_541_237_184
 
@@ -321,7 +321,7 @@ def test_full_size_has_every_published_name():
 @pytest.mark.parametrize(("modules", "count"), [("language_model", 79_953_920), ("all-linear", 110_828_288)])
 def test_lora_parameters_of_the_full_size_are_the_known_ones(modules, count):
     """The second number is the published one, of suffixes that also hit convolutions and what never runs."""
-    model = load_backbone("openvla", path="random", device="meta")
+    model = build_backbone("openvla", path="random", device="meta")
     if modules == "language_model":
         add_lora(model, 32)
     else:
@@ -673,7 +673,7 @@ def test_four_bits():
     for four in (False, True):
         torch.manual_seed(0)
         config = dict(path="random", chunk=2, sizes=sizes, device="cuda", load_in_4bit=four)
-        models.append(load_backbone("openvla", **config))
+        models.append(build_backbone("openvla", **config))
     shapes = {name: tensor.shape for name, tensor in models[0].named_parameters()}
     for name, weight in models[1].named_parameters():
         assert isinstance(weight, bnb.nn.Params4bit) == openvla.quantized(name, shapes[name])
@@ -911,7 +911,7 @@ def test_statistics_are_found_by_name(checkpoints, tmp_path):
     )
     model = load(checkpoints, "oft", unnorm_key="libero_10", statistics=str(file))
     assert model.statistics["action"]["q01"] == [9] * 7
-    assert load_backbone(**model.config).statistics == model.statistics
+    assert build_backbone(**model.config).statistics == model.statistics
 
 
 # --- loading and its errors
@@ -1007,13 +1007,13 @@ def test_errors_are_one_sentence(checkpoints, tmp_path, monkeypatch, family, spo
 def test_hub_and_paths_that_are_not_there(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="hf download openvla/openvla-7b"):
-        load_backbone("openvla/openvla-7b")
+        build_backbone("openvla/openvla-7b")
     with pytest.raises(UserError, match="does not exist"):
-        load_backbone("./no/such/folder")
+        build_backbone("./no/such/folder")
     with pytest.raises(UserError, match="no such/name cannot be had.*check name and disk"):
-        load_backbone("no such/name")
+        build_backbone("no such/name")
     with pytest.raises(UserError, match="Unknown backbone"):
-        load_backbone("opnvla")
+        build_backbone("opnvla")
 
 
 def test_the_hub_does_not_answer_or_has_no_such_name(monkeypatch, tmp_path):
@@ -1032,10 +1032,10 @@ def test_the_hub_does_not_answer_or_has_no_such_name(monkeypatch, tmp_path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         with pytest.raises(UserError, match="^The hub has no openvla/openvla-8b, or not for you; [^\n]*$"):
-            load_backbone("openvla/openvla-8b")
+            build_backbone("openvla/openvla-8b")
         server.shutdown()
     with pytest.raises(UserError, match="^openvla/openvla-7b is neither .* hub cannot be reached; [^\n]*$"):
-        load_backbone("openvla/openvla-7b")  # nobody listens there any more
+        build_backbone("openvla/openvla-7b")  # nobody listens there any more
 
 
 @pytest.mark.parametrize(
@@ -1059,20 +1059,20 @@ def test_a_suites_weights_and_statistics_come_from_the_hub(
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **_: asked.append(a) or str(file))
     monkeypatch.setattr(openvla, "available_memory", lambda: 1e12)
     config = dict(unnorm_key=suite, libero=True, chunk=2, head="tokens", dtype="float32")
-    model = load_backbone("openvla", path=suite, **config)
+    model = build_backbone("openvla", path=suite, **config)
     found = [(f"Haozhan72/{repository}",)]
     found += [(f"moojink/openvla-7b-oft-finetuned-{statistics}", "dataset_statistics.json")]
     assert asked == found and model.statistics == own and not model.autoregressive
     assert model.config["path"] == found[0][0] and model.config["unnorm_key"] == suite
     wanted = load(checkpoints, "oft").state_dict()
     assert all(tensor.equal(wanted[name]) for name, tensor in model.state_dict().items())
-    assert load_backbone(**model.config).statistics == own and asked == 2 * found  # as a resumed run does
+    assert build_backbone(**model.config).statistics == own and asked == 2 * found  # as a resumed run does
 
 
 def test_too_little_memory_is_said_before_loading(checkpoints, monkeypatch):
     """On the host and on a GPU, in 16 and in 4 bits: 32 layers' 4 * 4096^2 + 3 * 4096 * 11008 numbers have
     half a byte and their scales, the rest has two. With an update, what makes it smaller is named."""
-    model = load_backbone("openvla", path="random", device="meta")
+    model = build_backbone("openvla", path="random", device="meta")
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     assert openvla.memory_needed(shapes, torch.bfloat16, False) == 2 * 7_541_237_184
     assert openvla.memory_needed(shapes, torch.float32, False) == 4 * 7_541_237_184
@@ -1118,7 +1118,7 @@ def test_too_little_memory_is_said_before_loading(checkpoints, monkeypatch):
     monkeypatch.setattr(openvla, "available_memory", lambda: 15e9)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("a download"))
     with pytest.raises(UserError, match="^Haozhan72/Openvla-oft-SFT-libero-goal-traj1 needs 15.1 GB for its"):
-        load_backbone("openvla", path="libero_goal")
+        build_backbone("openvla", path="libero_goal")
     with pytest.raises(
         UserError, match=f"and [0-9.]+ GB for an update, and cpu has 15.0 GB free; use {less}"
     ):

@@ -8,8 +8,9 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from common import UserError
-from common.envs import make_envs, tabletop
+from common.envs import WORLDS, tabletop
 from common.envs.tabletop import INSTRUCTIONS, KINDS, OBJECTS, OPEN, SPLITS, TASKS, TabletopEnv
+from common.envs.vector import vectorize
 
 IDLE = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
 
@@ -120,12 +121,12 @@ def test_wrong_arguments_end_in_one_sentence(kwargs, sentence):
         TabletopEnv(**kwargs)
     assert one_sentence(error)
     with pytest.raises(UserError, match=sentence):
-        make_envs("tabletop", 2, seed=0, num_workers=1, **kwargs)
+        vectorize(("tabletop", WORLDS["tabletop"], kwargs), 2, seed=0, num_workers=1)
 
 
 def test_an_argument_that_does_not_exist_ends_in_one_sentence():
     with pytest.raises(UserError, match="'tabletop' does not take these arguments.*colour") as error:
-        make_envs("tabletop", 1, seed=0, num_workers=0, colour="red")
+        vectorize(("tabletop", WORLDS["tabletop"], {"colour": "red"}), 1, seed=0, num_workers=0)
     assert one_sentence(error)
 
 

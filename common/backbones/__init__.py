@@ -3,8 +3,8 @@
 A family is one file and one line in `BACKBONES`. The file has
 - `build(device, **config)`, which makes the backbone, and `from_flags(args, **shape)`, the config of fresh
   weights; shape: instructions, chunk, action_dim, proprio_dim, cameras, image_size, dataset (the world's);
-- `Args`, a dataclass of its own flags (`LoraArgs` where it takes adapters), in which `FIXED` marks what is part
-  of the weights; it may have `check(self)`, which raises UserError for values that cannot work together;
+- `Args`, a dataclass of its own flags (`LoraArgs` where it takes adapters), in which `FIXED` marks what is
+  part of the weights; it may have `check(self)`, which raises UserError for values that cannot work together;
 - `FROM_SCRATCH`: whether it starts at random weights; optionally `own_options(args, device, cameras,
   micro_batch_size)`, what `build` takes that is the run's affair and not the weights'.
 A backbone is an `nn.Module` with
@@ -58,7 +58,8 @@ class LoraArgs:
 
 
 def family_of(name):
-    """The family of a backbone's name, of the table or a checkpoint's folder or hub id. UserError for others."""
+    """The family of a backbone's name, of the table or a checkpoint's folder or hub id. UserError for
+    others."""
     if name in BACKBONES:
         return name
     if "/" not in name and not Path(name).is_dir():
@@ -105,7 +106,8 @@ def load_backbone(args, envs, run, micro_batch_size=0, train_vision=None):
                     name, f"--{name}"
                 )
                 raise UserError(
-                    f"The checkpoint's {name} is {config[name]}, but this run's is {value}; set {hint} as it was."
+                    f"The checkpoint's {name} is {config[name]}, but this run's is {value}; set {hint} as it "
+                    "was."
                 )
         old_rank = config["lora"]["r"] if config.get("lora") else 0
     else:
@@ -130,10 +132,11 @@ def load_backbone(args, envs, run, micro_batch_size=0, train_vision=None):
 
 
 def load_weights(agent, args, run, new=(), train_vision=None):
-    """Put the weights of the run's checkpoint, if it has one, into `agent`, then new adapters on its backbone.
+    """Put the weights of the run's checkpoint, if it has one, into `agent`, then new adapters on its
+    backbone.
 
-    new: names of its parts that a checkpoint may lack; parts of a checkpoint that the agent lacks are left out.
-    train_vision: False freezes the vision part. UserError for what does not fit.
+    new: names of its parts that a checkpoint may lack; parts of a checkpoint that the agent lacks are left
+    out. train_vision: False freezes the vision part. UserError for what does not fit.
     """
     backbone, saved = agent.backbone, run.saved
     if saved:
@@ -154,12 +157,18 @@ def load_weights(agent, args, run, new=(), train_vision=None):
     if train_vision is False:
         for parameter in backbone.vision_parameters():
             parameter.requires_grad_(False)
+        blind = model_module(args.backbone).FROM_SCRATCH and not saved and backbone.vision_parameters()
+        if blind and not run.rank:
+            print(
+                "warning: the policy starts at random weights, and its eye stays so; "
+                "bc_warmup.py makes a --checkpoint to start from, --train-vision trains the eye."
+            )
     agent.to(run.device)
 
 
 def stored_weights(agent):
-    """What a checkpoint holds of `agent.backbone` and its heads: all weights, or adapters and heads alone where
-    the base is in files of its own."""
+    """What a checkpoint holds of `agent.backbone` and its heads: all weights, or adapters and heads alone
+    where the base is in files of its own."""
     weights, backbone = agent.state_dict(), agent.backbone
     if backbone.has_files and backbone.config.get("lora"):
         return {k: x for k, x in weights.items() if "lora_" in k or not k.startswith("backbone.")}

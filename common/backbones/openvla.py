@@ -91,8 +91,8 @@ class Args(LoraArgs):
         """The world's published checkpoint is a 7B one: say so before anything is loaded."""
         if self.backbone == "openvla" and self.device == "auto" and not torch.cuda.is_available():
             raise UserError(
-                f"--env {self.env} runs OpenVLA 7B, which needs a CUDA GPU, and PyTorch finds none here; for a "
-                "small policy from scratch use --backbone tiny, or insist with --device cpu."
+                f"--env {self.env} runs OpenVLA 7B, which needs a CUDA GPU, and PyTorch finds none here; for "
+                "a small policy from scratch use --backbone tiny, or insist with --device cpu."
             )
 
 

@@ -12,16 +12,16 @@ Gymnasium's the environment has
   states `proprio` alone;
 - `advance(action) -> reward, terminated, truncated, info` (no rendering) and `observe() -> obs` (renders);
 - `render() -> uint8 (H, W, 3)`, a frame for a video;
-- optionally `get_state() -> dict | None` and `set_state(dict)`, exact, with its own random state.
-For imitation the file may also have `DEMO_KEYS` (camera -> its name in an HDF5 file), `from_file(images)` (as
-the world shows what files hold), and the functions `demonstrations` and `scenes`, as tabletop's, of a scripted
-expert. Any other name is a Gymnasium id with vector observations (`gymnasium_env.py`).
+- optionally `get_state() -> dict | None` and `set_state(dict)`, exact, with its own random state. For
+  imitation the file may also have `DEMO_KEYS` (camera -> its name in an HDF5 file), `from_file(images)` (as
+  the world shows what files hold), and the functions `demonstrations` and `scenes`, as tabletop's, of a
+  scripted expert. Any other name is a Gymnasium id with vector observations (`gymnasium_env.py`).
 """
 
 import dataclasses
 import importlib
 
-from common import UserError, distributed
+from common import UserError
 from common.envs.vector import vectorize
 
 WORLDS = {"tabletop": "common.envs.tabletop", "libero": "common.envs.libero"}
@@ -45,6 +45,8 @@ def make_envs(args, split, num_envs, autoreset=False, states=False):
     `args` are a run's: its seed, chunk, action_history, num_workers and the world's flags count. states: only
     vector observations and continuous actions will do. Raises UserError, one sentence.
     """
+    from common import distributed  # torch, which a worker that is spawned does without
+
     rank, processes = distributed.ranks()
     if num_envs % processes:
         raise UserError(f"{num_envs} environments cannot be split evenly over {processes} processes.")

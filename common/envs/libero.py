@@ -496,5 +496,6 @@ def make(**kwargs):
 
 
 def from_file(images):
-    """Pictures (..., H, W, 3) as HDF5 files hold them, which is as OpenGL has them -> as the world shows them."""
+    """Pictures (..., H, W, 3) as HDF5 files hold them, which is as OpenGL has them -> as the world shows
+    them."""
     return np.ascontiguousarray(images[..., ::-1, ::-1, :])

@@ -519,7 +519,8 @@ def _layout(rng):
 
 
 def make(split="train", eval_split="eval", **kwargs):
-    """The world's constructor for `common.envs.make_envs`: split "eval" is the one that --eval-split names."""
+    """The world's constructor for `common.envs.make_envs`: split "eval" is the one that --eval-split
+    names."""
     return TabletopEnv(split=eval_split if split == "eval" else split, **kwargs)
 
 

@@ -37,8 +37,10 @@ OUTCOME = {"rewards": np.float32, "terminated": bool, "truncated": bool, "succes
 OUTCOME |= {"episode_return": np.float64, "episode_length": np.int64}
 
 
-def vectorize(world: tuple, num_envs: int, *, seed: int, first: int = 0, chunk: int = 1,
-              num_workers: int | None = None, autoreset: bool = True, action_history: int = 0) -> "Envs":  # fmt: skip
+def vectorize(
+    world: tuple, num_envs: int, *, seed: int, first: int = 0, chunk: int = 1,
+    num_workers: int | None = None, autoreset: bool = True, action_history: int = 0,
+) -> "Envs":  # fmt: skip
     """`num_envs` copies of `world`: its name, its module and what the module's `make` is called with.
 
     first: their first number, from which their seeds follow, where other processes have those before.
@@ -265,8 +267,8 @@ class Envs(gymnasium.vector.VectorEnv):
     """The vector environment; see `vectorize`.
 
     Attributes: num_envs, chunk, num_workers, single_observation_space, single_action_space, instructions,
-    active_dims, has_success, dataset, action_bounds, and lost_episodes: running episodes that died with a worker or could not
-    be restored.
+    active_dims, has_success, dataset, action_bounds, and lost_episodes: running episodes that died with a
+    worker or could not be restored.
     """
 
     def __init__(self, world, num_envs, seed, chunk, num_workers, autoreset, action_history):
