@@ -59,10 +59,10 @@ class Args(VLAArgs):
     label_sigma: Annotated[NonNegative, Only("head", "tokens")] = 3.0
     """tokens: the target is a Gaussian of this many bins around the demonstrated bin: near misses cost
     less"""
-    max_grad_norm: Positive = 1.0
-    """global gradient norm clip"""
     temperature: Annotated[Positive, KEPT] = 0.35
     """divides the logits when sampling (--no-deterministic)"""
+    max_grad_norm: Positive = 1.0
+    """global gradient norm clip"""
     init_std: Annotated[Positive, FIXED, Only("head", "gaussian")] = 0.2
     """gaussian head: the standard deviation that PPO starts with"""
     learn_std: ClassVar[bool] = False  # imitation leaves the standard deviation alone
@@ -198,7 +198,7 @@ class GaussianHead(nn.Module):
 
 def make_head(backbone, args):
     if not backbone.vision_parameters():
-        raise UserError(f"The backbone {backbone.config['name']!r} sees no images; use --backbone tiny.")
+        raise UserError(f"The backbone {backbone.config['name']!r} sees no images; give a --backbone that does.")
     return TokenHead(backbone, args) if args.head == "tokens" else GaussianHead(backbone, args)
 
 

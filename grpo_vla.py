@@ -468,18 +468,14 @@ class Groups:
     def __init__(self, num_envs, first):
         self.jobs, self.next_group = [], first  # the groups of the episodes that are still to be started
         self.playing = [None] * num_envs  # the running episodes
-        self.incomplete, self.ready = (
-            {},
-            [],
-        )  # groups: number -> finished episodes; those that wait to be used
+        self.incomplete = {}  # group -> its finished episodes
+        self.ready = []  # complete groups that wait to be used
         self.finished = self.computed = 0  # groups and chunks since the last update
 
     def start(self, seed, group_size, stride):
         """The next member of a group starts in each idle environment -> seeds (N,), who is idle (N,)."""
-        idle, seeds = (
-            np.array([episode is None for episode in self.playing]),
-            np.zeros(len(self.playing), np.int64),
-        )
+        idle = np.array([episode is None for episode in self.playing])
+        seeds = np.zeros(len(idle), np.int64)
         for n in np.flatnonzero(idle):
             if not self.jobs:
                 self.jobs, self.next_group = [self.next_group] * group_size, self.next_group + stride
@@ -555,8 +551,7 @@ def current_log_probs(agent, rows, data, lengths, size):
 
 
 def train(args, run):
-    """Collect groups with the current policy, compare within them, update, repeat (Shao et al. 2024, alg.
-    1)."""
+    """Collect groups with the current policy, compare within them, update, repeat (Shao et al. 2024)."""
     if args.num_groups % run.processes:
         raise UserError(f"{args.num_groups} groups cannot be split evenly over {run.processes} processes.")
     eval_envs = run.closing(make_envs(args, "eval", args.eval_envs))
@@ -712,6 +707,8 @@ def train(args, run):
             covered, mask, fresh = (data[key][index] for key in ("covered", "mask", "fresh"))
             totals = torch.stack([covered.sum(), mask.sum(), (covered & fresh[:, None]).sum()])
             distributed.all_sum(totals)
+            if not totals[1]:  # fewer episodes than minibatches: this one is empty everywhere
+                continue
             if args.ratio_level == "sequence":  # of all of an episode's chunks
                 log_ratio = current_log_probs(agent, rows, data, lengths, args.micro_batch_size)
                 log_ratio = (log_ratio - data["log_probs"])[index]

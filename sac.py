@@ -209,10 +209,8 @@ def step_envs(envs, obs, action, row):
 
 def train(args, run):
     """Act, store, update, repeat (arXiv:1812.05905, algorithm 1)."""
-    envs, device = (
-        run.closing(make_envs(args, "train", args.num_envs, autoreset=True, states=True)),
-        run.device,
-    )
+    envs = run.closing(make_envs(args, "train", args.num_envs, autoreset=True, states=True))
+    device = run.device
     if args.append:
         check_append(args.save_dataset, args.env)
     obs_dim = envs.single_observation_space["proprio"].shape[0]

@@ -4,7 +4,6 @@ workers.
 python benchmarks/env_speed.py
 """
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -12,8 +11,10 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.envs import make_envs  # noqa: E402
+from common.envs import WORLDS  # noqa: E402
 from common.envs.tabletop import TabletopEnv  # noqa: E402
+from common.envs.vector import vectorize  # noqa: E402
+from common.memory import available_cores  # noqa: E402
 
 
 def expert_episodes(num_episodes=100, **kwargs):
@@ -46,7 +47,8 @@ def one_core(episodes, render_every, **kwargs):
 
 
 def vector(num_envs=128, chunk=4, seconds=5.0):
-    envs, rng, steps = make_envs("tabletop", num_envs, seed=1, chunk=chunk), np.random.default_rng(0), 0
+    world, rng, steps = ("tabletop", WORLDS["tabletop"], {}), np.random.default_rng(0), 0
+    envs = vectorize(world, num_envs, seed=1, chunk=chunk)
     envs.reset()
     start = time.perf_counter()
     while time.perf_counter() - start < seconds:
@@ -69,4 +71,4 @@ if __name__ == "__main__":
         rates = sorted(one_core(episodes, **kwargs) for _ in range(3))
         print(f"one core, {name:42s} {rates[1]:7.0f} steps/s (of 3: {rates[0]:.0f} to {rates[2]:.0f})")
     rate, workers = vector()
-    print(f"128 environments, {workers} workers on {os.cpu_count()} cores, chunk 4: {rate:.0f} steps/s")
+    print(f"128 environments, {workers} workers on {available_cores()} cores, chunk 4: {rate:.0f} steps/s")

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import importlib
 import io
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common.run  # noqa: E402
 from common.checkpoint import hardware  # noqa: E402
 from common.datasets import save_d4rl  # noqa: E402
 
@@ -51,7 +51,7 @@ def measure(name, args, dataset, folder):
         def close(self):
             pass
 
-    script.SummaryWriter, script.LOG_FREQ = Writer, window
+    common.run.SummaryWriter, script.LOG_FREQ = Writer, window
     windows = 5 + (3 if args.compile else 1) + (name == "sac")
     flags = ["--output-dir", folder, "--run-name", name, "--device", args.device, "--eval-episodes", "0"]
     flags += ["--total-timesteps", str(windows * window), "--save-freq", str(10**9)]
@@ -62,7 +62,7 @@ def measure(name, args, dataset, folder):
         flags += ["--dataset", dataset]
     sys.argv = [f"{name}.py", *flags]
     with contextlib.redirect_stdout(io.StringIO()):
-        script.main()
+        common.run.main(script.train, script.Args, script.PRESETS)
     return np.array(rates[-5:]), script.Args.batch_size
 
 
@@ -82,7 +82,7 @@ def main():
     kind += ", compiled" if args.compile else ""
     where = machine["gpu"] if args.device != "cpu" and machine["gpu"] else machine["cpu"]
     print(
-        f"{where}, {torch.get_num_threads()} threads, {os.cpu_count()} cores, {kind}, {torch.__version__}\n"
+        f"{where}, {torch.get_num_threads()} threads, {machine['cores']} cores, {kind}, {torch.__version__}\n"
     )
     print("| script | batch | per second (median of 5) | least | most |\n| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:

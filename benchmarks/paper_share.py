@@ -1,4 +1,4 @@
-"""Which share of a script's lines is the paper: flags, presets, mathematics, networks, and the loop without bookkeeping.
+"""Which share of a script is the paper: flags, presets, mathematics, networks, the loop without bookkeeping.
 
     python benchmarks/paper_share.py [FILE ...]            # default: the eight scripts
 

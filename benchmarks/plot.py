@@ -1,13 +1,13 @@
-"""A run's numbers as a small text file in benchmarks/results/, and the README's pictures and tables from these.
+"""A run's numbers as a small text file in benchmarks/results/, and the README's pictures from such files.
 
     python benchmarks/plot.py --collect runs/ppo ppo_1   # -> benchmarks/results/ppo_1.json
     python benchmarks/plot.py                            # benchmarks/curve.png      (pip install matplotlib)
     python benchmarks/plot.py --table                    # the tabletop's runs, in Markdown
     python benchmarks/plot.py --tabletop                 # benchmarks/tabletop.png, a film strip
 
-A file holds the command, the date, the commit of the working tree when it was collected, the run's results.json
-(whose `args`, `versions` and `hardware` say the rest) and its evaluations' curve. Collect a run before its
-folder, and that of the run that it started from, are moved.
+A file holds the command, the date, the commit of the working tree when it was collected, the run's
+results.json (whose `args`, `versions` and `hardware` say the rest) and its evaluations' curve. Collect a run
+before its folder, or that of the run that it started from, is moved.
 """
 
 import argparse
@@ -104,7 +104,7 @@ def collect(folder, name, script=None, results=RESULTS):
             "name": tag,
             "first_step": before.get("environment_steps", 0),
             "steps": [point.step for point in points],
-            "values": [round(point.value, 6) for point in points],
+            "values": [float(f"{point.value:.6g}") for point in points],
         }
         ended = points[-1].wall_time
     date = time.strftime("%Y-%m-%d", time.gmtime(ended or (folder / "results.json").stat().st_mtime))
@@ -211,7 +211,9 @@ def strip(path):
 
 
 def main(words=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--collect", nargs=2, metavar=("RUN_FOLDER", "NAME"), help="write results/NAME.json")
     parser.add_argument("--script", help="with --collect: the script, where the folder holds no checkpoint")
     parser.add_argument("--table", action="store_true", help="print the runs as a table")

@@ -216,11 +216,16 @@ def run_folder(output_dir: str | os.PathLike, run_name: str) -> Path:
         raise CheckpointError(
             f"{folder} cannot be written ({reason}); choose another --output-dir or --run-name."
         ) from error
+    check_free(folder)
+    return folder
+
+
+def check_free(folder: Path) -> None:
+    """CheckpointError if the folder holds a checkpoint, which a new run would replace."""
     if (folder / "checkpoint.pt").exists():
         raise CheckpointError(
             f"{folder} already holds a checkpoint; continue it with --resume or give another --run-name."
         )
-    return folder
 
 
 def write_results(path: str | os.PathLike, results: dict) -> None:

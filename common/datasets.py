@@ -707,7 +707,9 @@ def save_d4rl(
 def check_append(path: str | os.PathLike, env_id: str) -> None:
     """UserError if the file to append to, where there is one, is of another world."""
     if Path(path).exists() and (world := load_dataset(path).env_id) != env_id:
-        raise UserError(f"{path} has steps of {world}; steps of {env_id} need a file of their own.")
+        raise UserError(
+            f"{path} has steps of {world or 'no known world'}; steps of {env_id} need a file of their own."
+        )
 
 
 def write_transitions(path: str | os.PathLike, rows: torch.Tensor, count: int, widths: list[int], envs,

@@ -41,9 +41,8 @@ def summarize(outcomes, has_success, instructions=(), references=None):
         result["success_rate_ci95"] = wilson_interval(success.sum(), len(outcomes))
     result |= {"mean_reward": float(reward.mean()), "mean_length": float(length.mean())}
     if references:
-        result["normalized_score"] = (
-            100 * (result["mean_reward"] - references[0]) / np.diff(references).item()
-        )
+        zero, hundred = references
+        result["normalized_score"] = 100 * (result["mean_reward"] - zero) / (hundred - zero)
     if len(instructions) > 1:
         result["per_task"] = {}
         for number in np.unique(task).astype(int).tolist():

@@ -47,6 +47,7 @@ from common import UserError, distributed
 from common.backbones import family_of, model_module
 from common.checkpoint import (
     CheckpointError,
+    check_free,
     hardware,
     load_checkpoint,
     map_tensors,
@@ -318,6 +319,8 @@ class Run:
             raise UserError(f"{script.name} trains in one process; start it with python instead of torchrun.")
         if args.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda, but PyTorch finds no CUDA GPU here; use --device cpu.")
+        if args.run_name and not args.resume:
+            check_free(Path(args.output_dir, args.run_name))  # now, and not after the weights are loaded
         device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
         self._stack = contextlib.ExitStack()
         self._stack.callback(distributed.stop)
@@ -496,7 +499,7 @@ class Run:
         shown = ", ".join(f"{name} {x.float().mean().item():.3g}" for name, x in metrics.items())
         ranges = "".join(f", {name} {x.min().item():.3g} to {x.max().item():.3g}" for name, x in data.items())
         raise UserError(
-            f"{when}: a loss or its gradient is not finite ({shown}{ranges}); "
+            f"{when}: a number is not finite ({shown}{ranges}); "
             f"{self.folder / 'checkpoint.pt'} is the last good state, and a lower --learning-rate may help."
         )
 

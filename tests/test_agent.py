@@ -12,7 +12,7 @@ import torch
 import bc_warmup
 import ppo_vla
 from common import UserError
-from common.backbones import add_lora, load_backbone
+from common.backbones import add_lora, build_backbone
 from common.backbones.tiny import END, PAD
 
 K, A, TEMPERATURE = 2, 7, 1.6
@@ -28,7 +28,7 @@ def make_agent(seed=0, lora_rank=0, **changes):
         dict(head="tokens", temperature=TEMPERATURE, detach_value=True, init_std=0.2, learn_std=True)
         | changes
     )
-    backbone = load_backbone(
+    backbone = build_backbone(
         "tiny", chunk=K, action_dim=1 if discrete else A, proprio_dim=8, cameras=2, image_size=16,
         instructions=INSTRUCTIONS, width=32, queries=3, channels=16,
     )  # fmt: skip
@@ -150,48 +150,58 @@ def test_deterministic_actions_are_the_most_likely_ones():
 # --- micro-batches
 
 
+@pytest.mark.parametrize("critic_only", [False, True])
 @pytest.mark.parametrize("head", ["tokens", "gaussian"])
 @pytest.mark.parametrize("level", ["token", "step"])
-def test_micro_batches_give_the_gradient_of_one_batch(level, head):
+def test_micro_batches_give_the_gradient_and_the_metrics_of_one_batch(level, head, critic_only):
     agent = make_agent(head=head, detach_value=False)
-    batch = make_batch(agent, 11)
+    coefficients = dict(kl_coef=0.1, entropy_coef=0.01, value_coef=0.5)
+    args = dataclasses.replace(ppo_vla.Args(), ratio_level=level, chunk=K, **coefficients)
+    data = make_batch(agent, 11)
     with torch.no_grad():
-        actions, log_probs, values = agent.get_action_and_value(batch, generator=generator())
+        actions, log_probs, values = agent.get_action_and_value(data, generator=generator())
+        vision = agent.backbone.encode_vision(data)[0]
     rng = generator(5)
-    noise = torch.randn(log_probs.shape, generator=rng)
+    noise, other = torch.randn((2, *log_probs.shape), generator=rng)
     mask = torch.rand(log_probs.shape, generator=rng) < 0.4
-    mask[0], mask[7:9] = False, False  # rows, and with micro-batches of 2 a whole one, without any token
-    advantages, returns = torch.randn(2, 11, generator=rng)
+    mask[0], mask[6:8] = False, False  # rows, and with micro-batches of 2 a whole one, without any token
     old, covered = ppo_vla.merge_tokens(log_probs + 0.2 * noise, mask, level, K)
+    advantages, returns = torch.randn(2, 11, generator=rng)
+    data |= dict(actions=actions, values=values, vision=vision, mask=mask, old_log_probs=old)
+    data |= dict(advantages=advantages, returns=returns, reference_log_probs=log_probs + 0.1 * other)
+    totals = torch.stack([covered.sum(), mask.sum(), torch.tensor(11)])
 
-    def gradient(micro):
+    def gradient(size):
         agent.zero_grad()
-        totals = covered.sum(), mask.sum()
-        for index in torch.arange(11).split(micro):
-            new, entropy, value = agent.evaluate_actions(take(batch, index), actions[index])
-            merged, group = ppo_vla.merge_tokens(new, mask[index], level, K)
-            policy = ppo_vla.clipped_surrogate(merged - old[index], advantages[index], 0.2, 0.28)
-            critic = ppo_vla.value_loss(value, values[index], returns[index], 0.2, 0.0)
-            loss = ppo_vla.masked_mean(policy, group, totals[0]) + 0.5 * critic.sum() / 11
-            (loss - 0.01 * ppo_vla.masked_mean(entropy, mask[index], totals[1])).backward()
-        return torch.cat([p.grad.flatten() for p in agent.parameters() if p.grad is not None])
+        terms = []
+        for _, batch in ppo_vla.micro_batches(torch.arange(11), data, None, size):
+            new = agent.evaluate_actions(batch, batch["actions"], batch["vision"])
+            loss, metrics = ppo_vla.ppo_loss(*new, batch, totals, args, critic_only)
+            loss.backward()
+            terms.append(metrics)
+        assert len(terms) == math.ceil(11 / size)
+        grads = torch.cat([p.grad.flatten() for p in agent.parameters() if p.grad is not None])
+        return grads, {name: sum(each[name] for each in terms) for name in terms[0]}
 
-    whole = gradient(11)
+    whole, metrics = gradient(11)
     assert whole.norm() > 1e-2
-    for micro in (1, 2, 4, 7):
-        assert (gradient(micro) - whole).norm() < 1e-4 * whole.norm()  # float32
+    for size in (1, 2, 4, 7):
+        grads, sums = gradient(size)
+        assert (grads - whole).norm() < 1e-4 * whole.norm()  # float32
+        for name, value in metrics.items():
+            torch.testing.assert_close(sums[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 100])
 @pytest.mark.parametrize("different", [True, False])
 def test_micro_batches_hold_every_row_once_and_prompts_of_one_length(size, different):
-    data, vision = {"proprio": torch.randn(12, 2), "task": torch.arange(12)}, torch.randn(12, 3)
+    data = {"proprio": torch.randn(12, 2), "task": torch.arange(12), "vision": torch.randn(12, 3)}
     words = torch.tensor([5, 7, 5, 5, 6, 7, 5, 5, 5, 5, 7, 5]) if different else None
     rows, seen = torch.tensor([11, 3, 0, 1, 10, 8, 4, 6, 2, 5]), []
-    for index, batch, features in ppo_vla.micro_batches(rows, data, vision, words, size):
+    for index, batch in ppo_vla.micro_batches(rows, data, words, size):
         assert 0 < len(index) <= size and torch.equal(batch["task"], index)
-        assert torch.equal(batch["proprio"], data["proprio"][index])
-        assert torch.equal(features, vision[index])
+        for key, column in data.items():
+            assert torch.equal(batch[key], column[index])
         assert ("length" in batch) == different
         if different:
             assert torch.equal(batch["length"], words[index]) and len(set(batch["length"].tolist())) == 1
@@ -199,7 +209,17 @@ def test_micro_batches_hold_every_row_once_and_prompts_of_one_length(size, diffe
     assert sorted(torch.cat(seen).tolist()) == sorted(rows.tolist())
     assert different or torch.equal(torch.cat(seen), rows)  # in the order that was drawn
     assert different or len(seen) == math.ceil(10 / size)
-    assert not list(ppo_vla.micro_batches(rows[:0], data, None, words, size))
+    assert not list(ppo_vla.micro_batches(rows[:0], data, words, size))
+
+
+def test_minibatches_hold_every_row_once_an_epoch():
+    found = list(ppo_vla.minibatches(10, 3, 4, generator(7)))
+    assert [len(rows) for rows in found] == [3, 3, 2, 2] * 3
+    epochs = [torch.cat(found[i : i + 4]).tolist() for i in (0, 4, 8)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    again = ppo_vla.minibatches(10, 3, 4, generator(7))
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
 
 # --- where the value is read, and who sees whom
@@ -347,7 +367,7 @@ def test_lora_trains_adapters_and_heads_only(head):
 
 def test_a_backbone_without_targets_takes_no_lora():
     with pytest.raises(UserError, match="takes no LoRA"):
-        add_lora(load_backbone("mlp", chunk=1, action_dim=1, proprio_dim=4), 4)
+        add_lora(build_backbone("mlp", chunk=1, action_dim=1, proprio_dim=4), 4)
 
 
 # --- heads
@@ -430,21 +450,21 @@ def test_value_gradient_enters_the_backbone_only_if_asked(detach):
     [("tokens", DISCRETE, "use --head discrete"), ("discrete", BOX, "use --head tokens or gaussian")],
 )
 def test_a_head_that_does_not_fit_the_actions_is_refused(head, space, sentence):
-    backbone = load_backbone("mlp", chunk=1, action_dim=1, proprio_dim=4)
+    backbone = build_backbone("mlp", chunk=1, action_dim=1, proprio_dim=4)
     args = dataclasses.replace(ppo_vla.Args(), head=head)
     with pytest.raises(UserError, match=sentence):
         ppo_vla.make_head(backbone, args, SimpleNamespace(single_action_space=space))
 
 
 def test_action_tokens_need_a_backbone_that_has_them():
-    backbone = load_backbone("mlp", chunk=1, action_dim=A, proprio_dim=4)
+    backbone = build_backbone("mlp", chunk=1, action_dim=A, proprio_dim=4)
     with pytest.raises(UserError, match="has no action tokens"):
         ppo_vla.make_head(backbone, ppo_vla.Args(head="tokens"), SimpleNamespace(single_action_space=BOX))
 
 
 def test_wrong_backbones_are_refused():
     with pytest.raises(UserError, match="Unknown backbone 'huge'; known: tiny, mlp"):
-        load_backbone("huge")
+        build_backbone("huge")
     for cameras, size in ((0, 0), (1, 30)):
         with pytest.raises(UserError, match="multiple of 4"):
-            load_backbone("tiny", chunk=1, action_dim=7, proprio_dim=8, cameras=cameras, image_size=size)
+            build_backbone("tiny", chunk=1, action_dim=7, proprio_dim=8, cameras=cameras, image_size=size)

@@ -567,7 +567,10 @@ def test_compiled_updates_are_the_same(tmp_path, whole):
         ("--env Hopper-v5", "give another --env"),
         ("--dataset WIDE --eval-episodes 0", "has actions outside [-1, 1]; give --env"),
         ("--evaluate", "--evaluate needs --checkpoint"),
-        ("--checkpoint WHOLE --embed-dim 16", "is not what the checkpoint has: 8 is part of it; drop the flag"),
+        (
+            "--checkpoint WHOLE --embed-dim 16",
+            "is not what the checkpoint has: 8 is part of it; drop the flag",
+        ),
         ("--checkpoint WHOLE --dataset WIDE --env Pendulum-v1", "has 1 observations and 1 actions, Pendulum"),
         ("--checkpoint WHOLE/best.pt.txt", "does not exist"),
     ],

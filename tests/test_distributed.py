@@ -1,12 +1,13 @@
 """torchrun on two CPU processes (gloo): N processes with batch B / N are one with B."""
 
-import json
 import os
+import re
 import subprocess
 import sys
 
+import pytest
 import torch
-from test_cli import EVAL, ROOT, call, words
+from test_cli import EVAL, ROOT, assert_same_run, call, results, scalars, words
 
 import grpo_vla
 from common import distributed
@@ -14,7 +15,7 @@ from common.checkpoint import load_checkpoint
 
 PPO = f"""{EVAL} --eval-episodes 4 --eval-envs 2 --num-envs 4 --num-steps 3 --chunk 5 --total-timesteps 30
     --update-epochs 1 --minibatch-size 99 --micro-batch-size 5 --critic-warmup 0 --eval-freq 0
-    --kl-coef 0.1 --entropy-coef 0.01 --ratio-level token --max-grad-norm 0.01"""
+    --kl-coef 0.1 --entropy-coef 0.01 --ratio-level token --max-grad-norm 1e9"""
 GRPO = f"""{EVAL} --eval-episodes 4 --eval-envs 2 --num-envs 4 --chunk 5 --group-size 2 --num-groups 2
     --total-timesteps 400 --minibatch-size 20 --micro-batch-size 5 --eval-freq 0 --save-freq 1
     --temperature 1.6 --accuracy-low 0 --accuracy-high 1 --max-steps 20"""
@@ -22,12 +23,58 @@ GREEDY = """
 sample = script.TokenHead.sample  # so that no number depends on which process drew it
 script.TokenHead.sample = lambda self, logits, greedy, generator: sample(self, logits, True, generator)
 """
+# All members of a group play alike, then, so that their outcomes are made up, and what half of them executed.
+# Every other group's episodes are half as long: the processes have unlike shares of the batch.
+OUTCOMES = """
+import torch
+add, end = script.Groups.add, script.Groups.end
+def cut(groups, n, chunk, *rest):
+    chunk["mask"] = chunk["mask"] & (torch.arange(35) < 35 - 21 * (n % 2))
+    episode = add(groups, n, chunk, *rest)
+    return {"steps": [99]} if episode["group"] % 2 and len(episode["steps"]) == 2 else episode
+def made_up(groups, n, *rest):
+    episode = groups.playing[n]
+    episode["rewards"] = [1.0 + episode["group"] + n % 2] * len(episode["steps"])
+    end(groups, n, *rest)
+script.Groups.add, script.Groups.end = cut, made_up
+"""
+GRADIENT = """
+import os, torch
+sum_gradients = script.distributed.sum_gradients
+def keep(parameters):
+    sum_gradients(parameters)
+    if script.distributed.ranks()[0] == 0 and not os.path.exists("gradient_PROCESSES.pt"):
+        torch.save([p.grad for p in parameters], "gradient_PROCESSES.pt")
+script.distributed.sum_gradients = keep
+"""
+TOLD = """
+import torch.distributed as dist
+agents, build, stop = [], script.Agent.__init__, script.distributed.stop
+script.Agent.__init__ = lambda self, *inputs: agents.append(self) or build(self, *inputs)
+def tell():
+    total = sum(p.detach().double().abs().sum() for p in agents[0].parameters()).item()
+    print("rank", dist.get_rank(), repr(total), flush=True)
+    stop()
+script.distributed.stop = tell
+"""
+SIGNAL = """
+import os, signal
+end, ends = script.Groups.end, []
+def stopped(groups, *rest):
+    end(groups, *rest)
+    ends.append(1)
+    if script.distributed.ranks()[0] == 1 and len(ends) == 5:
+        os.kill(os.getpid(), signal.SIGINT)
+script.Groups.end = stopped
+"""
 
 
-def launch(tmp_path, script, processes, flags, patch=""):
-    """`torchrun --nproc-per-node N driver.py flags`, where the driver is the script and a patch."""
+def launch(tmp_path, script, processes, flags, patch="", name=None):
+    """`torchrun --nproc-per-node N driver.py flags`, the script and a patch; `python` for 1."""
     driver = tmp_path / f"driver_{processes}.py"
-    driver.write_text(f"import {script} as script\n{patch}\nscript.main()\n")
+    start = "common.run.main(script.train, script.Args, script.PRESETS, parallel=True)"
+    patch = patch.replace("PROCESSES", str(processes))
+    driver.write_text(f"import {script} as script, common.run\n{patch}\n{start}\n")
     start = [
         sys.executable,
         "-m",
@@ -37,8 +84,10 @@ def launch(tmp_path, script, processes, flags, patch=""):
         f"--nproc-per-node={processes}",
     ]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    if "--resume" not in flags:
+        flags += f" --output-dir {tmp_path} --run-name {name or f'{script}_{processes}'}"
     return subprocess.run(
-        [*start, str(driver), *words(flags, f"--output-dir {tmp_path} --run-name {script}_{processes}")],
+        [*(start if processes > 1 else start[:1]), str(driver), *words(flags)],
         env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 
@@ -48,41 +97,76 @@ def test_two_processes_take_the_step_of_one(tmp_path):
         done = launch(tmp_path, "ppo_vla", processes, PPO, GREEDY)
         assert done.returncode == 0 and done.stdout.count("success") == 1, done.stderr[-3000:]
     one, two = (load_checkpoint(tmp_path / f"ppo_vla_{n}") for n in (1, 2))
-    assert one["counters"][:3] == two["counters"][:3] and one["counters"][2] == 1
+    assert one["counters"] == two["counters"] and one["counters"][2] == 1
     found, wanted = two["optimizer"]["state"], one["optimizer"]["state"]
     assert found.keys() == wanted.keys() and found
-    for index in wanted:  # Adam's first moment after one step: the clipped gradient
+    for index in wanted:  # Adam's first moment after one step: a tenth of the gradient, which nothing clipped
         gradient = wanted[index]["exp_avg"]
-        torch.testing.assert_close(found[index]["exp_avg"], gradient, rtol=1e-4, atol=1e-9)
-    results = [json.loads((tmp_path / f"ppo_vla_{n}" / "results.json").read_text()) for n in (1, 2)]
+        torch.testing.assert_close(found[index]["exp_avg"], gradient, rtol=1e-4, atol=1e-7)
+    assert max(state["exp_avg"].abs().max() for state in wanted.values()) > 1e-3
+    for name in ("optim/grad_norm", "loss/total", "loss/value", "policy/entropy"):
+        of_one, of_two = (scalars(tmp_path / f"ppo_vla_{n}")[name][0][1] for n in (1, 2))
+        assert of_two == pytest.approx(of_one, rel=1e-4) and of_one != 0, name
     for key in ("success_rate", "mean_length", "episodes"):
-        assert results[0]["initial"][key] == results[1]["initial"][key]
+        assert (
+            results(tmp_path / "ppo_vla_1")["initial"][key] == results(tmp_path / "ppo_vla_2")["initial"][key]
+        )
     assert len(two["processes"]) == 2 and two["recent"] == one["recent"]
 
 
-def test_two_processes_of_grpo_stay_one_policy(tmp_path):
-    """Each collects its own groups; the sum of their gradients is what both step by."""
-    told = """
-import atexit, torch.distributed as dist
-agents, build = [], script.build_agent
-script.build_agent = lambda *inputs: agents.append(build(*inputs)) or agents[-1]
-stop = script.distributed.stop
-def tell():
-    total = sum(p.detach().double().abs().sum() for p in agents[0].parameters()).item()
-    print("rank", dist.get_rank(), repr(total), flush=True)
-    stop()
-script.distributed.stop = tell
-"""
-    done = launch(tmp_path, "grpo_vla", 2, GRPO, told)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--aggregation token-mean --entropy-coef 0.01 --kl-coef 0.1",
+        "--aggregation sequence-mean-token-mean --ratio-level sequence",
+    ],
+)
+def test_two_processes_of_grpo_have_the_gradient_of_one(tmp_path, flags):
+    for processes in (1, 2):
+        flags = f"{GRPO} --minibatch-size 99 --total-timesteps 81 --max-grad-norm 1e9 {flags}"
+        done = launch(tmp_path, "grpo_vla", processes, flags, GREEDY + OUTCOMES + GRADIENT)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (torch.load(tmp_path / f"gradient_{n}.pt", weights_only=True) for n in (1, 2))
+    size = max(0.0 if x is None else x.abs().max() for x in one)
+    assert len(one) == len(two) and size > 1e-3
+    for wanted, found in zip(one, two, strict=True):
+        wanted = torch.zeros_like(found) if wanted is None else wanted
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5 * size.item())
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """A run of GRPO in two processes: its folder and what it said."""
+    home = tmp_path_factory.mktemp("together")
+    done = launch(home, "grpo_vla", 2, GRPO, TOLD)
     assert done.returncode == 0, done.stderr[-3000:]
-    sums = {line.split()[1]: line.split()[2] for line in done.stdout.splitlines() if line.startswith("rank")}
+    return home / "grpo_vla_2", done.stdout
+
+
+def test_two_processes_of_grpo_stay_one_policy(together):
+    """Each collects its own groups; the sum of their gradients is what both step by."""
+    folder, said = together
+    sums = {line.split()[1]: line.split()[2] for line in said.splitlines() if line.startswith("rank")}
     assert sums.keys() == {"0", "1"} and sums["0"] == sums["1"]
-    state = load_checkpoint(tmp_path / "grpo_vla_2")
+    state = load_checkpoint(folder)
     assert state["counters"][2] > 2 and len(state["processes"]) == 2
-    groups = [process["rollout"][1] for process in state["processes"]]  # the next of the even, the odd ones
-    assert groups[0] % 2 == 0 and groups[1] % 2 == 1 and min(groups) > 1
-    done = call(grpo_vla, f"--resume {tmp_path}/grpo_vla_2")
+    groups = [process["state"]["groups"]["next_group"] for process in state["processes"]]
+    assert groups[0] % 2 == 0 and groups[1] % 2 == 1 and min(groups) > 1  # the even and the odd ones
+    done = call(grpo_vla, f"--resume {folder}")
     assert done.code == 2 and "ran as 2 processes, not 1" in done.err
+
+
+def test_two_processes_stop_together_and_go_on_bit_identically(tmp_path, together):
+    """The second one alone gets the signal."""
+    done = launch(tmp_path, "grpo_vla", 2, GRPO, SIGNAL, "stopped")
+    folder = tmp_path / "stopped"
+    assert done.returncode != 0, done
+    command = rf"go on with: torchrun --nproc-per-node 2 grpo_vla.py --resume {folder}\n"
+    assert len(re.findall(rf"stopped at \d+ env_steps; {command}", done.stdout)) == 1, done
+    assert 0 < load_checkpoint(folder)["counters"][0] < 400
+    done = launch(tmp_path, "grpo_vla", 2, f"--resume {folder}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_run(folder, together[0])
 
 
 def test_what_cannot_be_split_is_refused(tmp_path):

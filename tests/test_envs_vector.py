@@ -254,6 +254,13 @@ def test_results_do_not_depend_on_num_workers(envs, env_id):
     assert runs[0] == runs[1] == runs[2]
 
 
+def test_a_worker_for_each_core_that_may_be_used(envs, monkeypatch):
+    monkeypatch.setattr(vector, "available_cores", lambda: 2)
+    assert envs(num_envs=3, num_workers=None).num_workers == 2
+    assert envs(num_envs=1, num_workers=None).num_workers == 1
+    assert envs(num_envs=3, num_workers=3).num_workers == 3
+
+
 def test_seeds(envs):
     starts = [envs(num_envs=4, seed=seed).reset()["proprio"][:, 1] for seed in (0, 0, 1)]
     assert (starts[0] == starts[1]).all() and (starts[0] != starts[2]).any() and len(set(starts[0])) > 1

@@ -263,7 +263,8 @@ def test_frames_and_captions(walk, monkeypatch, has_success, values):
         return frame, lines
 
     monkeypatch.setattr(evaluation, "annotate", annotate)
-    monkeypatch.setattr(evaluation, "write_video", lambda path, shots, fps: written.update({path.name: shots}))
+    write = lambda path, frames, fps: written.update({path.name: frames})  # noqa: E731
+    monkeypatch.setattr(evaluation, "write_video", write)
     seeds = [0, 1, 2, 3, 4, 5, 6, 7]
     run_episodes(Agent(values), walk(8, has_success=has_success), seeds, video_folder=Path("videos"))
     assert sorted(written) == [f"episode_{i}.mp4" for i in range(6)]

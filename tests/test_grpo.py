@@ -27,11 +27,11 @@ from test_cli import (
 import bc_warmup
 import grpo_vla
 import ppo_vla
-from common.checkpoint import load_checkpoint
+from common.checkpoint import load_checkpoint, save_checkpoint
 
 GRPO = f"""{EVAL} --num-envs 6 --group-size 3 --num-groups 1 --total-timesteps 1500 --chunk 5
     --update-epochs 2 --minibatch-size 9 --micro-batch-size 4 --eval-freq 0 --save-freq 99
-    --learning-rate 1e-3 --temperature 1.6 --accuracy-low 0 --accuracy-high 1 --lora-rank 0 --max-steps 0"""
+    --learning-rate 1e-3 --temperature 1.6 --accuracy-low 0 --accuracy-high 1 --max-steps 0"""
 CARTPOLE = """--env CartPole-v1 --num-envs 5 --num-groups 2 --group-size 4 --total-timesteps 1500
     --minibatch-size 64 --micro-batch-size 64 --update-epochs 2 --eval-episodes 5 --eval-envs 3 --eval-freq 3
     --save-freq 1 --seed 3 --device cpu --num-workers 0"""
@@ -97,13 +97,20 @@ def test_results_logs_and_ratio_of_a_run(warmup, trained):
 
 
 def test_evaluation_of_the_saved_file_is_the_runs_final_one(home, trained):
-    flags = f"--chunk 5 --temperature 1.6 --evaluate --checkpoint {trained} --output-dir {home}"
-    run(grpo_vla, EVAL, flags, "--run-name again")
+    """Greedy, and drawn at the temperature that it was trained with, from which another one differs."""
+    flags = f"{EVAL} --evaluate --checkpoint {trained} --output-dir {home}"
+    run(grpo_vla, flags, "--run-name again")
     assert results(home / "again")["final"] == results(trained)["final"]
+    drawn = {}
+    for name, temperature in (("own", ""), ("same", "--temperature 1.6"), ("other", "--temperature 0.35")):
+        run(grpo_vla, flags, f"--no-deterministic --eval-episodes 12 --run-name {name}", temperature)
+        drawn[name] = results(home / name)
+    assert drawn["own"]["args"]["temperature"] == 1.6 and drawn["own"]["final"] == drawn["same"]["final"]
+    assert drawn["own"]["final"] != drawn["other"]["final"]  # which is the default
 
 
 def test_it_starts_from_a_checkpoint_of_ppo(home, warmup, tmp_path):
-    flags = "--num-envs 2 --num-steps 2 --total-timesteps 20 --chunk 5 --temperature 1.6"
+    flags = "--num-envs 2 --num-steps 2 --total-timesteps 20 --temperature 1.6"
     run(ppo_vla, EVAL, flags, f"--checkpoint {warmup} --output-dir {tmp_path} --run-name ppo")
     base = f"--checkpoint {tmp_path}/ppo --output-dir {tmp_path} --total-timesteps 60"
     run(grpo_vla, GRPO, base, "--run-name grpo")
@@ -121,11 +128,15 @@ def test_the_number_of_workers_changes_nothing(tmp_path, warmup):
 # --- groups
 
 
+def groups_of(state):
+    return state["processes"][0]["state"]["groups"]
+
+
 def episodes_of(state):
     """(group, episode's chunks) of all that a checkpoint holds."""
-    jobs, next_group, playing, chunks, rewards, steps, groups, ready, tally = state["processes"][0]["rollout"]
-    found = [(group, c) for group, c in zip(playing, chunks, strict=True) if group is not None and c]
-    return found + [(group, e["chunks"]) for group, members in groups.items() for e in members]
+    groups = groups_of(state)
+    found = [(e["group"], e["chunks"]) for e in groups["playing"] if e and e["chunks"]]
+    return found + [(n, e["chunks"]) for n, members in groups["incomplete"].items() for e in members]
 
 
 def test_members_of_a_group_share_their_state(trained):
@@ -209,7 +220,7 @@ def test_no_chunk_is_computed_after_an_end(tmp_path, warmup, monkeypatch):
     run(grpo_vla, GRPO, flags)
     state = load_checkpoint(tmp_path / "r")
     left = sum(len(chunks) for _, chunks in episodes_of(state))
-    left += sum(len(e["chunks"]) for members in state["processes"][0]["rollout"][7] for e in members)
+    left += sum(len(e["chunks"]) for members in groups_of(state)["ready"] for e in members)
     assert sum(computed) == sum(trained) + left
 
 
@@ -284,9 +295,8 @@ def test_every_variant_goes_on_bit_identically(tmp_path, monkeypatch, flags):
     assert done.code == 128 + signal.SIGINT and "stopped at" in done.out and not done.err
     state = load_checkpoint(tmp_path / "stopped")
     assert episodes_of(state) and state["counters"][0] < found["environment_steps"]
-    assert (
-        "--num-groups 2" not in flags or len(state["processes"][0]["rollout"][7]) == 1
-    )  # the third group waits
+    if "--num-groups 2" in flags:
+        assert len(groups_of(state)["ready"]) == 1  # the third group waits
     monkeypatch.undo()
     assert call(grpo_vla, f"--resume {tmp_path}/stopped/checkpoint.pt").code == 0
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
@@ -344,15 +354,40 @@ def test_micro_batches_give_the_same_update(tmp_path, warmup, flags):
         ("--std-normalisation", "--advantage-level episode"),
         ("--env NoSuchWorld-v1", "unknown environment"),
         ("--checkpoint missing.pt", "does not exist"),
-        ("--resume WARMUP", "was written by bc_warmup.py; this needs one of grpo_vla"),
+        ("--resume WARMUP", "was written by bc_warmup.py; resume it with that script"),
+        ("--resume WARMUP/best.pt", "was written by bc_warmup.py; resume it with that script"),
+        ("--checkpoint WARMUP --chunk 4", "--chunk 4 is not what the checkpoint has: 5 is part of it; drop"),
+        ("--checkpoint WARMUP --head gaussian", "--head gaussian is not what the checkpoint has: tokens is"),
+        ("--checkpoint STATES", "was written by sac.py, whose networks are none of grpo_vla.py's"),
+        ("--resume STATES", "was written by sac.py, whose networks are none of grpo_vla.py's"),
         ("--evaluate", "--evaluate needs --checkpoint"),
     ],
 )
 def test_wrong_input_ends_in_one_sentence(tmp_path, warmup, flags, sentence):
-    flags = flags.replace("WARMUP", str(warmup))
-    done = call(grpo_vla, "" if "--resume" in flags else GRPO, flags, f"--output-dir {tmp_path}")
+    save_checkpoint(tmp_path / "sac.pt", script="sac", state={"args": {"chunk": 1}, "agent": {}})
+    flags = flags.replace("WARMUP", str(warmup)).replace("STATES", f"{tmp_path}/sac.pt")
+    base = "" if "--resume" in flags or "NoSuchWorld" in flags else GRPO  # whose flags are tabletop's
+    done = call(grpo_vla, base, flags, f"--output-dir {tmp_path}/runs")
     assert done.code == 2 and done.err.startswith("error: ") and done.err.count("\n") == 1, done
-    assert sentence in done.err and not list(tmp_path.rglob("*.pt"))
+    assert sentence in done.err and not (tmp_path / "runs").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_in_one_sentence(tmp_path, warmup, monkeypatch):
+    """The third minibatch's, of the second iteration; the last checkpoint is the one before."""
+    calls, surrogate = [], grpo_vla.clipped_surrogate
+
+    def spoil(*inputs):
+        calls.append(1)
+        return surrogate(*inputs) * (float("nan") if len(calls) > 7 else 1)
+
+    monkeypatch.setattr(grpo_vla, "clipped_surrogate", spoil)
+    flags = f"--checkpoint {warmup} --output-dir {tmp_path} --run-name r --save-freq 1"
+    done = call(grpo_vla, GRPO, flags)
+    assert done.code == 2 and done.err.count("\n") == 1 and "is not finite (loss/policy nan" in done.err, done
+    assert f"{tmp_path}/r/checkpoint.pt is the last good state" in done.err
+    saved = load_checkpoint(tmp_path / "r")
+    assert f"iteration {saved['counters'][1] + 1}: " in done.err
+    assert all(x.isfinite().all() for x in saved["agent"].values())
 
 
 def test_help_documents_every_flag():

@@ -11,9 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(tmp_path, script, *flags, name="run"):
+def run(tmp_path, script, *flags, name="run", threads=1):
     command = [sys.executable, str(ROOT / script), "--output-dir", str(tmp_path), "--run-name", name, *flags]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "2"}, cwd=tmp_path)
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, cwd=tmp_path)
     return json.loads((tmp_path / name / "results.json").read_text())
 
 
@@ -61,9 +61,9 @@ def test_warmup_learns_to_point_and_to_imitate(tmp_path):
 @pytest.mark.slow
 def test_main_job(tmp_path):
     """The README's main job at one seed: 20 minutes on 2 idle cores."""
-    warmup = run(tmp_path, "bc_warmup.py", name="warmup")
+    warmup = run(tmp_path, "bc_warmup.py", name="warmup", threads=2)
     assert 0.25 <= warmup["final"]["success_rate"] <= 0.75
-    ppo = run(tmp_path, "ppo_vla.py", "--checkpoint", str(tmp_path / "warmup"), name="ppo")
+    ppo = run(tmp_path, "ppo_vla.py", "--checkpoint", str(tmp_path / "warmup"), name="ppo", threads=2)
     assert ppo["initial"]["success_rate"] == warmup["final"]["success_rate"]
     assert ppo["final"]["success_rate"] >= 0.85  # 0.90 is the median's bar; a single seed's error is 0.02
 
@@ -71,8 +71,8 @@ def test_main_job(tmp_path):
 @pytest.mark.slow
 def test_grpo_main_job(tmp_path):
     """The README's job of grpo_vla.py at one seed: 20 minutes on 2 idle cores."""
-    run(tmp_path, "bc_warmup.py", name="warmup")
-    grpo = run(tmp_path, "grpo_vla.py", "--checkpoint", str(tmp_path / "warmup"), name="grpo")
+    run(tmp_path, "bc_warmup.py", name="warmup", threads=2)
+    grpo = run(tmp_path, "grpo_vla.py", "--checkpoint", str(tmp_path / "warmup"), name="grpo", threads=2)
     assert grpo["final"]["success_rate"] >= grpo["initial"]["success_rate"] + 0.25
 
 

@@ -121,7 +121,6 @@ def test_imitation_of_liberos_own_files(tmp_path, base):
         ("--suite libero_lab", "libero_spatial"),
         ("--tasks 10", "has no task '10'"),
         ("--cameras front", "agentview"),
-        ("--eval-split vision", "eval"),
         ("--head discrete", "--head tokens"),
         ("--statistics no.json", "no.json"),
         ("--family openvla", "openvla-oft"),

@@ -481,11 +481,14 @@ def test_actions_whose_bounds_are_not_symmetric(tmp_path):
     dataset, action = load_dataset(tmp_path / "x.hdf5"), load_checkpoint(tmp_path / "r")["replay"][:, 0, 2]
     np.testing.assert_allclose(dataset.actions[:, 0], 1.5 + 2.5 * action, atol=1e-6)
     envs = make_envs(sac.Args(env="Lopsided-v0"), "eval", 1)
+    bounds, raw, of_pieces = (
+        envs.action_bounds,
+        iql.Args(normalize_rewards=False),
+        decision_transformer.Args(),
+    )
     for rest in (
-        transition_tensors(dataset, envs.action_bounds, iql.Args(normalize_rewards=False), "cpu")[2],
-        decision_transformer.episode_tensors(
-            dataset, envs.action_bounds, decision_transformer.Args(), "cpu"
-        )[1],
+        transition_tensors(dataset, bounds, raw, "cpu")[2],
+        decision_transformer.episode_tensors(dataset, bounds, of_pieces, "cpu")[1],
     ):
         np.testing.assert_allclose(rest[:, 0], action, atol=1e-6)
 
@@ -670,8 +673,11 @@ def test_a_compiled_run_goes_on_bit_identically(tmp_path, home, script, monkeypa
         (td3_bc, "--resume WEIGHTS", "was written by sac.py; resume it with that script."),
         (iql, "--checkpoint POLICY", "was written by ppo_vla.py, whose networks are none of iql.py's."),
         (iql, "--resume POLICY", "was written by ppo_vla.py, whose networks are none of iql.py's."),
-        (sac, "--checkpoint WEIGHTS --width 8",
-         "--width 8 is not what the checkpoint has: 16 is part of it; drop the flag."),
+        (
+            sac,
+            "--checkpoint WEIGHTS --width 8",
+            "--width 8 is not what the checkpoint has: 16 is part of it; drop the flag.",
+        ),
         (sac, "--checkpoint WEIGHTS --depth 2", "--depth 2 is not what the checkpoint has: 1 is part of it"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import gymnasium
@@ -11,10 +12,12 @@ import torch
 
 import bc_warmup
 import common.envs
+import common.run
 import ppo_vla
+from common.envs.vector import Envs
+from common.evaluation import summarize, wilson_interval
 
 SEEDS = range(4)
-BOTH = pytest.mark.parametrize("script", [ppo_vla, bc_warmup])
 
 
 def rng_of(seed):
@@ -97,7 +100,7 @@ class Clock(gymnasium.Env):
 
     instructions, has_success, active_dims = ("wait",), True, np.array([True, False])
 
-    def __init__(self):
+    def __init__(self, split):
         self.observation_space = gymnasium.spaces.Dict(
             proprio=gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
         )
@@ -121,6 +124,11 @@ class Clock(gymnasium.Env):
 make = Clock
 
 
+@dataclass
+class Args:
+    """The clock has no flags."""
+
+
 def critic(episode, step):
     """What the patched critic says of a state: unlike for any two states."""
     return episode + step / 7 + 3
@@ -138,11 +146,11 @@ def collect(monkeypatch, tmp_path, *flags, lose=()):
     monkeypatch.setitem(common.envs.WORLDS, "clock", __name__)
     monkeypatch.chdir(tmp_path)
     argv = "--env clock --backbone mlp --head gaussian --chunk 3 --num-envs 2 --num-workers 0 --num-steps 7"
-    argv += " --eval-envs 1 --eval-episodes 1 --gamma 0.9 --gae-lambda 0.8 --critic-warmup 0 --lora-rank 0"
+    argv += " --eval-envs 1 --eval-episodes 1 --gamma 0.9 --gae-lambda 0.8 --critic-warmup 0"
     monkeypatch.setattr(sys, "argv", ["ppo_vla.py", *argv.split(), "--total-timesteps", "30", *flags])
     monkeypatch.setattr("signal.signal", lambda *_: None)
     seen = SimpleNamespace(masks=[], calls=0)
-    gae, act, step = ppo_vla.compute_gae, ppo_vla.Agent.get_action_and_value, common.envs.Envs.step
+    gae, act, step = ppo_vla.compute_gae, ppo_vla.Agent.get_action_and_value, Envs.step
 
     def value_of(batch):
         episode, steps = (batch["proprio"].double() * 10).unbind(-1)
@@ -173,9 +181,9 @@ def collect(monkeypatch, tmp_path, *flags, lose=()):
     monkeypatch.setattr(ppo_vla.Agent, "get_action_and_value", spy_act)
     monkeypatch.setattr(ppo_vla, "compute_gae", spy_gae)
     monkeypatch.setattr(ppo_vla, "merge_tokens", spy_merge)
-    monkeypatch.setattr(common.envs.Envs, "step", spy_step)
+    monkeypatch.setattr(Envs, "step", spy_step)
     with pytest.raises(Stop):
-        ppo_vla.main()
+        common.run.main(ppo_vla.train, ppo_vla.Args, ppo_vla.PRESETS)
     return seen
 
 
@@ -225,6 +233,30 @@ def test_rollout_drops_an_episode_whose_worker_died(monkeypatch, tmp_path):
 def test_rollout_without_a_survivor_is_skipped(monkeypatch, tmp_path):
     seen = collect(monkeypatch, tmp_path, "--num-steps", "1", lose=[(0, 0), (0, 1)])
     assert seen.calls == 2 and len(seen.masks[0]) == 2
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_valid_decisions_are_those_of_episodes_that_were_not_lost(seed):
+    rng = rng_of(seed)
+    shape = rng.integers(1, 12), rng.integers(1, 6)
+    lost, ended = rng.random(shape) < 0.15, rng.random(shape) < 0.25
+    wanted = np.ones(shape, bool)
+    for n in range(shape[1]):
+        start = 0
+        for t in range(shape[0]):
+            if lost[t, n]:
+                wanted[start : t + 1, n] = False
+            if lost[t, n] or ended[t, n]:
+                start = t + 1
+    np.testing.assert_array_equal(ppo_vla.valid_decisions(torch.tensor(lost), torch.tensor(ended)), wanted)
+
+
+def test_valid_decisions_by_hand():
+    """A column an environment: an end before the loss, a loss amid the rollout, two of them, none, an end."""
+    lost = torch.tensor([[0, 0, 0, 0, 0], [0, 1, 1, 0, 0], [1, 0, 0, 0, 0], [0, 0, 1, 0, 0]]).bool()
+    ended = torch.tensor([[1, 0, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 1]]).bool()
+    wanted = [[1, 0, 0, 1, 1], [0, 0, 0, 1, 1], [0, 1, 0, 1, 1], [1, 1, 0, 1, 1]]
+    assert ppo_vla.valid_decisions(lost, ended).int().tolist() == wanted
 
 
 # --- ratio, surrogate, value, KL, masks
@@ -335,44 +367,132 @@ def test_explained_variance():
     assert torch.isfinite(ppo_vla.explained_variance(tensor(np.zeros(5)), tensor(np.ones(5))))
 
 
+# --- the loss
+
+
+class Scalars:
+    """ppo_loss one number at a time: its parts, and the gradients by log-probs, entropies and values."""
+
+    def __init__(self, log_probs, entropies, values, batch, totals, args, critic_only):
+        (B, T), K = log_probs.shape, args.chunk
+        size = {"token": 1, "step": T // K, "chunk": T}[args.ratio_level]
+        ratios, tokens, decisions = totals
+        self.log_probs, self.entropies, self.values = np.zeros((B, T)), np.zeros((B, T)), np.zeros(B)
+        policy, critic, entropy, kl, k3, clipped, error = (0.0,) * 7
+        for b in range(B):
+            advantage, old, target = (batch[key][b] for key in ("advantages", "values", "returns"))
+            for g in range(T // size):
+                covered = [i for i in range(g * size, (g + 1) * size) if batch["mask"][b, i]]
+                if not covered:
+                    continue
+                x = sum(log_probs[b, i] for i in covered) - batch["old_log_probs"][b, g]
+                ratio = math.exp(x)
+                bounded = min(max(ratio, 1 - args.clip_low), 1 + args.clip_high)
+                policy -= min(ratio * advantage, bounded * advantage) / ratios
+                k3 += (ratio - 1 - x) / ratios
+                clipped += (ratio != bounded) / ratios
+                error += abs(ratio - 1) / ratios
+                flows = ratio * advantage <= bounded * advantage  # else the bound is the lesser one
+                for i in covered if flows and not critic_only else ():
+                    self.log_probs[b, i] -= ratio * advantage / ratios
+            for i in range(T):
+                if not batch["mask"][b, i]:
+                    continue
+                entropy += entropies[b, i] / tokens
+                if critic_only:
+                    continue
+                self.entropies[b, i] = -args.entropy_coef / tokens
+                if args.kl_coef:
+                    x = batch["reference_log_probs"][b, i] - log_probs[b, i]
+                    kl += (math.exp(x) - 1 - x) / tokens
+                    self.log_probs[b, i] += args.kl_coef * (1 - math.exp(x)) / tokens
+            near = old + min(max(values[b] - old, -args.value_clip), args.value_clip)
+            plain, kept = 0.5 * (values[b] - target) ** 2, 0.5 * (near - target) ** 2
+            critic += max(plain, kept) / decisions
+            if plain >= kept:  # in the clipped branch beyond the bound nothing depends on the value
+                self.values[b] = args.value_coef * (values[b] - target) / decisions
+        total = args.value_coef * critic
+        if not critic_only:
+            total += policy - args.entropy_coef * entropy + args.kl_coef * kl
+        self.metrics = {"loss/policy": policy, "loss/value": critic, "loss/total": total}
+        self.metrics |= {"policy/entropy": entropy, "policy/approx_kl": k3}
+        self.metrics |= {"policy/clip_fraction": clipped, "policy/ratio_error": error}
+
+
+@pytest.mark.parametrize("critic_only", [False, True])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
+@pytest.mark.parametrize("level", ["token", "step", "chunk"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_ppo_loss_and_its_gradient(seed, level, kl_coef, critic_only):
+    """Masked tokens, a step and a decision without any; a minibatch of which these are a part."""
+    rng, (B, K, A) = rng_of(seed), (6, 3, 2)
+    T = K * A
+    args = SimpleNamespace(
+        ratio_level=level, chunk=K, clip_low=0.2, clip_high=0.28, value_clip=0.3, huber_delta=0.0,
+        value_coef=0.7, entropy_coef=0.05, kl_coef=kl_coef,
+    )  # fmt: skip
+    mask = rng.random((B, T)) < 0.7
+    mask[0], mask[1, A : 2 * A] = False, False
+    log_probs, entropies, values = rng.normal(-2, 1, (B, T)), rng.random((B, T)), rng.normal(size=B)
+    groups = {"token": T, "step": K, "chunk": 1}[level]
+    merged = np.where(mask, log_probs, 0).reshape(B, groups, -1).sum(-1)
+    batch = {
+        "mask": mask,
+        "old_log_probs": merged + rng.normal(0, 0.3, merged.shape),
+        "values": values + rng.normal(0, 0.5, B),
+        "returns": rng.normal(size=B),
+        "advantages": rng.normal(size=B),
+    }
+    if kl_coef and not critic_only:
+        batch["reference_log_probs"] = log_probs + rng.normal(0, 0.4, (B, T))
+    totals = np.array([3 * B * groups // 2, 2 * B * T, 2 * B])  # of the whole minibatch
+    wanted = Scalars(log_probs, entropies, values, batch, totals, args, critic_only)
+    new = [tensor(x, grad=True) for x in (log_probs, entropies, values)]
+    given = {key: torch.tensor(x) for key, x in batch.items()}
+    loss, metrics = ppo_vla.ppo_loss(*new, given, torch.tensor(totals), args, critic_only)
+    loss.backward()
+    assert metrics.keys() == wanted.metrics.keys() and not any(x.requires_grad for x in metrics.values())
+    for name, value in wanted.metrics.items():
+        close(metrics[name], value, 1e-6 if name == "policy/clip_fraction" else 1e-10)  # that is float32
+    close(loss, wanted.metrics["loss/total"], 1e-10)
+    for x, gradient in zip(new, (wanted.log_probs, wanted.entropies, wanted.values), strict=True):
+        close(np.zeros(x.shape) if x.grad is None else x.grad, gradient, 1e-10)
+    assert wanted.values.any() and wanted.log_probs.any() != critic_only
+
+
+def test_ppo_loss_takes_hubers_error_and_unclipped_values():
+    args = SimpleNamespace(
+        ratio_level="chunk", chunk=1, clip_low=0.2, clip_high=0.2, value_clip=0.0, huber_delta=0.5,
+        value_coef=2.0, entropy_coef=0.0, kl_coef=0.0,
+    )  # fmt: skip
+    zeros = torch.zeros(2, 1)
+    batch = {"mask": torch.ones(2, 1, dtype=torch.bool), "old_log_probs": zeros, "values": torch.zeros(2)}
+    batch |= {"returns": torch.zeros(2), "advantages": torch.zeros(2)}
+    values = tensor([0.25, -3.0])
+    loss, _ = ppo_vla.ppo_loss(zeros, zeros, values, batch, torch.tensor([2, 2, 2]), args)
+    close(loss, 2.0 * (0.5 * 0.25**2 + 0.5 * (3 - 0.25)) / 2)
+
+
 # --- evaluation's numbers
 
 
-@BOTH
-@pytest.mark.parametrize(
-    ("successes", "episodes"), [(0, 10), (10, 10), (8, 10), (37, 200), (199, 200), (1, 1)]
-)
-def test_wilson_interval_holds_the_roots_of_the_score_test(script, successes, episodes):
-    low, high = script.wilson_interval(successes, episodes)
-    p, z = successes / episodes, 1.96
-    assert -1e-12 <= low <= p + 1e-12 and p - 1e-12 <= high <= 1 + 1e-12
-    for bound in (low, high):
-        close((bound - p) ** 2, z * z * bound * (1 - bound) / episodes, 1e-9)
-
-
-def test_wilson_interval_against_published_values():
-    close(ppo_vla.wilson_interval(8, 10), [0.490, 0.943], 1e-3)
-    close(ppo_vla.wilson_interval(0, 10), [0, 0.278], 1e-3)
-
-
-@BOTH
-def test_summarize_by_hand(script):
+def test_summarize_by_hand():
     rows = [(True, 2.0, 10, 1), (False, 0.5, 48, 1), (True, 1.0, 20, 0)]
-    found = script.summarize(rows, True, ["lift", "put", "move"])
-    assert found.pop("success_rate_ci95") == script.wilson_interval(2, 3)
+    found = summarize(rows, True, ["lift", "put", "move"])
+    assert found.pop("success_rate_ci95") == wilson_interval(2, 3)
     tasks = found.pop("per_task")
     assert found == {"episodes": 3, "success_rate": 2 / 3, "mean_reward": 3.5 / 3, "mean_length": 26.0}
     assert list(tasks) == ["lift", "put"]  # no entry for a task that was not played
     assert tasks["lift"] == {
         "episodes": 1,
         "success_rate": 1.0,
-        "success_rate_ci95": script.wilson_interval(1, 1),
+        "success_rate_ci95": wilson_interval(1, 1),
         "mean_reward": 1.0,
         "mean_length": 20.0,
     }
     put = [tasks["put"][key] for key in ("success_rate", "mean_reward", "mean_length")]
     assert put == [0.5, 1.25, 29]
-    plain = script.summarize([(False, 500.0, 500, 0)], False, [""])
+    plain = summarize([(False, 500.0, 500, 0)], False, [""])
     assert plain == {"episodes": 1, "mean_reward": 500.0, "mean_length": 500.0}
 
 

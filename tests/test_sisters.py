@@ -1,8 +1,12 @@
-"""What two single-file scripts share is identical to the letter: their diff shows the algorithms alone."""
+"""What single-file scripts share by design is identical to the letter: their diff shows the algorithms alone.
+And the house's rule: a script knows its algorithm, and names no world, no model and no other script."""
 
 import ast
 import dataclasses
+import importlib
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 
@@ -14,51 +18,27 @@ import iql
 import ppo_vla
 import sac
 import td3_bc
-
-ALL = "TokenHead GaussianHead wilson_interval summarize evaluate score choose_device build_envs main".split()
-ONLINE = "clipped_surrogate kl_k3 masked_mean DiscreteHead make_head weights_of micro_batches".split()
-
-
-@pytest.mark.parametrize(
-    ("script", "name"), [(bc_warmup, name) for name in ALL] + [(grpo_vla, name) for name in ALL + ONLINE]
-)
-def test_shared_blocks_are_identical(script, name):
-    assert inspect.getsource(getattr(ppo_vla, name)) == inspect.getsource(getattr(script, name))
-
-
-def test_common_flags_have_the_same_help():
-    """Also in the same order, so that the two files diff well."""
-    names = [name for name in ppo_vla.Args.__dataclass_fields__ if name in grpo_vla.Args.__dataclass_fields__]
-    assert names == [n for n in grpo_vla.Args.__dataclass_fields__ if n in ppo_vla.Args.__dataclass_fields__]
-    assert len(names) > 35
-
-
-# --- the state-based family
+from common.backbones import BACKBONES
+from common.envs import GYMNASIUM, WORLDS
 
 STATES = (sac, iql, cql, td3_bc, decision_transformer)
-OFFLINE = (iql, cql, td3_bc, decision_transformer)
-SHARED = dict.fromkeys(
-    "resume_args check_args build_envs load_weights action_bounds keep_freed_memory score".split(), STATES
-)
-SHARED |= dict.fromkeys("choose_device main".split(), (ppo_vla, *STATES))
-SHARED |= dict.fromkeys("td_target critic_loss evaluate".split(), (sac, iql, cql, td3_bc))
-SHARED |= dict.fromkeys("prepare_data sample_batch".split(), (iql, cql, td3_bc))
+SCRIPTS = (bc_warmup, ppo_vla, grpo_vla, *STATES)
+ROOT = Path(ppo_vla.__file__).parent
+NAMES = [script.__name__ for script in SCRIPTS]
+
+# --- blocks
+
+SHARED = dict.fromkeys("TokenHead GaussianHead".split(), (bc_warmup, ppo_vla, grpo_vla))
+SHARED |= dict.fromkeys("DiscreteHead make_head weights_of micro_batches".split(), (ppo_vla, grpo_vla))
+SHARED |= dict.fromkeys("clipped_surrogate kl_k3 masked_mean ratio_metrics".split(), (ppo_vla, grpo_vla))
+SHARED |= {"current_log_probs": (ppo_vla, grpo_vla)}
+SHARED |= dict.fromkeys("td_target critic_loss".split(), (sac, iql, cql, td3_bc))
 SHARED |= dict.fromkeys("squashed_gaussian policy_loss temperature_loss".split(), (sac, cql))
-SHARED |= {"TwinCritic": (sac, iql, cql), "mlp": (sac, cql, td3_bc)}
-
-
-def body(script, *cuts):
-    """The lines of `train` from one cut to the next, each with the cut that it begins with."""
-    text, pieces = inspect.getsource(script.train), []
-    for cut in cuts:
-        before, found, text = text.partition(cut)
-        assert found, (script, cut)
-        pieces, text = [*pieces, before], cut + text
-    return [*pieces, text]
+SHARED |= {"TwinCritic": (sac, iql, cql), "mlp": (sac, cql, td3_bc), "sample_batch": (iql, cql, td3_bc)}
 
 
 @pytest.mark.parametrize("name", SHARED)
-def test_shared_blocks_of_the_state_based_scripts_are_identical(name):
+def test_shared_blocks_are_identical(name):
     assert len({inspect.getsource(getattr(script, name)) for script in SHARED[name]}) == 1
 
 
@@ -66,59 +46,205 @@ def test_td3_bc_adds_one_method_to_the_critics():
     assert inspect.getsource(td3_bc.TwinCritic).startswith(inspect.getsource(sac.TwinCritic).rstrip())
 
 
+def pieces(script, *cuts):
+    """The lines of `train` from one cut to the next, each with the cut that it begins with."""
+    text, found = inspect.getsource(script.train), []
+    for cut in cuts:
+        before, here, text = text.partition(cut)
+        assert here, (script, cut)
+        found, text = [*found, before], cut + text
+    return [*found, text]
+
+
 def test_the_offline_scripts_train_alike_but_for_the_update():
     """All of `train` but optimizers and update, and what is drawn for it and its learning rate."""
-    cuts = ["        stack.callback(writer", "        step, seconds", "            step += 1\n"]
-    alike, given = (
-        [],
-        """        if args.alpha != "auto":  # also where a checkpoint has another
-            nn.init.constant_(agent.log_alpha, math.log(args.alpha))\n""",
-    )
+    cuts = ["    dataset, device =", "    del dataset\n", "    step = 0\n", "        step += 1\n"]
+    given = """    if args.alpha != "auto":  # also where a checkpoint has another
+        nn.init.constant_(agent.log_alpha, math.log(args.alpha))\n"""
+    alike = []
     for script in (iql, cql, td3_bc):
-        before, _, loop, _, after = body(script, *cuts, "            bar.update()\n")
-        alike.append([before.replace(given, ""), loop, after])
+        _, head, _, loop, _, tail = pieces(script, *cuts, "        run.advance(step)\n")
+        alike.append([head.replace(given, ""), loop, tail])
     assert alike[0] == alike[1] == alike[2]
-    assert all(part.count("\n") > 20 for part in alike[0])
+    assert all(part.count("\n") > 12 for part in alike[0])
 
 
 def test_the_transformer_trains_like_the_others_but_for_update_and_evaluation():
-    cuts = (
-        "        references = dataset",
-        "        if args.track:\n",
-        "        writer = SummaryWriter",
-        "        stack.callback(writer",
-    )
-    assert body(iql, *cuts)[2:4] == body(decision_transformer, *cuts)[2:4]
-    cuts = (
-        "        step, seconds",
-        "        def run_evaluation(",
-        "        def due(",
-        "            batch = sample",
-        "            bar.update()\n",
-    )
+    cuts = ["    step = 0\n", "    def evaluate_now(", "    run.begin(", "        batch = sample_batch("]
+    ours, theirs = (pieces(x, *cuts, "        run.advance(step)\n") for x in (iql, decision_transformer))
     for piece in (1, 3, 5):
-        assert body(iql, *cuts)[piece] == body(decision_transformer, *cuts)[piece]
+        assert ours[piece] == theirs[piece] and ours[piece].count("\n") > 3
+
+
+# --- flags
 
 
 def flags(script):
-    """The fields of `Args` in their order -> their help."""
+    """A script's own flags in their order -> their help."""
     (tree,) = ast.parse(inspect.getsource(script.Args)).body
+    pairs = zip(tree.body, tree.body[1:], strict=False)
+    helps = [(field, text) for field, text in pairs if isinstance(field, ast.AnnAssign)]
     return {
         field.target.id: text.value.value
-        for field, text in zip(tree.body, tree.body[1:], strict=False)
-        if isinstance(field, ast.AnnAssign)
+        for field, text in helps
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
     }
 
 
-@pytest.mark.parametrize("script", (ppo_vla, *STATES))
-def test_common_flags_are_in_one_order_and_mean_the_same(script):
-    here, model = flags(script), flags(iql)
-    assert list(here) == [field.name for field in dataclasses.fields(script.Args)]
-    common = [name for name in here if name in model and name != "dropout"]  # the transformer's is another
-    assert common == [name for name in model if name in here and name != "dropout"]
-    same = "resume evaluate capture_video track output_dir"
-    assert {name: here[name] for name in same.split()} == {name: model[name] for name in same.split()}
-    if script in (iql, cql, td3_bc):
-        same = """dataset env seed device compile bf16 eval_episodes eval_freq save_freq total_timesteps
-            batch_size gamma normalize normalize_rewards reward_scale reward_bias width"""
-        assert {name: here[name] for name in same.split()} == {name: model[name] for name in same.split()}
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_has_help(script):
+    own = set(vars(script.Args)["__annotations__"]) & {f.name for f in dataclasses.fields(script.Args)}
+    assert set(flags(script)) == own and all(flags(script).values()) and len(own) > 10
+
+
+def assert_same_flags(here, model, others=()):
+    """Common flags in one order, and with one help but for `others`."""
+    common = [name for name in here if name in model]
+    assert common == [name for name in model if name in here]
+    assert {name for name in common if here[name] != model[name]} == set(others)
+    return common
+
+
+def test_common_flags_of_both_policy_gradients():
+    """Both rates decay in PPO; GRPO has a ratio of its own, the sequence's."""
+    common = assert_same_flags(flags(grpo_vla), flags(ppo_vla), ("anneal_lr", "ratio_level"))
+    assert len(common) > 15
+
+
+@pytest.mark.parametrize("script", (sac, cql, td3_bc))
+def test_common_flags_of_the_state_based_scripts(script):
+    """Learning rates say what they are of, the transformer's dropout is of other layers."""
+    others = {sac: (), cql: (), td3_bc: ("tau",)}[script]
+    others = {"learning_rate", "critic_learning_rate", *others}
+    common = assert_same_flags(flags(script), flags(iql), others)
+    assert {"batch_size", "gamma", "tau", "width", "depth"} <= set(common)
+
+
+def test_flags_of_the_transformer_are_in_the_others_order():
+    here, model = ([name for name in flags(x) if name != "dropout"] for x in (decision_transformer, iql))
+    assert [name for name in here if name in model] == [name for name in model if name in here]
+
+
+# --- who knows whom
+
+
+def imports(path):
+    """Names of all modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, path
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_no_script_imports_a_script_and_common_none():
+    files = [ROOT / f"{name}.py" for name in NAMES] + sorted((ROOT / "common").rglob("*.py"))
+    assert {path.stem for path in ROOT.glob("*.py")} == set(NAMES) and len(files) > 20
+    for path in files:
+        assert not {name.partition(".")[0] for name in imports(path)} & set(NAMES), path
+    assert "ppo_vla" in imports(Path(__file__))  # it can fail
+
+
+def test_worlds_know_no_models_and_models_no_worlds():
+    for one, other in (("envs", "backbones"), ("backbones", "envs")):
+        for path in (ROOT / "common" / one).glob("*.py"):
+            assert not {name for name in imports(path) if name.startswith(f"common.{other}")}, path
+
+
+# The names of two families are everyone's words as well: these count as whole strings alone.
+WORDS = {*WORLDS, *BACKBONES} - {"tiny", "mlp"}
+STRINGS = {*WORLDS, *BACKBONES}
+
+
+def named(source):
+    """Where a script's code, without docstrings, comments and PRESETS, names a world or a model family."""
+    found, tree = [], ast.parse(source)
+    for node in ast.walk(tree):
+        for body in ("body", "orelse", "finalbody"):
+            if isinstance(getattr(node, body, None), list):
+                setattr(node, body, [each for each in getattr(node, body) if not skipped(each)])
+    for node in ast.walk(tree):
+        values = [value for _, value in ast.iter_fields(node)]
+        values += [each for value in values if isinstance(value, list) for each in value]
+        for text in (value for value in values if isinstance(value, str)):
+            parts = re.findall("[A-Z]?[a-z]+", text)  # of LiberoEnv
+            parts += re.findall("[a-z]+", text.lower())  # of OpenVLA, is_libero, common.envs.libero
+            whole = text.lower() in STRINGS and isinstance(node, ast.Constant)
+            if whole or WORDS & {part.lower() for part in parts}:
+                found.append(f"line {getattr(node, 'lineno', '?')}: {text}")
+    return found
+
+
+def skipped(statement):
+    """A docstring, also of a flag, and PRESETS."""
+    if isinstance(statement, ast.Expr):
+        return isinstance(statement.value, ast.Constant) and isinstance(statement.value.value, str)
+    return isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "PRESETS"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_script_names_a_world_or_a_model(script):
+    assert {"tabletop", "libero", "openvla"} <= WORDS
+    assert named(Path(script.__file__).read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        'if args.env == "libero":\n    pass',
+        'args.backbone = "tiny"',
+        'small = args.backbone in ("mlp", "other")',
+        "from common.envs.libero import make",
+        "from common.envs import tabletop",
+        "import common.backbones.openvla as model",
+        "libero_suite = 3",
+        "def f(openvla=None):\n    pass",
+        "f(tabletop=1)",
+        "args.libero.suite",
+        "class TabletopHead:\n    pass",
+        "model = OpenVLA()",
+        "def f():\n    global openvla",
+        'raise UserError("this needs --env libero")',
+        'f"{x} is for OpenVLA alone"',
+        '@dataclass\nclass Args:\n    env: str = "tabletop"\n    """the world"""',
+        "match env:\n    case 'libero':\n        pass",
+    ],
+)
+def test_the_detector_finds_what_is_planted(planted):
+    """Anywhere in a script: at its top, in its `train`, at its end."""
+    for script in (ppo_vla, sac):
+        text, train = Path(script.__file__).read_text(), "def train(args, run):\n"
+        deeper = "".join(f"    {line}\n" for line in planted.split("\n"))
+        for source in (f"{planted}\n{text}", text.replace(train, train + deeper), f"{text}\n\n{planted}"):
+            assert source != text and len(named(source)) == 1, planted
+
+
+@pytest.mark.parametrize(
+    "fine",
+    [
+        '"""LIBERO and OpenVLA."""',
+        "x = 1  # as libero has it",
+        'PRESETS = {"libero": dict(backbone="openvla")}',
+        'def f():\n    """For tabletop."""',
+        'class A:\n    env: str = "x"\n    """tabletop, libero"""',
+        "torch.finfo(x.dtype).tiny",
+        "def mlp(inputs):\n    return nn.Sequential()",
+        "deliberote = tabletops = 1",
+    ],
+)
+def test_the_detector_lets_the_rest_alone(fine):
+    assert named(fine) == []
+
+
+def test_every_world_and_model_has_its_file():
+    """The tables name modules, and these are all files of their folders but those that are of no world."""
+    for table, folder, rest in (
+        ({**WORLDS, "gymnasium": GYMNASIUM}, "envs", {"vector"}),
+        (BACKBONES, "backbones", set()),
+    ):
+        stems = {path.stem for path in (ROOT / "common" / folder).glob("*.py")} - {"__init__"} - rest
+        assert {module.rpartition(".")[2] for module in table.values()} == stems
+        assert all(dataclasses.is_dataclass(importlib.import_module(m).Args) for m in table.values())

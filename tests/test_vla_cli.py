@@ -112,13 +112,22 @@ def test_the_l1_head_as_the_mean_of_a_gaussian(tmp_path, checkpoints):  # noqa: 
     assert "head.log_std" in names and not any(name.startswith("head.mean") for name in names)
 
 
-def test_an_adapter_keeps_its_own_scale_and_is_the_reference(tmp_path, trained, checkpoints):  # noqa: F811
-    """Published adapters have another alpha than this project's: it must outlive checkpoints."""
+def test_an_adapter_keeps_its_own_scale_and_is_the_reference(
+    tmp_path,
+    monkeypatch,
+    trained,
+    checkpoints,  # noqa: F811
+):
+    """Published adapters have another alpha than this project's: it must outlive checkpoints, which need the
+    adapter's files no more."""
     shutil.copytree(trained / "adapter", tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 60}))
     flags = f"--backbone {checkpoints['oft']} --adapter {tmp_path}/adapter --output-dir {tmp_path}"
     run(ppo_vla, PPO, flags, "--run-name run --kl-coef 0.1")
+    stopped_by(monkeypatch, ppo_vla, "clipped_surrogate", 2)
+    assert call(ppo_vla, PPO, flags, "--run-name stopped --kl-coef 0.1").code == 130
+    monkeypatch.undo()
     adapter = load_file(tmp_path / "adapter/adapter_model.safetensors")
     saved, trained_here = load_checkpoint(tmp_path / "run"), [n for n in adapter if "language_model" in n]
     for name in trained_here:  # adapters off would be another policy
@@ -127,20 +136,33 @@ def test_an_adapter_keeps_its_own_scale_and_is_the_reference(tmp_path, trained, 
     assert trained_here
     trained_ones = [x for group in saved["optimizer"]["param_groups"] for x in group["params"]]
     assert len(saved["reference"]) == len(trained_ones)  # the base is in its own files
+    shutil.rmtree(tmp_path / "adapter")
     run(ppo_vla, PPO, f"--evaluate --checkpoint {tmp_path}/run --output-dir {tmp_path} --run-name e")
     assert results(tmp_path / "e")["final"] == results(tmp_path / "run")["final"]
+    run(ppo_vla, f"--resume {tmp_path}/stopped")
+    assert_same_run(tmp_path / "stopped", tmp_path / "run")
+    assert load_checkpoint(tmp_path / "stopped")["backbone"]["lora"]["lora_alpha"] == 60
 
 
 @pytest.mark.parametrize(
     ("script", "flags", "said"),
     [
-        (ppo_vla, "--backbone tiny --adapter somewhere --chunk 4", "--adapter"),
-        (grpo_vla, "--backbone tiny --gradient-checkpointing --chunk 4", "--gradient-checkpointing"),
         (ppo_vla, "--backbone {base} --adapter {tmp}/none", "adapter_model.safetensors"),
         (ppo_vla, "--backbone {stranger} --adapter {run}/adapter", "another base"),
         (ppo_vla, "--backbone {l1}", "noise"),
         (ppo_vla, "--backbone {base} --unnorm-key bridge", "bridge_orig"),
         (ppo_vla, "--backbone {other} --chunk 2", "--chunk 1"),
+        (
+            ppo_vla,
+            "--checkpoint {run} --unnorm-key fractal",
+            "--unnorm-key fractal is not what the checkpoint",
+        ),
+        (
+            ppo_vla,
+            "--checkpoint {run} --adapter {run}/adapter",
+            "/adapter is not what the checkpoint has: None",
+        ),
+        (grpo_vla, "--checkpoint {run} --lora-rank 3", "adapters have rank 2; use --lora-rank 2 or 0"),
         (ppo_vla, "--backbone {tmp}", "config.json"),
         (ppo_vla, "--backbone no-such/model", "no-such/model"),
         (bc_warmup, "--backbone {base} --merge-and-save {base}", "would replace"),

@@ -31,8 +31,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -55,6 +53,11 @@ class LoraArgs:
 
     lora_rank: NonNegativeInt = 0
     """rank of the adapters; 0 trains every weight"""
+
+
+def peft():
+    """The library, which takes seconds to import: scripts that learn from states do without it."""
+    return importlib.import_module("peft")
 
 
 def family_of(name):
@@ -81,7 +84,7 @@ def build_backbone(name, device="cpu", lora=None, **config):
     config |= {} if name in BACKBONES else {"path": name}
     backbone = model_module(name).build(device=device, **config)
     if lora:
-        inject_lora(backbone, LoraConfig(**lora))
+        inject_lora(backbone, peft().LoraConfig(**lora))
     return backbone
 
 
@@ -124,7 +127,7 @@ def load_backbone(args, envs, run, micro_batch_size=0, train_vision=None):
     backbone = build_backbone(**config, device=run.device)
     if train_vision and not backbone.vision_parameters():
         raise UserError(f"The backbone {args.backbone!r} sees no images; drop --train-vision.")
-    if train_vision and lora_rank and "lora_modules" not in config:
+    if train_vision and (old_rank or lora_rank) and "lora_modules" not in config:
         raise UserError(f"The adapters of {args.backbone!r} leave its eye as it is; drop --train-vision.")
     if getattr(args, "merge_and_save", None):
         backbone.check_merge_target(args.merge_and_save)
@@ -191,19 +194,20 @@ def add_lora(backbone, rank):
     """
     if not backbone.lora_targets:
         raise UserError(f"The backbone {backbone.config['name']!r} takes no LoRA; use --lora-rank 0.")
-    inject_lora(backbone, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=backbone.lora_targets))
+    targets = backbone.lora_targets
+    inject_lora(backbone, peft().LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
 
 
 def inject_lora(backbone, config):
     """Put the adapters of PEFT's `config` on the backbone, whose own config keeps their settings."""
     settings = {name: getattr(config, name) for name in LORA}
     backbone.config["lora"] = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
-    inject_adapter_in_model(config, backbone)  # freezes all but the adapters
+    peft().inject_adapter_in_model(config, backbone)  # freezes all but the adapters
     for name, parameter in backbone.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()  # Adam's small steps would be lost in bfloat16
     for module in backbone.modules():
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, peft().tuners.tuners_utils.BaseTunerLayer):
             module.cast_input_dtype_enabled = False  # the backbone's autocast does it once
 
 
@@ -246,7 +250,7 @@ def load_adapter(backbone, folder):
         mark = (stored.metadata() or {}).get("base", backbone.fingerprint)
         state = {n.removeprefix("base_model.model."): stored.get_tensor(n) for n in stored.keys()}  # noqa: SIM118
     with intact(settings):
-        config = LoraConfig.from_pretrained(folder)
+        config = peft().LoraConfig.from_pretrained(folder)
     wrong = UserError(
         f"The adapter {folder} belongs to another base ({config.base_model_name_or_path}), not to "
         f"{backbone.config.get('path')}; load its own, or drop it where the weights hold it already."

@@ -1,0 +1,307 @@
+"""common/run.py: flags and presets, what a checkpoint fixes, the handle, and a script's copy under its own name."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+import torch
+from test_cli import BC, PPO, ROOT, call, one_thread, results, run, scalars, shell, words  # noqa: F401
+
+import bc_warmup
+import cql
+import decision_transformer
+import grpo_vla
+import iql
+import ppo_vla
+import sac
+import td3_bc
+from common import UserError
+from common.backbones import BACKBONES, family_of, model_module
+from common.checkpoint import load_checkpoint, save_checkpoint
+from common.envs import WORLDS, world_module
+from common.flags import FIXED, KEPT, NonNegative, Only, Positive, Share
+from common.run import Run, RunArgs, VLAArgs, check_values, mean_metrics, read_flags
+
+SCRIPTS = (bc_warmup, ppo_vla, grpo_vla, sac, iql, cql, td3_bc, decision_transformer)
+
+
+def read(script, text, saved=None):
+    return read_flags(text.split(), script.Args, script.PRESETS, script.__name__)[0]
+
+
+# --- which flags a run has, and their values
+
+
+def test_a_value_is_the_command_lines_else_the_presets_else_the_default():
+    args = read(ppo_vla, "--env CartPole-v1 --gamma 0.5")
+    assert (args.gamma, args.head, args.backbone, args.chunk) == (0.5, "discrete", "mlp", 1)
+    assert args.save_freq == 50 and args.gae_lambda == ppo_vla.Args.gae_lambda
+    args = read(ppo_vla, "--env Acrobot-v1")  # any other Gymnasium id
+    assert (args.head, args.backbone, args.gamma) == ("tokens", "mlp", 0.98)
+    args = read(grpo_vla, "")
+    assert args.advantage_level == "decision" and args.env == "tabletop"
+    assert read(ppo_vla, "--env=Pendulum-v1").init_std == 1.0
+
+
+def test_a_world_without_a_preset_has_the_defaults_and_not_those_of_gymnasium_ids(monkeypatch):
+    monkeypatch.setitem(WORLDS, "lab", "common.envs.tabletop")
+    args = read(ppo_vla, "--env lab")
+    assert args.backbone == "tiny" and args.chunk == 4 and args.num_steps == ppo_vla.Args.num_steps
+
+
+def test_worlds_and_models_bring_their_own_flags_and_no_others(capsys):
+    args = read(ppo_vla, "--env libero --device cpu --suite libero_90 --tasks 1 2 --lora-rank 32")
+    assert (
+        args.suite == "libero_90" and args.eval_episodes == 100 and args.lora_modules == ("language_model",)
+    )
+    assert read(ppo_vla, "--env libero --device cpu --suite libero_90").eval_episodes == 50 * 90
+    assert read(ppo_vla, "--env libero --device cpu --eval-episodes 7").eval_episodes == 7
+    assert read(bc_warmup, "--env libero --device cpu").lora_modules == (
+        "language_model",
+        "projector",
+        "vision",
+    )
+    for script, text in (
+        (ppo_vla, "--suite libero_90"),
+        (ppo_vla, "--env CartPole-v1 --tasks lift"),
+        (ppo_vla, "--env CartPole-v1 --reward shaped"),
+        (ppo_vla, "--env CartPole-v1 --lora-rank 2"),
+        (ppo_vla, "--env libero --device cpu --renderer gl"),
+        (ppo_vla, "--unnorm-key none"),
+        (bc_warmup, "--learn-std"),
+        (iql, "--tasks lift"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            read(script, text)
+        assert error.value.code == 2 and "Unrecognized" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_help_shows_every_flag_of_the_run_with_its_value(script):
+    worlds = [("--env libero", "libero", "openvla"), ("", "tabletop", "tiny")]
+    for flags, env, backbone in worlds if issubclass(script.Args, VLAArgs) else [("", None, None)]:
+        done = call(script, f"{flags} --help")
+        parts = [script.Args] + ([world_module(env).Args, model_module(backbone).Args] if env else [])
+        for name in (field.name for part in parts for field in dataclasses.fields(part)):
+            assert f"--{name.replace('_', '-')}" in done.out or f"--no-{name.replace('_', '-')}" in done.out
+        assert done.code == 0 and not done.err
+        if env == "libero" and script is ppo_vla:
+            text = " ".join(done.out.replace("│", " ").split())
+            assert "(default: 500)" in text and "(default: openvla)" in text and "(default: 1.6)" in text
+
+
+def test_flags_of_a_script_a_world_and_a_model_never_clash():
+    for script in SCRIPTS:
+        own = {field.name for field in dataclasses.fields(script.Args)}
+        for env in WORLDS:
+            world = {field.name for field in dataclasses.fields(world_module(env).Args)}
+            assert not own & world
+            for name in BACKBONES:
+                model = {field.name for field in dataclasses.fields(model_module(name).Args)}
+                assert not (own | world) & model
+
+
+@dataclass
+class Small(RunArgs):
+    rate: Positive = 1.0
+    weight: NonNegative = 0.0
+    part: Share = 0.5
+    plain: float = 0.0
+    head: Literal["a", "b"] = "a"
+    width: Annotated[int, Only("head", "b")] = 3
+    size: Annotated[int, FIXED] = 3
+    heat: Annotated[float, KEPT] = 1.0
+    targets: tuple[float, ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--rate 0", "--rate must be positive, not 0.0"),
+        ("--weight -1", "--weight must not be negative, not -1.0"),
+        ("--part 1.5", r"--part must be in \[0, 1\], not 1.5"),
+        ("--plain nan", "--plain must be a finite number, not nan"),
+        ("--rate inf", "--rate must be a finite number"),
+        ("--targets 1 nan", "--targets must be a finite number"),
+        ("--seed -1", "--seed must be in"),
+        ("--width 4", "--width does nothing without --head b; drop it"),
+        ("--width=3", "--width does nothing without --head b; drop it"),
+    ],
+)
+def test_values_that_cannot_work_are_refused_in_one_sentence(flags, sentence):
+    with pytest.raises(UserError, match=sentence):
+        read_flags(flags.split(), Small, {}, "small")
+    assert read_flags("--width 4 --head b".split(), Small, {}, "small")[0].width == 4
+
+
+def test_every_part_of_the_arguments_is_checked():
+    @dataclass
+    class World:
+        grip: int = 0
+
+        def check(self):
+            if self.grip < 0:
+                raise UserError("no grip")
+
+    both = dataclasses.make_dataclass("Args", [], bases=(World, Small))
+    check_values(both(), set())
+    with pytest.raises(UserError, match="no grip"):
+        check_values(both(grip=-1), set())
+    with pytest.raises(UserError, match="seed"):
+        check_values(both(seed=-1), set())
+
+
+# --- what a checkpoint fixes
+
+
+@pytest.fixture
+def stored(tmp_path):
+    args = dataclasses.asdict(Small(size=7, heat=2.0, rate=5.0))
+    save_checkpoint(tmp_path / "checkpoint.pt", "small", {"args": args, "agent": {}})
+    return tmp_path / "checkpoint.pt"
+
+
+def test_a_checkpoint_fixes_what_is_part_of_it(stored):
+    parse = lambda flags: read_flags(f"--checkpoint {stored} {flags}".split(), Small, {}, "other")[0]  # noqa: E731
+    assert parse("").size == 7 and parse("--size 7").size == 7 and parse("").rate == 1.0
+    with pytest.raises(UserError, match="--size 3 is not what the checkpoint has: 7 is part of it"):
+        parse("--size 3")
+    assert parse("").heat == 1.0  # training goes on at this command's
+    assert parse("--evaluate").heat == 2.0 and parse("--evaluate --heat 3").heat == 3.0
+
+
+def test_a_checkpoint_of_the_other_family_is_refused(stored):
+    with pytest.raises(UserError, match="was written by small.py, whose networks are none of ppo_vla.py's"):
+        read(ppo_vla, f"--checkpoint {stored}")
+    with pytest.raises(UserError, match="holds weights alone"):
+        read_flags(f"--resume {stored}".split(), Small, {}, "small")
+    with pytest.raises(UserError, match="was written by small.py; resume it with that script"):
+        read_flags(f"--resume {stored}".split(), Small, {}, "other")
+
+
+def test_the_family_of_a_backbone(tmp_path):
+    assert family_of("tiny") == "tiny" and family_of("someone/model") == "openvla" == family_of(str(tmp_path))
+    with pytest.raises(UserError, match="Unknown backbone 'huge'; known: tiny, mlp"):
+        family_of("huge")
+
+
+# --- the handle
+
+
+def open_run(tmp_path, **changes):
+    handle = Run(Small(output_dir=str(tmp_path), run_name="r", **changes), None, Path("small.py"))
+    handle.args.env = "nowhere"
+    handle.open()
+    handle.begin(0, 100, "step")
+    return handle
+
+
+def test_the_best_evaluation_is_kept_and_the_latest_of_none(tmp_path):
+    with open_run(tmp_path) as handle:
+        scores = [0.5, 0.4, 0.5, 0.6, 0.2]
+        found = [handle.record({"episodes": 2, "success_rate": x, "mean_reward": 9.0}, 1) for x in scores]
+        assert found == [True, False, False, True, False]
+        assert (handle.initial["success_rate"], handle.best["success_rate"]) == (0.5, 0.6)
+        handle.finish(5, 6)
+        written = json.loads((tmp_path / "r/results.json").read_text())
+        assert written["final"]["success_rate"] == 0.2 and written["environment_steps"] == 5
+    with open_run(tmp_path / "none") as handle:  # without evaluations best.pt is the last
+        assert [handle.record({"episodes": 0}, 1) for _ in range(3)] == [True] * 3
+
+
+def test_numbers_that_are_not_finite_end_the_run_with_their_names(tmp_path):
+    with open_run(tmp_path) as handle:
+        good = {"loss/total": torch.tensor(1.0)}
+        handle.check_finite(good, "step 3")
+        for bad in (float("nan"), float("inf")):
+            with pytest.raises(
+                UserError, match="step 3: .*not finite.*loss/value.*reward -1 to 2.*last good state"
+            ):
+                loss = torch.tensor(bad)
+                handle.check_finite(good | {"loss/value": loss}, "step 3", reward=torch.tensor([-1.0, 2.0]))
+
+
+def test_time_is_shared_out_among_the_laps(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    with open_run(tmp_path) as handle:
+        for name, seconds in (("policy", 3.0), ("env", 5.0), ("policy", 1.0)):
+            now[0] += seconds
+            handle.lap(name)
+        now[0] += 1.0
+        handle.log({"loss": 2.0}, 50)
+        now[0] += 1.0
+        handle.save("checkpoint.pt", {"agent": {}}, own={})  # the time of a checkpoint is nobody's
+        now[0] += 2.0
+        handle.log({"loss": 1.0}, 60)
+    found = scalars(tmp_path / "r")
+    assert found["time/policy_share"] == [(50, pytest.approx(0.4))]
+    assert found["time/env_share"] == [(50, pytest.approx(0.5))]
+    assert [value for _, value in found["time/steps_per_second"]] == pytest.approx([5.0, 5.0])
+
+
+def test_an_interval_of_zero_is_never_due(tmp_path):
+    with open_run(tmp_path) as handle:
+        assert handle.due(10, 5) and handle.due(10, 0, 2) and not handle.due(10, 3) and not handle.due(10, 0)
+
+
+def test_the_means_of_no_updates_are_none():
+    assert mean_metrics([]) == {}
+    found = mean_metrics([{"a": torch.tensor(1.0)}, {"a": torch.tensor(4.0)}])
+    assert found == {"a": torch.tensor(2.5)}
+
+
+def test_several_processes_are_refused_where_one_trains(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for script in set(SCRIPTS) - {ppo_vla, grpo_vla}:
+        done = call(script, "--device cpu")
+        assert done.code == 2 and f"{script.__name__}.py trains in one process" in done.err
+
+
+def test_a_taken_name_is_noticed_before_anything_is_loaded(tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/checkpoint.pt").write_text("of another run")
+    done = call(bc_warmup, f"--output-dir {tmp_path} --run-name taken")
+    assert done.code == 2 and "already holds a checkpoint" in done.err and not done.out
+
+
+# --- a copy of a script
+
+
+def test_a_copy_of_a_script_works_under_its_own_name(tmp_path):
+    (tmp_path / "common").symlink_to(ROOT / "common")
+    shutil.copy(ROOT / "ppo_vla.py", tmp_path / "my_idea.py")
+    (tmp_path / "my_idea.py").write_text((tmp_path / "my_idea.py").read_text().replace(
+        "            gradient_steps += 1\n",
+        "            gradient_steps += 1\n"
+        "            import os, signal\n"
+        "            if gradient_steps == 3 and not args.resume:\n"
+        "                os.kill(os.getpid(), signal.SIGTERM)\n",
+    ))  # fmt: skip
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def mine(*flags):
+        command = [sys.executable, "my_idea.py", *words(*flags)]
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+
+    done = mine(PPO, "--total-timesteps 200")
+    assert done.returncode == 128 + signal.SIGTERM, done
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("tabletop__my_idea__3__")
+    assert load_checkpoint(folder)["script"] == "my_idea"
+    told = done.stdout.strip().splitlines()[-1].partition("go on with: ")[2]
+    assert told == f"python my_idea.py --resume runs/{folder.name}"
+    done = mine(told.partition("my_idea.py ")[2])
+    assert done.returncode == 0 and results(folder)["environment_steps"] >= 200
+    run(ppo_vla, PPO, f"--evaluate --checkpoint {folder} --output-dir {tmp_path} --run-name again")
+    assert results(tmp_path / "again")["final"] == results(folder)["final"]
+    done = call(ppo_vla, f"--resume {folder}")
+    assert done.code == 2 and "was written by my_idea.py; resume it with that script" in done.err
