@@ -198,7 +198,9 @@ class GaussianHead(nn.Module):
 
 def make_head(backbone, args):
     if not backbone.vision_parameters():
-        raise UserError(f"The backbone {backbone.config['name']!r} sees no images; give a --backbone that does.")
+        raise UserError(
+            f"The backbone {backbone.config['name']!r} sees no images; give a --backbone that does."
+        )
     return TokenHead(backbone, args) if args.head == "tokens" else GaussianHead(backbone, args)
 
 

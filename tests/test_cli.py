@@ -820,8 +820,8 @@ WRONG_PPO = [
 WRONG_BC = [
     ("--tasks dance", "Unknown task 'dance'"),
     ("--backbone huge", "Unknown backbone 'huge'"),
-    ("--backbone mlp", "sees no images; use --backbone tiny"),
-    ("--backbone mlp --head gaussian", "sees no images; use --backbone tiny"),
+    ("--backbone mlp", "sees no images; give a --backbone that does"),
+    ("--backbone mlp --head gaussian", "sees no images; give a --backbone that does"),
     ("--num-demos 0", "--num-demos must be positive"),
     ("--gradient-steps 0", "--gradient-steps must be positive"),
     ("--batch-size -3", "--batch-size must be positive"),

@@ -112,12 +112,7 @@ def test_the_l1_head_as_the_mean_of_a_gaussian(tmp_path, checkpoints):  # noqa: 
     assert "head.log_std" in names and not any(name.startswith("head.mean") for name in names)
 
 
-def test_an_adapter_keeps_its_own_scale_and_is_the_reference(
-    tmp_path,
-    monkeypatch,
-    trained,
-    checkpoints,  # noqa: F811
-):
+def test_an_adapter_keeps_its_own_scale_and_is_the_reference(tmp_path, monkeypatch, trained, checkpoints):  # noqa: F811
     """Published adapters have another alpha than this project's: it must outlive checkpoints, which need the
     adapter's files no more."""
     shutil.copytree(trained / "adapter", tmp_path / "adapter")
