@@ -592,6 +592,8 @@ def train(args, run):
             covered, mask = data["covered"][rows.to(device)], data["mask"][rows.to(device)]
             totals = torch.stack([covered.sum(), mask.sum(), mask.new_tensor(len(rows), dtype=torch.int64)])
             distributed.all_sum(totals)
+            if not totals[2]:  # fewer decisions than minibatches
+                continue
             terms = []
             for _, micro in micro_batches(rows, data, lengths, args.micro_batch_size):
                 new = agent.evaluate_actions(micro, micro["actions"], micro.get("vision"))

@@ -9,9 +9,11 @@ masked out. Both use the same model, loss functions, minibatches and groups a ba
 """
 
 import contextlib
+import math
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import gymnasium as gym
@@ -20,14 +22,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import grpo_vla  # noqa: E402
-from common import envs  # noqa: E402
+from common import envs, run  # noqa: E402
+from common.backbones import load_backbone  # noqa: E402
 
 HORIZON, CHUNK, GROUPS, GROUP_SIZE, ITERATIONS = 16, 4, 8, 8, 20
-FLAGS = dict(
-    env="lengths", num_envs=GROUPS * GROUP_SIZE, num_workers=0, group_size=GROUP_SIZE, num_groups=GROUPS,
-    eval_freq=0, eval_envs=2, eval_episodes=2, device="cpu", output_dir=tempfile.mkdtemp(), update_epochs=1,
-    aggregation="sequence-mean-token-mean", total_timesteps=10**9, save_freq=10**6,
-)  # fmt: skip
+FLAGS = f"""--env lengths --num-envs {GROUPS * GROUP_SIZE} --num-workers 0 --group-size {GROUP_SIZE}
+    --num-groups {GROUPS} --chunk {CHUNK} --eval-freq 0 --eval-envs 2 --eval-episodes 2 --device cpu
+    --update-epochs 1 --aggregation sequence-mean-token-mean --total-timesteps 1_000_000_000
+    --save-freq 1000000 --run-name ours"""
 
 
 class Lengths(gym.Env):
@@ -61,11 +63,16 @@ class Lengths(gym.Env):
         return float(success), self.left == 0, False, {"success": success}
 
 
-def make():
+def make(split):
     return Lengths()
 
 
-envs.WORLDS["lengths"] = "__main__"
+@dataclass
+class Args:
+    """The world has no flags."""
+
+
+envs.WORLDS["lengths"] = __name__
 
 
 class Count:
@@ -91,7 +98,7 @@ class Done(Exception):
     pass
 
 
-def ours(count):
+def ours(args, run, count):
     """grpo_vla.py itself, for `ITERATIONS` batches -> useful chunks, seconds."""
     useful, weigh, evaluate = [], grpo_vla.aggregation_weights, grpo_vla.evaluate
     start = []
@@ -110,17 +117,16 @@ def ours(count):
 
     grpo_vla.aggregation_weights, grpo_vla.evaluate = watch, begin
     with contextlib.suppress(Done):
-        grpo_vla.train(grpo_vla.Args(**FLAGS, run_name="ours"))
+        grpo_vla.train(args, run)
     grpo_vla.aggregation_weights, grpo_vla.evaluate = weigh, evaluate
     return sum(useful), time.perf_counter() - start[0]
 
 
-def fixed_horizon(count):
+def fixed_horizon(args, run, count):
     """The lockstep schedule, for `ITERATIONS` batches -> useful chunks, seconds."""
-    args = grpo_vla.Args(**FLAGS)
-    world = grpo_vla.build_envs(args, "train", args.num_envs, autoreset=False)
-    agent = grpo_vla.build_agent(args, world, None, torch.device("cpu"))
-    backbone, useful, group = agent.backbone, 0, 0
+    world = run.closing(envs.make_envs(args, "train", args.num_envs))
+    backbone, useful, group = load_backbone(args, world, run), 0, 0
+    agent = grpo_vla.Agent(backbone, args, world)
     optimizer = torch.optim.AdamW([p for p in agent.parameters() if p.requires_grad], lr=args.learning_rate)
     sampler, start = torch.Generator().manual_seed(1), time.perf_counter()
     for _ in range(ITERATIONS):
@@ -133,43 +139,41 @@ def fixed_horizon(count):
             with torch.no_grad():
                 batch = backbone.preprocess(obs, world.instructions)
                 vision = backbone.encode_vision(batch)[0]
-                action, *_ = agent.get_action_and_value(batch, vision, generator=sampler)
+                actions, *_ = agent.get_action_and_value(batch, vision, generator=sampler)
             batch.pop("image")
-            obs, reward, terminated, truncated, info = world.step(agent.head.to_env(action), mask=alive)
+            obs, reward, terminated, truncated, info = world.step(agent.head.to_env(actions), mask=alive)
             executed = torch.as_tensor(info["steps"])[:, None] > torch.arange(CHUNK)
             mask = executed[..., None].expand(-1, -1, 7).flatten(1)
-            columns.append(batch | dict(vision=vision, actions=action, masks=mask))
+            columns.append(batch | dict(vision=vision, actions=actions, mask=mask))
             outcomes += reward
             useful += int(alive.sum())
             alive &= ~(terminated | truncated)
         data = {key: torch.cat([c[key] for c in columns]) for key in columns[0]}
         episode = torch.arange(args.num_envs).repeat(HORIZON)
-        advantages = grpo_vla.grpo_advantages(
-            torch.as_tensor(outcomes).view(GROUPS, GROUP_SIZE), True, False
-        ).flatten()[episode]
-        actions, masks, vision = (data.pop(k) for k in ("actions", "masks", "vision"))
-        log_probs = []
+        outcomes = torch.as_tensor(outcomes).view(GROUPS, GROUP_SIZE)
+        data["advantages"] = grpo_vla.grpo_advantages(outcomes, True, False).flatten()[episode]
+        rows, log_probs = torch.arange(len(episode)), torch.empty(data["mask"].shape)
         with torch.no_grad():
-            for index in torch.arange(len(episode)).split(args.minibatch_size):
-                part = {key: x[index] for key, x in data.items()}
-                log_probs.append(agent.evaluate_actions(part, actions[index], vision[index])[0])
+            for index, micro in grpo_vla.micro_batches(rows, data, None, args.minibatch_size):
+                log_probs[index] = agent.evaluate_actions(micro, micro["actions"], micro["vision"])[0]
                 count.rows["old log-probs"] += len(index)
-        log_probs = torch.cat(log_probs)
-        old, covered = grpo_vla.merge_tokens(log_probs, masks, args.ratio_level, CHUNK)
-        weights = grpo_vla.aggregation_weights(covered.sum(1), episode, args.num_envs, args.aggregation, 1)
+        old_log_probs, covered = grpo_vla.merge_tokens(log_probs, data["mask"], args.ratio_level, CHUNK)
+        weights = grpo_vla.aggregation_weights(
+            covered.sum(1), episode, args.num_envs, args.aggregation, 1, args.num_envs
+        )
+        data |= dict(old_log_probs=old_log_probs, weights=weights, fresh=torch.ones(len(rows), dtype=bool))
         agent.train()
-        for index in torch.randperm(len(episode)).split(args.minibatch_size):
-            part = {key: x[index] for key, x in data.items()}
-            new, _ = agent.evaluate_actions(part, actions[index], vision[index])
-            merged, valid = grpo_vla.merge_tokens(new, masks[index], args.ratio_level, CHUNK)
-            loss = grpo_vla.clipped_surrogate(merged - old[index], advantages[index], 0.2, 0.28)
-            (torch.where(valid, loss, 0.0).sum(1) * weights[index]).sum().backward()
+        per_epoch = math.ceil(len(rows) / args.minibatch_size)
+        for drawn, scale in grpo_vla.minibatches(rows, rows, 1, per_epoch, sampler):
+            _, micro = next(grpo_vla.micro_batches(drawn, data, None, args.minibatch_size))
+            new = agent.evaluate_actions(micro, micro["actions"], micro["vision"])
+            totals = torch.stack([covered[drawn].sum(), micro["mask"].sum(), covered[drawn].sum()])
+            loss, _ = grpo_vla.grpo_loss(*new, micro, totals, args, scale)
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-    seconds = time.perf_counter() - start
-    world.close()
-    return useful, seconds
+    return useful, time.perf_counter() - start
 
 
 if __name__ == "__main__":
@@ -179,7 +183,11 @@ if __name__ == "__main__":
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, schedule in (("fixed horizon", fixed_horizon), ("grpo_vla.py", ours)):
         count.rows = dict.fromkeys(count.rows, 0)
-        useful, seconds = schedule(count)
+        words = [*FLAGS.split(), "--output-dir", tempfile.mkdtemp()]
+        args, _ = run.read_flags(words, grpo_vla.Args, grpo_vla.PRESETS, "grpo_vla")
+        handle = run.Run(args, None, Path(grpo_vla.__file__))
+        with handle, contextlib.redirect_stdout(sys.stderr):  # the table alone goes to stdout
+            useful, seconds = schedule(args, handle, count)
         rows = list(count.rows.values())
         cells = [name, useful, *rows, f"{sum(rows) / useful:.2f}", f"{1000 * seconds / useful:.2f}"]
         print("| " + " | ".join(map(str, cells)) + " |")

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import ppo_vla
 from common import UserError
 from common.action_tokenizer import ActionTokenizer
-from common.backbones import add_lora, inject_lora, load_adapter, build_backbone, openvla, save_adapter
+from common.backbones import add_lora, build_backbone, inject_lora, load_adapter, openvla, save_adapter
 from common.checkpoint import CheckpointError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
