@@ -201,6 +201,10 @@ def make_head(backbone, args):
         raise UserError(
             f"The backbone {backbone.config['name']!r} sees no images; give a --backbone that does."
         )
+    if args.head == "tokens" and not hasattr(backbone, "action_logits"):
+        raise UserError(
+            f"The backbone {backbone.config['name']!r} has no action tokens; use --head gaussian."
+        )
     return TokenHead(backbone, args) if args.head == "tokens" else GaussianHead(backbone, args)
 
 
@@ -272,6 +276,8 @@ def imitation_tensors(demos, args, envs, backbone, device):
 def train(args, run):
     """Make or read the data, ground, imitate, evaluate."""
     eval_envs, device = run.closing(make_envs(args, "eval", args.eval_envs)), run.device
+    if "image" not in eval_envs.single_observation_space.spaces:
+        raise UserError(f"{args.env} has no pictures to imitate from; give another --env.")
     backbone = load_backbone(args, eval_envs, run, args.batch_size)
     agent = Agent(backbone, args)
     load_weights(agent, args, run)

@@ -41,7 +41,7 @@ from common.flags import (
     PositiveInt,
     Share,
 )
-from common.run import VLAArgs, main, mean_metrics
+from common.run import VLAArgs, main, mean_metrics, reserve
 
 
 @dataclass
@@ -621,9 +621,10 @@ def train(args, run):
             # Tokens that the environment never saw (after the end, or of a joint it lacks) teach nothing.
             executed = torch.as_tensor(info["steps"], device=device)[:, None] > order_in_chunk
             mask = (executed[..., None] & active_dims).flatten(1)
-            batch |= dict(actions=actions, log_probs=log_probs, mask=mask)
-            batch |= {} if vision is None else {"vision": vision}
-            batch["version"] = torch.full((envs.num_envs,), iteration, device=device)
+            version = torch.full((envs.num_envs,), iteration, device=device)
+            told = dict(actions=actions, log_probs=log_probs, mask=mask, version=version)
+            told |= {} if vision is None else {"vision": vision}
+            batch |= reserve(batch, told)
             num_steps += int(info["steps"].sum())
             groups.computed += envs.num_envs
             ended = terminated | truncated

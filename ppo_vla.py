@@ -40,7 +40,7 @@ from common.flags import (
     PositiveInt,
     Share,
 )
-from common.run import VLAArgs, main, mean_metrics
+from common.run import VLAArgs, main, mean_metrics, reserve
 
 
 @dataclass
@@ -532,9 +532,9 @@ def train(args, run):
                 final_values[torch.as_tensor(truncated, device=device)] = bootstrap
             told = dict(rewards=rewards, ended=terminated | truncated, lost=info["lost"])
             told = {key: torch.as_tensor(x, device=device) for key, x in told.items()}
-            batch |= dict(actions=actions, log_probs=log_probs, mask=mask, values=values)
-            batch |= {} if vision is None else {"vision": vision}
-            rollout.append(batch | told | {"final_values": final_values})
+            told |= dict(actions=actions, log_probs=log_probs, mask=mask, values=values)
+            told |= {"final_values": final_values} | ({} if vision is None else {"vision": vision})
+            rollout.append(batch | reserve(batch, told))
             num_steps += int(info["steps"].sum())
             episodes += finished_episodes(info, terminated | truncated)
         if run.stopping():

@@ -34,12 +34,14 @@ PROPRIO_KEYS = (  # the first set that a demonstration has; ours, LIBERO's, Robo
 
 
 def load_demonstrations(
-    path: str | os.PathLike, max_demos: int | None = None, image_keys: tuple[str, ...] = IMAGE_KEYS
-) -> dict:
+    path: str | os.PathLike, max_demos: int | None = None, image_keys: tuple[str, ...] = IMAGE_KEYS,
+    action_dim: int = 7,
+) -> dict:  # fmt: skip
     """Read the first `max_demos` demonstrations by number as flat arrays of S steps in E episodes.
 
-    Returns `image` uint8 (S, cameras, H, W, 3), `proprio` float32 (S, P), `actions` float32 (S, 7) in
-    [-1, 1], `task` int64 (S,) into `instructions` (list of str), and `episode_starts` int64 (E,).
+    Returns `image` uint8 (S, cameras, H, W, 3), `proprio` float32 (S, P), `actions` float32 (S, A) in [-1,
+    1], A being action_dim, `task` int64 (S,) into `instructions` (list of str), and `episode_starts` int64
+    (E,).
     `proprio` is the file's own, or position (m), axis-angle (rad) and the two fingers (m), P = 8.
     The instruction is the demonstration's, LIBERO's name of the task, the file's, or RoboMimic's environment
     name, in words. Images are as stored: LIBERO's published files hold them upside down, RoboMimic's upright.
@@ -52,12 +54,12 @@ def load_demonstrations(
         raise UserError(f"max_demos is {max_demos}, it must be at least 1.")
     try:
         with h5py.File(path, "r") as file:
-            return _load(file, path, max_demos, image_keys)
+            return _load(file, path, max_demos, image_keys, action_dim)
     except (OSError, RuntimeError, KeyError) as error:  # what h5py raises for bytes that are no HDF5
         raise UserError(f"{path} is truncated or not HDF5 ({error}); download or record it again.") from error
 
 
-def _load(file: h5py.File, path: Path, max_demos: int | None, image_keys: tuple[str, ...]) -> dict:
+def _load(file: h5py.File, path: Path, max_demos: int | None, image_keys: tuple, action_dim: int) -> dict:
     data = file.get("data")
     if not isinstance(data, h5py.Group):
         raise UserError(f"{path} has no group 'data'; it is not in the RoboMimic/LIBERO layout.")
@@ -70,7 +72,7 @@ def _load(file: h5py.File, path: Path, max_demos: int | None, image_keys: tuple[
     arrays, instructions, tasks = {}, [], []
     for (number, demo), start, end in zip(demos.items(), starts[:-1], starts[1:], strict=True):
         where = f"{path}, demo_{number}"
-        episode = _load_episode(demo, where, image_keys)
+        episode = _load_episode(demo, where, image_keys, action_dim)
         for key, value in episode.items():
             if key not in arrays:  # one allocation for the file: images are too large to hold twice
                 arrays[key] = np.empty((starts[-1], *value.shape[1:]), value.dtype)
@@ -93,13 +95,13 @@ def _array(group: h5py.Group, key: str, where: str) -> h5py.Dataset:
     return found
 
 
-def _load_episode(demo: h5py.Group, where: str, image_keys: tuple[str, ...]) -> dict[str, np.ndarray]:
+def _load_episode(demo: h5py.Group, where: str, image_keys: tuple[str, ...], action_dim: int) -> dict:
     proprio_keys = next((keys for keys in PROPRIO_KEYS if f"obs/{keys[0]}" in demo), PROPRIO_KEYS[0])
     camera_keys = [key if f"obs/{key}" in demo else ROBOMIMIC_IMAGE_KEYS.get(key, key) for key in image_keys]
     actions = _array(demo, "actions", where)[()]
     parts = {key: _array(demo, f"obs/{key}", where)[()] for key in proprio_keys}
     cameras = {key: _array(demo, f"obs/{key}", where)[()] for key in camera_keys}
-    _check_episode(actions, parts, cameras, where)
+    _check_episode(actions, parts, cameras, where, action_dim)
     parts = [_axis_angle(value) if key.endswith("_quat") else value for key, value in parts.items()]
     return {
         "image": np.stack(list(cameras.values()), axis=1),  # (T, cameras, H, W, 3)
@@ -109,9 +111,10 @@ def _load_episode(demo: h5py.Group, where: str, image_keys: tuple[str, ...]) -> 
 
 
 def _check_episode(
-    actions: np.ndarray, parts: dict[str, np.ndarray], cameras: dict[str, np.ndarray], where: str
-) -> None:
-    """UserError unless actions are (T, 7), parts of the proprioception (T, p), cameras (T, H, W, 3)."""
+    actions: np.ndarray, parts: dict[str, np.ndarray], cameras: dict[str, np.ndarray], where: str,
+    action_dim: int,
+) -> None:  # fmt: skip
+    """UserError unless actions are (T, action_dim), parts of the proprio (T, p), cameras (T, H, W, 3)."""
     for key, value in {"actions": actions, **parts}.items():
         if value.ndim != 2 or len(value) != len(actions) or value.dtype.kind not in "iuf":
             raise UserError(
@@ -122,9 +125,9 @@ def _check_episode(
             raise UserError(
                 f"{where} has NaN or infinity in {key}, row {bad[0]}; remove or repair this demonstration."
             )
-    if len(actions) == 0 or actions.shape[1] != 7:
+    if len(actions) == 0 or actions.shape[1] != action_dim:
         raise UserError(
-            f"{where} has actions of shape {actions.shape}; it needs (T, 7) with at least one step."
+            f"{where} has actions of shape {actions.shape}; it needs (T, {action_dim}), T at least 1."
         )
     outside = np.flatnonzero((np.abs(actions) > 1.001).any(axis=1))  # 0.001 for what recorders round
     if len(outside):
@@ -166,12 +169,13 @@ def _instruction(demo: h5py.Group, data: h5py.Group, where: str) -> str:
 
 
 def save_demonstrations(
-    path: str | os.PathLike, episodes: Iterable[dict], image_keys: tuple[str, ...] = IMAGE_KEYS
-) -> None:
+    path: str | os.PathLike, episodes: Iterable[dict], image_keys: tuple[str, ...] = IMAGE_KEYS,
+    action_dim: int = 7,
+) -> None:  # fmt: skip
     """Write episodes, one at a time and atomically, in the layout that `load_demonstrations` reads.
 
     An episode is a dict of `image` uint8 (T, cameras, H, W, 3), `proprio` float (T, P), `actions` float
-    (T, 7) in [-1, 1] and `instruction` (str); `image_keys` names its cameras. UserError as in
+    (T, action_dim) in [-1, 1] and `instruction` (str); `image_keys` names its cameras. UserError as in
     `load_demonstrations`, CheckpointError if the disk refuses.
     """
     count = 0
@@ -185,7 +189,7 @@ def save_demonstrations(
                     f"{where} has image of shape {image.shape}; it needs (T, {len(image_keys)}, H, W, 3)."
                 )
             cameras = {key: image[:, i] for i, key in enumerate(image_keys)}
-            _check_episode(actions, {"proprio": proprio}, cameras, where)
+            _check_episode(actions, {"proprio": proprio}, cameras, where, action_dim)
             demo = data.create_group(f"demo_{count - 1}")
             demo.attrs["num_samples"] = len(actions)
             demo.attrs["language_instruction"] = episode["instruction"]
@@ -228,16 +232,18 @@ def training_demonstrations(args, envs) -> dict:
         files = sorted(Path(args.demos).glob("*.hdf5")) if Path(args.demos).is_dir() else [args.demos]
         if not files:
             raise UserError(f"The folder {args.demos} holds no .hdf5 file; give one with demonstrations.")
-        keys = tuple(world.DEMO_KEYS[camera] for camera in args.cameras)
-        demos = _concatenate([load_demonstrations(file, args.num_demos, keys) for file in files])
-        demos["image"] = world.from_file(demos["image"])
+        if not hasattr(world, "DEMO_KEYS"):
+            raise UserError(f"--demos: the world {args.env} names no DEMO_KEYS, its cameras' names in files.")
+        keys = tuple(world.DEMO_KEYS[camera] for camera in getattr(args, "cameras", world.DEMO_KEYS))
+        width = envs.single_action_space.shape[0]
+        demos = _concatenate([load_demonstrations(file, args.num_demos, keys, width) for file in files])
+        demos["image"] = world.from_file(demos["image"]) if hasattr(world, "from_file") else demos["image"]
         unknown = [text for text in demos["instructions"] if text not in envs.instructions]
         if unknown:
             raise UserError(
                 f"{args.demos} has the instruction {unknown[0]!r}, which {args.env} does not know."
             )
         demos["task"] = np.array([envs.instructions.index(t) for t in demos["instructions"]])[demos["task"]]
-        demos["executed"] = demos["actions"]
     elif hasattr(world, "demonstrations"):
         print(f"making {args.num_demos} demonstrations", flush=True)
         demos = world.demonstrations(
@@ -247,6 +253,7 @@ def training_demonstrations(args, envs) -> dict:
         raise UserError(
             f"--env {args.env} needs --demos, HDF5 files or a folder of them: it has no expert of its own."
         )
+    demos.setdefault("executed", demos["actions"])
     if args.action_history:  # the last n executed actions, oldest first, zeros before the episode's first
         n, starts = args.action_history, demos["episode_starts"]
         lengths = np.diff(np.append(starts, len(demos["task"])))
@@ -256,7 +263,8 @@ def training_demonstrations(args, envs) -> dict:
         demos["proprio"] = np.concatenate([demos["proprio"], history.reshape(len(history), -1)], 1)
     has, wants = demos["proprio"].shape[1], envs.single_observation_space["proprio"].shape[0]
     if has != wants:
-        raise UserError(f"{args.demos} has a proprio of {has} numbers; this world's has {wants}.")
+        source = args.demos or f"The expert of {args.env}"
+        raise UserError(f"{source} has a proprio of {has} numbers; this world's has {wants}.")
     return demos
 
 
@@ -720,7 +728,7 @@ def write_transitions(path: str | os.PathLike, rows: torch.Tensor, count: int, w
     obs, action, reward, terminated, truncated, next_obs = rows.split(widths, -1)
     truncated = (truncated > 0).squeeze(-1)
     truncated[-1] |= terminated[-1, :, 0] == 0  # the recording ends here, the episode does not
-    low, high = envs.action_bounds
+    low, high = envs.action_bounds or (-1.0, 1.0)
     action = low + (action.numpy() + 1) / 2 * (high - low)
     columns = (obs, action, reward[..., 0], next_obs, terminated[..., 0] > 0, truncated)
     columns = [np.asarray(x).swapaxes(0, 1).reshape(-1, *x.shape[2:])[:count] for x in columns]

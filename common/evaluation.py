@@ -1,8 +1,8 @@
-"""Episodes -> the evaluation's dict of the run folder's contract, and videos: one loop for every script.
+"""Episodes -> an evaluation, a dict as results.json has it, and videos: one loop for every script.
 
-What is evaluated has `act(obs, turn) -> actions, values`: obs as in the README's contract, but of the n rows
-whose turn it is alone; turn a dict of `rows` (n,) (their numbers), `returns` (n,) (of their episodes so far),
-`instructions` and a random `generator`; actions numpy (n, K, ...); values (n,) for the videos, or None.
+What is evaluated is a module with `act(obs, turn) -> actions, values`: obs as of `common.envs`, but of the n
+rows whose turn it is alone; turn a dict of `rows` (n,) (their numbers), `returns` (n,) (of their episodes so
+far), `instructions` and a random `generator`; actions numpy (n, K, ...); values (n,) for the videos, or None.
 """
 
 import dataclasses
@@ -27,7 +27,9 @@ def wilson_interval(successes, episodes, z=1.96):
 
 
 def summarize(outcomes, has_success, instructions=(), references=None):
-    """outcomes: rows (success, return, length, task) -> the evaluation's dict of the run folder's contract.
+    """outcomes: rows (success, return, length, task) -> the evaluation: `episodes`, `success_rate` and its
+    interval `success_rate_ci95` (where the world has success), `mean_reward`, `mean_length`,
+    `normalized_score` (with references), and `per_task`, {instruction: the same}.
 
     references: the returns of D4RL's normalised score, 0 and 100. Of two tasks with one instruction each is
     told by its number.

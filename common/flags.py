@@ -4,18 +4,18 @@ gamma: Share = 0.99
 init_std: Annotated[Positive, FIXED, Only("head", "gaussian")] = 0.2
 """
 
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 FREE = "may differ from the run's when that is resumed"
 FIXED = "is part of a checkpoint: beside --checkpoint it has that one's value, and no other"
 KEPT = "has the checkpoint's value where that is evaluated, unless it is given"
 
 
-class Only(NamedTuple):
-    """Has an effect only where another flag has this value: given elsewhere, it is an error."""
+class Only:
+    """Has an effect only where another flag has one of these values: given elsewhere, it is an error."""
 
-    flag: str
-    value: str
+    def __init__(self, flag, *values):
+        self.flag, self.values = flag, values
 
 
 POSITIVE, NONNEGATIVE, SHARE = "positive", "nonnegative", "share"

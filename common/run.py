@@ -31,12 +31,13 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import tyro
@@ -44,7 +45,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common import UserError, distributed
-from common.backbones import family_of, model_module
+from common.backbones import BACKBONES, family_of, model_module
 from common.checkpoint import (
     CheckpointError,
     check_free,
@@ -100,11 +101,10 @@ class RunArgs:
 class VLAArgs(RunArgs):
     """And of those that train a vision-language-action policy."""
 
-    env: str = "tabletop"
-    """the world: tabletop, libero, or a Gymnasium id with vector observations; its own flags stand below"""
-    backbone: Annotated[str, FIXED] = "tiny"
-    """the model: tiny, mlp, openvla (the world's published checkpoint), or a checkpoint's folder or hub id;
-    its own flags stand below"""
+    env: Annotated[str, KEPT, tyro.conf.arg(help=f"the world: {', '.join(WORLDS)}, or a Gymnasium id with "
+        "vector observations; its own flags stand below")] = "tabletop"  # fmt: skip
+    backbone: Annotated[str, FIXED, tyro.conf.arg(help=f"the model: {', '.join(BACKBONES)}, or a published "
+        "checkpoint's folder or hub id; its own flags stand below")] = "tiny"  # fmt: skip
     chunk: Annotated[PositiveInt, FIXED] = 4
     """K, actions a decision, executed open loop"""
     action_history: Annotated[NonNegativeInt, FIXED] = 0
@@ -156,9 +156,9 @@ class StateArgs(RunArgs):
 class OfflineArgs(StateArgs):
     """And of those that learn from a data set."""
 
-    dataset: str = "hopper-medium-v2"
+    dataset: Annotated[str, KEPT] = "hopper-medium-v2"
     """D4RL's name, a file in D4RL's or RoboMimic's layout, or a Minari id"""
-    env: str | None = None
+    env: Annotated[str | None, KEPT] = None
     """the Gymnasium id to evaluate in; default the data set's"""
     total_timesteps: PositiveInt = 1_000_000
     """updates to train for"""
@@ -168,25 +168,37 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def marks(field):
-    """What the annotation of a dataclass's field says of it."""
-    return getattr(field.type, "__metadata__", ())
+def marks(Args):
+    """What the annotations of a dataclass say of its fields: {name: marks}."""
+    hints = get_type_hints(Args, include_extras=True)
+    return {f.name: getattr(hints[f.name], "__metadata__", ()) for f in dataclasses.fields(Args)}
+
+
+def check_choices(Args, values, source):
+    """UserError for a value of a checkpoint that this script's flag does not know."""
+    for name, hint in get_type_hints(Args).items():
+        if get_origin(hint) is Literal and name in values and values[name] not in get_args(hint):
+            known = ", ".join(map(str, get_args(hint)))
+            raise UserError(
+                f"{source} has {flag(name)} {values[name]}, which is unknown here; known: {known}."
+            )
 
 
 def check_values(args, given):
     """UserError in one sentence for the first value that cannot work. given: names of the flags that the
     command line has."""
-    for field in dataclasses.fields(args):
-        name, value = field.name, getattr(args, field.name)
+    for name, said in marks(type(args)).items():
+        value = getattr(args, name)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, float) and not math.isfinite(number):
                 raise UserError(f"{flag(name)} must be a finite number, not {number}.")
-        for mark in marks(field):
-            want, fits = LIMITS.get(mark, (None, None))
+        for mark in said:
+            want, fits = LIMITS.get(mark, (None, None)) if isinstance(mark, str) else (None, None)
             if want and value is not None and not fits(value):
                 raise UserError(f"{flag(name)} must {want}, not {value}.")
-            if isinstance(mark, Only) and name in given and getattr(args, mark.flag) != mark.value:
-                raise UserError(f"{flag(name)} does nothing without {flag(mark.flag)} {mark.value}; drop it.")
+            if isinstance(mark, Only) and name in given and getattr(args, mark.flag) not in mark.values:
+                other = f"{flag(mark.flag)} {' or '.join(map(str, mark.values))}"
+                raise UserError(f"{flag(name)} does nothing without {other}; drop it.")
     for part in type(args).__mro__:
         if "check" in vars(part):
             part.check(args)
@@ -196,6 +208,7 @@ def read_source(words, Args, script):
     """What has to be known before all flags are: -> the command line's --env, --backbone, --dataset,
     --checkpoint and --resume (each a text or None), and what the latter two hold (or None)."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--evaluate", action="store_true")
     for name in ("env", "backbone", "dataset", "checkpoint", "resume"):
         peek.add_argument(f"--{name}", nargs="?")
     seen, vla = peek.parse_known_args(words)[0], hasattr(Args, "backbone")
@@ -219,22 +232,31 @@ def read_source(words, Args, script):
 
 def compose(Args, presets, seen, before):
     """The script's flags with those of the world and of the model that `seen`, or the arguments `before` of a
-    checkpoint, name. -> the dataclass, and what differs from its defaults: of `presets` those apply, in their
-    order, whose key is the world, the Gymnasium id, a word of the data set's name, or the model's family."""
-    env = (before.get("env") if seen.resume else None) or seen.env or getattr(Args, "env", None)
+    checkpoint, name. -> the dataclass, the world's part of it or None, and what differs from the defaults: of
+    `presets` those apply, in their order, whose key is the world, the Gymnasium id, a word of the data set's
+    name, or the model's family."""
+    own = before if seen.resume or seen.evaluate else {}  # an evaluation is in the run's world, unless told
+    env = (seen.resume and before.get("env")) or seen.env or own.get("env") or getattr(Args, "env", None)
     keys = [env, env if env in WORLDS else "gymnasium"]
-    parts = [world_module(env).Args] if env in WORLDS else []
+    world = world_module(env).Args if env in WORLDS else None
+    parts = [world] if world else []
     if hasattr(Args, "dataset"):
-        dataset = before.get("dataset", Args.dataset) if seen.resume else seen.dataset or Args.dataset
+        dataset = (seen.resume and before["dataset"]) or seen.dataset or own.get("dataset") or Args.dataset
         keys += re.split(r"[^a-z0-9]+", d4rl_name(dataset).lower())
     preset = {key: value for name in presets if name in keys for key, value in presets[name].items()}
     if hasattr(Args, "backbone"):
         backbone = before.get("backbone") or seen.backbone or preset.get("backbone", Args.backbone)
-        preset |= presets.get(family_of(backbone), {})
+        preset |= presets.get(family_of(backbone), {}) | {"backbone": backbone}
         parts = [model_module(backbone).Args, *parts]
     if env:
         preset["env"] = env
-    return dataclasses.make_dataclass(Args.__name__, [], bases=(*parts, Args)) if parts else Args, preset
+    taken = [f.name for part in (*parts, Args) for f in dataclasses.fields(part)]
+    if twice := {name for name in taken if taken.count(name) > 1}:
+        where = " and ".join(part.__module__ for part in (*parts, Args))
+        raise UserError(f"Two of {where} have a flag {flag(twice.pop())}; rename it in one.")
+    if parts:
+        Args = dataclasses.make_dataclass(Args.__name__, [], bases=(*parts, Args))
+    return Args, world, preset
 
 
 def read_flags(words, Args, presets, script):
@@ -244,44 +266,59 @@ def read_flags(words, Args, presets, script):
     else the preset's, else the default. Raises UserError and CheckpointError.
     """
     seen, saved = read_source(words, Args, script)
-    before = saved["args"] if saved else {}
-    Args, preset = compose(Args, presets, seen, before)
-    fields = {field.name: field for field in dataclasses.fields(Args)}
+    before, source = saved["args"] if saved else {}, seen.resume or seen.checkpoint
+    Args, world, preset = compose(Args, presets, seen, before)
+    said, prog = marks(Args), f"{script}.py"
+    if "env" in preset:
+        prog += f" --env {preset['env']}"
     given = {
         word[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for word in words if word[:2] == "--"
     }
     if seen.resume:
-        if other := before.keys() ^ fields.keys():
+        if other := before.keys() ^ said.keys():
             raise UserError(
-                f"{seen.resume} is of another version of this script, which differs in "
+                f"{source} is of another version of this script, which differs in "
                 f"{', '.join(sorted(other))}; resume it with that version, or use --checkpoint instead."
             )
-        args = tyro.cli(Args, args=words, default=Args(**before))
-        clash = [n for n, f in fields.items() if FREE not in marks(f) and getattr(args, n) != before[n]]
-        if clash:
+        check_choices(Args, before, source)
+        args = tyro.cli(Args, args=words, default=Args(**before), prog=prog)
+        if clash := [flag(n) for n in said if FREE not in said[n] and getattr(args, n) != before[n]]:
             raise UserError(
-                f"--resume goes on with the run's own arguments; drop {', '.join(map(flag, clash))}, or use "
+                f"--resume goes on with the run's own arguments; drop {', '.join(clash)}, or use "
                 "--checkpoint instead."
             )
     else:
-        keep = {FIXED, KEPT} if "evaluate" in given else {FIXED}
-        kept = {n: before[n] for n, f in fields.items() if n in before and keep & {*marks(f)}}
+        keep = {name for name in said if FIXED in said[name] or (seen.evaluate and KEPT in said[name])}
+        if seen.evaluate and world and preset["env"] == before.get("env"):
+            keep |= {field.name for field in dataclasses.fields(world)}
+        kept = {name: before[name] for name in keep if name in before} | {"env": preset.get("env")}
+        kept = {name: value for name, value in kept.items() if name in said}
+        check_choices(Args, kept, source)
         default = dataclasses.replace(Args(), **preset | kept)
         if hasattr(Args, "defaults"):
             quiet = [word for word in words if word not in ("-h", "--help")]
-            chosen = tyro.cli(Args, args=quiet, default=default)
+            chosen = tyro.cli(Args, args=quiet, default=default, prog=prog)
             default = dataclasses.replace(default, **chosen.defaults())
-        args = tyro.cli(Args, args=words, default=default)
+        args = tyro.cli(Args, args=words, default=default, prog=prog)
         if seen.backbone and not seen.checkpoint:
             args.backbone, args.checkpoint = seen.backbone, None
         for name in kept:
-            if FIXED in marks(fields[name]) and getattr(args, name) != before[name]:
+            if FIXED in said[name] and getattr(args, name) != before[name]:
                 raise UserError(
                     f"{flag(name)} {getattr(args, name)} is not what the checkpoint has: {before[name]} is "
                     "part of it; drop the flag."
                 )
     check_values(args, given)
     return args, saved
+
+
+def reserve(batch, columns):
+    """-> `columns`, {name: tensor} of decisions. UserError where the backbone's `batch` has such a name."""
+    if both := batch.keys() & columns.keys():
+        raise UserError(
+            f"The backbone's preprocess gives {', '.join(both)}, which is a script's own; rename it."
+        )
+    return columns
 
 
 def mean_metrics(updates):
@@ -412,6 +449,8 @@ class Run:
             )
         own = saved.pop("processes")[self.rank]
         set_rng_state(own["rng"], self._generators, {})
+        if "envs" in own["state"]:  # arrays again, as the worlds gave them
+            own["state"]["envs"] = map_tensors(lambda x: x.numpy(), own["state"]["envs"])
         return saved | own["state"]
 
     # --- while it trains
@@ -518,7 +557,8 @@ class Run:
         self._bar.close()
         if self.rank == 0:
             start = "python" if self.processes == 1 else f"torchrun --nproc-per-node {self.processes}"
-            command = f"{start} {self.script.name} --resume {self.folder}"
+            script = sys.argv[0] if Path(sys.argv[0]).name == self.script.name else self.script.name
+            command = f"{start} {shlex.quote(script)} --resume {shlex.quote(str(self.folder))}"
             print(f"stopped at {step} {self.unit}s; go on with: {command}")
         sys.exit(128 + self._signals[0])
 

@@ -1,4 +1,4 @@
-"""common/run.py: flags and presets, what a checkpoint fixes, the handle, and a script's copy under its own name."""
+"""common/run.py: flags and presets, what a checkpoint fixes, the handle, a script's copy under its own name."""
 
 import dataclasses
 import json

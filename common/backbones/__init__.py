@@ -2,27 +2,31 @@
 
 A family is one file and one line in `BACKBONES`. The file has
 - `build(device, **config)`, which makes the backbone, and `from_flags(args, **shape)`, the config of fresh
-  weights; shape: instructions, chunk, action_dim, proprio_dim, cameras, image_size, dataset (the world's);
+  weights; shape: instructions, chunk, action_dim, proprio_dim, cameras and image_size (0 without pictures),
+  dataset (the world's);
 - `Args`, a dataclass of its own flags (`LoraArgs` where it takes adapters), in which `FIXED` marks what is
   part of the weights; it may have `check(self)`, which raises UserError for values that cannot work together;
 - `FROM_SCRATCH`: whether it starts at random weights; optionally `own_options(args, device, cameras,
   micro_batch_size)`, what `build` takes that is the run's affair and not the weights'.
 A backbone is an `nn.Module` with
-    preprocess(obs, instructions) -> batch          dict of tensors on the backbone's device
+    preprocess(obs, instructions) -> batch          of arrays or tensors, a dict of tensors on its device
     encode_vision(batch) -> vision, attention       what may be cached while the vision part is frozen
     forward(batch, vision=None, actions=None) -> action_hidden (B, K*A, D), prompt_hidden (B, D)
     action_logits(action_hidden) -> (B, K*A, 256)   token models only; column 0 is id 31744, i.e. action +1
     vision_parameters() -> list                     all that encode_vision uses
     to_env(actions) -> numpy (B, K, A)              from [-1, 1] to the environment's units
     from_env(actions) -> numpy (..., A)             and back, for demonstrations
-and `hidden_size`, `chunk`, `action_dim`, `autoregressive`, `config` (a dict of plain values that
-`build_backbone(**config)` rebuilds), `lora_targets` (a regular expression of module names, or None),
-`has_attention` (encode_vision returns attention logits and not None), `own_critic` (prompt_hidden comes from
-parameters that no action depends on) and `has_files` (the base's weights are in files of their own, which no
-checkpoint repeats beside adapters). An autoregressive one emits its tokens in turn: forward conditions on
-`actions`, and generate(batch, draw, vision=None) samples them. One with an `action_head` that is not None has
-action_mean(action_hidden) -> (B, K*A), the trained continuous actions. One with files has
-save_merged(folder) and check_merge_target(folder).
+The batch's pictures are `image`, which a rollout drops once `encode_vision` has seen them; `length`, if
+there, is the prompts'; names that PPO and GRPO give to their own columns are refused. And it has
+`hidden_size`, `chunk`, `action_dim`, `autoregressive`, `config` (a dict of plain values, `name` among them,
+that `build_backbone(**config)` rebuilds: a vocabulary made from `instructions` belongs there), `lora_targets`
+(a regular expression of module names, or None), `has_attention` (encode_vision returns attention logits and
+not None), `own_critic` (prompt_hidden comes from parameters that no action depends on) and `has_files` (the
+base's weights are in files of their own, which no checkpoint repeats beside adapters). An autoregressive one
+emits its tokens in turn: forward conditions on `actions`, and generate(batch, draw, vision=None) samples
+them. One with an `action_head` that is not None has action_mean(action_hidden) -> (B, K*A), the trained
+continuous actions. One with files has save_merged(folder) and check_merge_target(folder). To copy: `mlp.py`,
+`tiny.py`.
 """
 
 import contextlib
@@ -125,6 +129,10 @@ def load_backbone(args, envs, run, micro_batch_size=0, train_vision=None):
     if train_vision and "vision" not in config.get("lora_modules", ("vision",)):
         config["lora_modules"] = (*config["lora_modules"], "vision")
     backbone = build_backbone(**config, device=run.device)
+    if backbone.vision_parameters() and not shape["cameras"]:
+        raise UserError(
+            f"--env {args.env} has no pictures for the backbone {args.backbone!r}; use --backbone mlp."
+        )
     if train_vision and not backbone.vision_parameters():
         raise UserError(f"The backbone {args.backbone!r} sees no images; drop --train-vision.")
     if train_vision and (old_rank or lora_rank) and "lora_modules" not in config:

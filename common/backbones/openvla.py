@@ -344,7 +344,7 @@ class OpenVLA(nn.Module):
 
     @torch.no_grad()
     def preprocess(self, obs, instructions):
-        """obs as in the README's contract -> batch: image uint8 (B, cameras, 3, S, S) as the towers see it,
+        """obs as in `common.envs` -> batch: image uint8 (B, cameras, 3, S, S) as the towers see it,
         input_ids (B, L) padded on the left, proprio (B, P) normalised where the model takes it, and length
         (B,) only where the instructions differ in length."""
         device, key = self.pixel_mean.device, tuple(instructions)

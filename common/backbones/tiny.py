@@ -122,7 +122,7 @@ class TinyVLA(nn.Module):
         ]
 
     def preprocess(self, obs, instructions):
-        """obs as in the README's contract -> batch: image uint8 (B, cameras, H, W, 3), proprio, input_ids (B,
+        """obs as in `common.envs` -> batch: image uint8 (B, cameras, H, W, 3), proprio, input_ids (B,
         L)."""
         device = self.grid.device
         key = tuple(instructions)

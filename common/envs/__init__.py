@@ -1,21 +1,32 @@
 """`make_envs`: one file a world, one contract.
 
 A world is one file and one line in `WORLDS`. The file has `make(**kwargs) -> gymnasium.Env`, called with the
-fields of its `Args` and with `split`, "train" or "eval", which never share an initial state. `Args`, a
-dataclass, holds the world's own flags; it may have `check(self)`, which raises UserError for values that
-cannot work together, and `defaults(self)`, a dict of a run's defaults that follow from the flags. Beyond
-Gymnasium's the environment has
+fields of its `Args` and with `split`, "train" or "eval", which never share an initial state (as with a random
+state seeded by `[split's number, seed]`). `Args`, a dataclass, holds the world's own flags, with the marks of
+`common/flags.py` if need be; it may have `check(self)`, which raises UserError for values that cannot work
+together, and `defaults(self)`, a dict of a run's defaults that follow from the flags. Beyond Gymnasium's the
+environment has
+- `reset(seed=n)`, which fixes task, initial state and all that the episode draws: evaluations and groups rest
+  on it; `reset(seed=None)` goes on with the environment's own random state;
 - `instructions: list[str]`, `active_dims: bool (A,)` (those that have any effect), `has_success: bool`: then
   every step's info has `success`; optionally `dataset: str`, the published data set that is of this world,
   and `action_bounds`, what -1 and 1 mean in its own units, each (A,);
-- `observation_space`, a Dict: `image` uint8 (cameras, H, W, 3), `proprio` float32 (P,), `task` int64 (); from
-  states `proprio` alone;
+- `observation_space`, a Dict: `image` uint8 (cameras, H, W, 3), `proprio` float32 (P,), `task` int64 () into
+  the instructions; from states `proprio` alone; `action_space`, a Box from -1 to 1 (A,), or Discrete;
 - `advance(action) -> reward, terminated, truncated, info` (no rendering) and `observe() -> obs` (renders);
 - `render() -> uint8 (H, W, 3)`, a frame for a video;
-- optionally `get_state() -> dict | None` and `set_state(dict)`, exact, with its own random state. For
-  imitation the file may also have `DEMO_KEYS` (camera -> its name in an HDF5 file), `from_file(images)` (as
-  the world shows what files hold), and the functions `demonstrations` and `scenes`, as tabletop's, of a
-  scripted expert. Any other name is a Gymnasium id with vector observations (`gymnasium_env.py`).
+- optionally `get_state() -> dict | None` and `set_state(dict)`, exact, with its own random state: plain
+  values and arrays.
+
+For imitation the file may also have
+- `DEMO_KEYS`, camera -> its name in an HDF5 file (all are read, or those of a flag `cameras`), and
+  `from_file(images)`, pictures as files hold them -> as the world shows them, where these differ;
+- `demonstrations(num_episodes, seed, noise, num_workers, **flags)` of a scripted expert -> flat arrays of S
+  steps: `image`, `proprio`, `task` as observed, `actions` (S, A) as labelled, `episode_starts` (E,),
+  optionally `executed` (S, A), where these are not the labels, and `pixels` (S, cameras, 2, 2), where the
+  first two things that the instruction names are in the picture, in [-1, 1];
+- `scenes(num_scenes, seed, num_workers, **flags)`, still pictures -> `image`, `proprio`, `task`, `pixels`.
+Any other name is a Gymnasium id with vector observations (`gymnasium_env.py`). To copy: `tabletop.py`.
 """
 
 import dataclasses
@@ -36,7 +47,7 @@ def world_module(env):
 def world_flags(args):
     """The world's own flags among a run's `args`, by name."""
     fields = dataclasses.fields(world_module(args.env).Args)
-    return {field.name: getattr(args, field.name) for field in fields}
+    return {field.name: getattr(args, field.name, field.default) for field in fields}
 
 
 def make_envs(args, split, num_envs, autoreset=False, states=False):

@@ -1,6 +1,8 @@
 """Gymnasium environments with vector observations (CartPole-v1, Hopper-v5) in the protocol of `common.envs`:
 obs `{"proprio": float32 (P,)}`, one empty instruction, continuous actions in [-1, 1]."""
 
+import os
+import sys
 from dataclasses import dataclass
 
 import gymnasium
@@ -91,10 +93,17 @@ class GymnasiumEnv(gymnasium.Env):
         return self.observe(), reward, terminated, truncated, info
 
     def render(self):
+        if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+            os.environ.setdefault("MUJOCO_GL", "egl")  # no window to draw in
         try:
             return self.env.render()
         except gymnasium.error.DependencyNotInstalled as error:
             raise UserError(f"--capture-video lacks a package: {' '.join(str(error).split())}") from error
+        except Exception as error:  # mujoco, PyOpenGL and the driver each raise their own kind
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(
+                f"--capture-video needs OpenGL, which failed ({reason}); install EGL and set MUJOCO_GL=egl."
+            ) from error
 
     def close(self):
         self.env.close()

@@ -524,11 +524,6 @@ def make(split="train", eval_split="eval", **kwargs):
     return TabletopEnv(split=eval_split if split == "eval" else split, **kwargs)
 
 
-def from_file(images):
-    """Pictures as HDF5 files hold them -> as the world shows them: the same."""
-    return images
-
-
 # --- demonstrations
 
 

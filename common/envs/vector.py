@@ -69,6 +69,24 @@ def _build(env_id, module, kwargs):
         raise UserError(f"environment {env_id!r} does not take these arguments: {error}") from error
 
 
+def _check_contract(name, env):
+    """UserError for a world that breaks the contract of `common.envs` in what can be seen before it moves."""
+    spaces, action = env.observation_space.spaces, env.action_space
+    image, proprio = spaces.get("image"), spaces.get("proprio")
+    width = action.shape[0] if action.shape else 1
+    wrong = {
+        "its observations need 'proprio', float32 (P,)": proprio is None
+        or (proprio.dtype, len(proprio.shape)) != (np.float32, 1),
+        "'image' must be uint8 (cameras, H, W, 3)": image is not None
+        and (image.dtype, len(image.shape), image.shape[-1]) != (np.uint8, 4, 3),
+        "observations with 'image' need 'task' too": image is not None and "task" not in spaces,
+        f"active_dims must be bool ({width},)": np.shape(env.active_dims) != (width,),
+        "instructions must be a list of texts": not all(isinstance(text, str) for text in env.instructions),
+    }
+    if found := [sentence for sentence, is_so in wrong.items() if is_so]:
+        raise UserError(f"environment {name!r} breaks the contract in common/envs/__init__.py: {found[0]}")
+
+
 # --------------------------------------------------------------------------------------------- in the worker
 
 
@@ -79,6 +97,7 @@ class _Slice:
         self.rows, self.num_envs, self.chunk, self.autoreset = range(start, stop), num_envs, chunk, autoreset
         self.name, self.envs = world[0], [_build(*world) for _ in self.rows]
         env, spaces = self.envs[0], gymnasium.spaces
+        _check_contract(self.name, env)
         obs_space = dict(env.observation_space.spaces)
         self.discrete = isinstance(env.action_space, spaces.Discrete)
         if action_history and self.discrete:
