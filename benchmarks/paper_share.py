@@ -2,10 +2,10 @@
 
     python benchmarks/paper_share.py [FILE ...]            # default: the eight scripts
 
-Counted by one rule for all: of the non-blank lines, bookkeeping is the module's docstring, the imports, the last
-line, `act` (what an evaluation asks of the agent), and in `train` every statement that names the run's handle
-(but for its generators), its evaluation environments, worlds, backbones and weights to load, saving, restoring,
-evaluating and logging. All the rest is the paper's. A compound statement is counted by its parts.
+Counted by one rule for all: of the non-blank lines, bookkeeping is the module's docstring, the imports, the
+last line, `act` (what an evaluation asks of the agent), and in `train` every statement that names the run's
+handle (but for its generators), its evaluation environments, worlds, backbones and weights to load, saving,
+restoring, evaluating and logging. All the rest is the paper's. A compound statement is counted by its parts.
 """
 
 import ast

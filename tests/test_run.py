@@ -1,4 +1,4 @@
-"""common/run.py: flags and presets, what a checkpoint fixes, the handle, a script's copy under its own name."""
+"""common/run.py: flags and presets, what a checkpoint fixes, the handle, a copy of a script."""
 
 import dataclasses
 import json
