@@ -477,7 +477,7 @@ class Run:
             signal.signal(number, signal.SIG_DFL)
 
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, note)
+            self._stack.callback(signal.signal, number, signal.signal(number, note))
         self._tick = time.perf_counter()
 
     def due(self, count, *freqs):

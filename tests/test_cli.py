@@ -554,7 +554,7 @@ def test_a_stopped_run_goes_on_bit_identically(tmp_path, whole, env, number):
             process.wait(60)
     said = (tmp_path / "log").read_text()
     if number == signal.SIGTERM:
-        go_on = rf"stopped at \d+ env_steps; go on with: python ppo_vla.py --resume {tmp_path}/stopped\n"
+        go_on = rf"stopped at \d+ env_steps; go on with: python \S*ppo_vla.py --resume {tmp_path}/stopped\n"
         assert process.returncode == 128 + number and re.search(go_on, said), said
     else:
         assert process.returncode == -number
