@@ -508,7 +508,7 @@ def test_a_stopped_process_goes_on_bit_identically(tmp_path, whole):
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + signal.SIGTERM, said
-    assert "go on with: python decision_transformer.py --resume" in said
+    assert f"go on with: python {dt.__file__} --resume" in said
     assert load_checkpoint(tmp_path / "stopped")["step"] < 60
     done = call(f"--resume {tmp_path}/stopped")
     assert (done.code, done.err) == (0, ""), done

@@ -205,7 +205,8 @@ class GLRenderer:
 
     def __init__(self, model, data, size):
         try:
-            if sys.platform == "linux" and not os.environ.get("DISPLAY") and not os.environ.get("MUJOCO_GL"):
+            gl = os.environ.get("MUJOCO_GL", "egl")
+            if sys.platform == "linux" and not os.environ.get("DISPLAY") and gl == "egl":
                 from mujoco.egl import GLContext  # MUJOCO_GL is read when mujoco is imported: too late here
 
                 mujoco.rendering.classic.gl_context.GLContext = GLContext
