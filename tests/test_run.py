@@ -305,3 +305,28 @@ def test_a_copy_of_a_script_works_under_its_own_name(tmp_path):
     assert results(tmp_path / "again")["final"] == results(folder)["final"]
     done = call(ppo_vla, f"--resume {folder}")
     assert done.code == 2 and "was written by my_idea.py; resume it with that script" in done.err
+
+
+# --- the log
+
+
+def test_a_point_is_logged_once_after_a_crash(tmp_path, monkeypatch):
+    """Between a checkpoint at step 20 and the next: what was logged there is logged again, and not twice."""
+    rate, calls = bc_warmup.learning_rate_at, []
+
+    def crash(step, args):
+        calls.append(step)
+        if len(calls) == 24:
+            raise RuntimeError("a power cut")
+        return rate(step, args)
+
+    monkeypatch.setattr(bc_warmup, "learning_rate_at", crash)
+    flags = f"--grounding-steps 0 --gradient-steps 30 --save-freq 20 --eval-freq 20 --output-dir {tmp_path}"
+    with pytest.raises(RuntimeError, match="power cut"):
+        call(bc_warmup, BC, flags, "--run-name r")
+    assert load_checkpoint(tmp_path / "r")["step"] == 20
+    monkeypatch.undo()
+    run(bc_warmup, f"--resume {tmp_path}/r")
+    found = scalars(tmp_path / "r")
+    assert [step for step, _ in found["loss/policy"]] == [1, 21]
+    assert [step for step, _ in found["eval/success_rate"]] == [0, 20, 30]
