@@ -18,6 +18,13 @@ class Only:
         self.flag, self.values = flag, values
 
 
+class Unless:
+    """Has no effect where another flag has this value: given there, it is an error."""
+
+    def __init__(self, flag, value):
+        self.flag, self.value = flag, value
+
+
 POSITIVE, NONNEGATIVE, SHARE = "positive", "nonnegative", "share"
 LIMITS = {  # what a value must do, and whether it does
     POSITIVE: ("be positive", lambda x: x > 0),

@@ -62,7 +62,7 @@ from common.checkpoint import (
 from common.datasets import d4rl_name
 from common.envs import WORLDS, world_module
 from common.evaluation import score
-from common.flags import FIXED, FREE, KEPT, LIMITS, NonNegativeInt, Only, PositiveInt
+from common.flags import FIXED, FREE, KEPT, LIMITS, NonNegative, NonNegativeInt, Only, PositiveInt, Unless
 
 # --- flags
 
@@ -111,6 +111,8 @@ class VLAArgs(RunArgs):
     """the last n executed actions as an input"""
     num_workers: Annotated[int | None, FREE] = None
     """processes that hold the environments; default one a core, 0 for none"""
+    worker_timeout: Annotated[NonNegative, FREE, Unless("num_workers", 0)] = 600.0
+    """seconds after which such a process that does not answer is killed and restarted; 0 for never"""
     eval_envs: PositiveInt = 100
     """parallel environments of an evaluation"""
     eval_episodes: PositiveInt = 200
@@ -133,6 +135,7 @@ class StateArgs(RunArgs):
 
     chunk: ClassVar[int] = 1  # what `make_envs` asks of every run's arguments
     num_workers: ClassVar[int] = 0
+    worker_timeout: ClassVar[float] = 0.0
     action_history: ClassVar[int] = 0
     compile: bool = False
     """torch.compile the update; with CUDA graphs on a GPU"""
@@ -199,6 +202,8 @@ def check_values(args, given):
             if isinstance(mark, Only) and name in given and getattr(args, mark.flag) not in mark.values:
                 other = f"{flag(mark.flag)} {' or '.join(map(str, mark.values))}"
                 raise UserError(f"{flag(name)} does nothing without {other}; drop it.")
+            if isinstance(mark, Unless) and name in given and getattr(args, mark.flag) == mark.value:
+                raise UserError(f"{flag(name)} does nothing with {flag(mark.flag)} {mark.value}; drop it.")
     for part in type(args).__mro__:
         if "check" in vars(part):
             part.check(args)

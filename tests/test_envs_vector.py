@@ -25,7 +25,8 @@ from common.envs.vector import vectorize
 class FakeEnv(gymnasium.Env):
     """Counts its steps in `proprio` [count, start, sum of actions]; every episode has `length` steps.
 
-    `die` (kill, raise) strikes at count 2 while the file `marker` exists; with `once` it removes the marker.
+    `die` (kill, raise, stop, sleep) strikes at count 2 while the file `marker` exists; with `once` it removes
+    the marker.
     """
 
     instructions = ("count",)
@@ -33,9 +34,10 @@ class FakeEnv(gymnasium.Env):
     active_dims = np.array([True, False])
 
     def __init__(self, length=5, end="terminated", die="", marker="", once=True, stateful=True, bad="",
-                 told="success"):  # fmt: skip
+                 told="success", slow=0, frame=2):  # fmt: skip
         if bad:
             raise UserError(bad)
+        time.sleep(slow)
         box = gymnasium.spaces.Box
         images = {"image": box(0, 255, (1, 4, 4, 3), np.uint8), "task": box(0, 0, (), np.int64)}
         self.observation_space = gymnasium.spaces.Dict(
@@ -43,7 +45,7 @@ class FakeEnv(gymnasium.Env):
         )
         self.action_space = box(-1.0, 1.0, (2,), np.float32)
         self.length, self.end, self.die, self.marker, self.once = length, end, die, marker, once
-        self.renders, self.told = 0, told
+        self.renders, self.told, self.frame = 0, told, frame
         if not stateful:
             self.get_state = lambda: None
 
@@ -66,7 +68,9 @@ class FakeEnv(gymnasium.Env):
         if self.die and self.count == 2 and self.struck():
             if self.die == "raise":
                 raise ArithmeticError("the gripper fell off")
-            os.kill(os.getpid(), signal.SIGKILL)
+            if self.die == "sleep":
+                time.sleep(60)
+            os.kill(os.getpid(), signal.SIGSTOP if self.die == "stop" else signal.SIGKILL)
         over = self.count >= self.length
         return 1.0, over and self.end != "truncated", over and self.end != "terminated", {self.told: over}
 
@@ -80,7 +84,7 @@ class FakeEnv(gymnasium.Env):
         return True
 
     def render(self):
-        return np.full((2, 2, 3), self.count, np.uint8)
+        return np.full((self.frame, self.frame, 3), self.count, np.uint8)
 
     def get_state(self):
         rng = repr(self.np_random.bit_generator.state)
@@ -94,7 +98,7 @@ class FakeEnv(gymnasium.Env):
 make = FakeEnv
 
 
-OWN = ("chunk", "num_workers", "autoreset", "action_history", "seed", "first")  # of `vectorize`
+OWN = ("chunk", "num_workers", "autoreset", "action_history", "seed", "first", "timeout")  # of `vectorize`
 
 
 @pytest.fixture
@@ -323,16 +327,22 @@ def test_without_state_the_episode_restarts_and_is_counted(envs):
         envs(num_envs=3).set_state(e.get_state())
 
 
-@pytest.mark.parametrize("die", ["kill", "raise"])
-def test_dead_worker_is_restarted(envs, tmp_path, die):
+@pytest.mark.parametrize("die", ["kill", "raise", "stop", "sleep"])
+def test_dead_or_hung_worker_is_restarted(envs, tmp_path, die):
     marker = tmp_path / "marker"
-    e = envs(num_envs=4, num_workers=2, die=die, marker=str(marker), length=50)
+    timeout = 1.5 if die in ("stop", "sleep") else 0
+    e = envs(num_envs=4, num_workers=2, die=die, marker=str(marker), length=50, timeout=timeout)
     first = e.reset()["proprio"]
     e.step(actions(e))
     marker.touch()
-    with pytest.warns(RuntimeWarning, match="SIGKILL" if die == "kill" else "gripper fell off") as caught:
+    reason = {"kill": "SIGKILL", "raise": "gripper fell off"}.get(
+        die, r"no answer for 1.5 s \(--worker-timeout"
+    )
+    began = time.monotonic()
+    with pytest.warns(RuntimeWarning, match=reason) as caught:
         obs, rewards, terminated, truncated, info = e.step(actions(e))
     lost = info["lost"]
+    assert timeout <= time.monotonic() - began < 10
     assert len(caught) == 1 and lost.tolist() in ([True, True, False, False], [False, False, True, True])
     assert (info["restarted"] == lost).all() and e.lost_episodes == 2
     assert (rewards == ~lost).all() and (info["steps"] == ~lost).all() and not (terminated | truncated).any()
@@ -377,6 +387,53 @@ def test_worker_that_keeps_dying_ends_the_run(envs, tmp_path, monkeypatch):
     for _ in range(12):
         e.step(actions(e))
     assert e.lost_episodes == 6
+
+
+def test_workers_that_hang_together_are_waited_for_together(envs, tmp_path):
+    (tmp_path / "marker").touch()
+    e = envs(num_workers=2, die="sleep", marker=str(tmp_path / "marker"), once=False, length=50, timeout=2)
+    e.reset()
+    e.step(actions(e))
+    began = time.monotonic()
+    with pytest.warns(RuntimeWarning, match="no answer for 2 s") as caught:
+        assert e.step(actions(e))[4]["lost"].all()
+    assert len(caught) == 2 and time.monotonic() - began < 3.5
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_world_that_always_hangs_ends_in_one_sentence(envs, tmp_path):
+    (tmp_path / "marker").touch()
+    options = dict(num_envs=1, num_workers=1, marker=str(tmp_path / "marker"), once=False, timeout=0.3)
+    e = envs(die="stop", length=50, **options)
+    e.reset()
+    with pytest.raises(UserError, match="'fake' died 4 times: no answer for 0.3 s") as caught:
+        for _ in range(8):
+            e.step(actions(e))
+    assert "\n" not in str(caught.value) and e.closed and not multiprocessing.active_children()
+    with pytest.raises(UserError, match="'fake' could not start: no answer for 0.3 s") as caught:
+        envs(slow=60, **options)
+    assert "\n" not in str(caught.value) and not multiprocessing.active_children()
+
+
+def test_a_worker_that_is_stopped_amid_its_answer_is_restarted(envs):
+    e = envs(num_envs=1, num_workers=1, frame=2048, length=50, timeout=1)  # 12 MB, more than a pipe holds
+    e.reset()
+    e.step_async(actions(e), record=np.ones(1, bool))
+    (worker,) = multiprocessing.active_children()
+    assert e._workers[0].conn.poll(10)  # it has begun to tell
+    os.kill(worker.pid, signal.SIGSTOP)
+    with pytest.warns(RuntimeWarning, match="no answer for 1 s"):
+        assert e.step_wait()[4]["lost"].all()
+    assert e.step(actions(e), record=np.ones(1, bool))[4]["frames"][0][0].shape == (2048, 2048, 3)
+
+
+def test_a_slow_worker_is_waited_for_while_nobody_asks_how_long(envs):
+    """What counts is waiting: not the time before `step_wait`, and not that of a parent that was stopped."""
+    e = envs(num_workers=2, timeout=1)
+    e.reset()
+    e.step_async(actions(e))
+    time.sleep(1.5)
+    assert not e.step_wait()[4]["lost"].any() and not e.lost_episodes
 
 
 def test_step_async_and_close_in_flight(envs):
@@ -430,6 +487,36 @@ os._exit(0)
     assert not left
     if shared:
         assert set(os.listdir("/dev/shm")) <= shared
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
+def test_no_worker_outlives_a_killed_parent_in_the_middle_of_a_step(tmp_path):
+    code = f"""
+import multiprocessing, pathlib
+from common.envs.vector import vectorize
+marker = pathlib.Path({str(tmp_path)!r}, "marker")
+e = vectorize(("fake", "test_envs_vector", dict(die="sleep", marker=str(marker))), 1, seed=0, num_workers=1)
+e.reset()
+e.step([[[0.0, 0.0]]])
+marker.touch()
+e.step_async([[[0.0, 0.0]]])
+while marker.exists():
+    pass
+print(multiprocessing.active_children()[0].pid, flush=True)
+e.step_wait()
+"""
+    root = Path(common.envs.__file__).parents[2]
+    path = os.pathsep.join([str(root), str(root / "tests")])
+    env = os.environ | {"PYTHONPATH": path}
+    parent = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
+    pid = int(parent.stdout.readline())
+    assert running(pid)
+    parent.kill()
+    parent.wait()
+    deadline = time.time() + 5
+    while running(pid) and time.time() < deadline:
+        time.sleep(0.05)
+    assert not running(pid)
 
 
 def running(pid):
@@ -535,11 +622,12 @@ def test_make_envs_of_a_run(monkeypatch):
     """A world gets its flags and the split; a Gymnasium id neither; the rest is the run's."""
     monkeypatch.setitem(common.envs.WORLDS, "fake", __name__)
     monkeypatch.setattr(sys.modules[__name__], "make", make_split)
-    run = dict(seed=4, chunk=2, action_history=1, num_workers=0, gamma=0.9)
+    run = dict(seed=4, chunk=2, action_history=1, num_workers=0, worker_timeout=9.0, gamma=0.9)
     args = SimpleNamespace(env="fake", length=3, end="truncated", **run)
     assert common.envs.world_flags(args) == {"length": 3, "end": "truncated"}
     e = common.envs.make_envs(args, "eval", 2)
     assert e.instructions == ["eval"] and (e.num_envs, e.chunk, e.seed, e.autoreset) == (2, 2, 4, False)
+    assert e.timeout == 9.0
     assert e.single_observation_space["proprio"].shape == (3 + 2,)
     e.reset()
     e.step(actions(e))
@@ -556,6 +644,7 @@ def test_what_does_not_act_from_states_alone_is_refused(monkeypatch, env):
     monkeypatch.setitem(common.envs.WORLDS, "fake", __name__)
     monkeypatch.setattr(sys.modules[__name__], "make", make_split)
     args = SimpleNamespace(env=env, length=3, end="both", seed=0, chunk=1, action_history=0, num_workers=1)
+    args.worker_timeout = 0.0
     with pytest.raises(UserError, match=f"^--env {env} is not for this script: it needs states and"):
         common.envs.make_envs(args, "train", 1, states=True)
     assert not multiprocessing.active_children()
@@ -564,6 +653,7 @@ def test_what_does_not_act_from_states_alone_is_refused(monkeypatch, env):
 def test_environments_are_split_over_processes(monkeypatch):
     """As one process would have them: the second half's seeds are those of the numbers 2 and 3."""
     args = SimpleNamespace(env="CartPole-v1", seed=0, chunk=1, action_history=0, num_workers=0)
+    args.worker_timeout = 0.0
     whole = common.envs.make_envs(args, "train", 4)
     monkeypatch.setattr(distributed, "ranks", lambda: (1, 2))
     half = common.envs.make_envs(args, "train", 4)

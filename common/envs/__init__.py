@@ -53,8 +53,8 @@ def world_flags(args):
 def make_envs(args, split, num_envs, autoreset=False, states=False):
     """This process's share of `num_envs` environments of `args.env`, split "train" or "eval".
 
-    `args` are a run's: its seed, chunk, action_history, num_workers and the world's flags count. states: only
-    vector observations and continuous actions will do. Raises UserError, one sentence.
+    `args` are a run's: its seed, chunk, action_history, num_workers, worker_timeout and the world's flags
+    count. states: only vector observations and continuous actions will do. Raises UserError, one sentence.
     """
     from common import distributed  # torch, which a worker that is spawned does without
 
@@ -65,7 +65,7 @@ def make_envs(args, split, num_envs, autoreset=False, states=False):
     envs = vectorize(
         (args.env, WORLDS.get(args.env, GYMNASIUM), kwargs), num_envs // processes, seed=args.seed,
         first=rank * num_envs // processes, chunk=args.chunk, num_workers=args.num_workers,
-        autoreset=autoreset, action_history=args.action_history,
+        autoreset=autoreset, action_history=args.action_history, timeout=args.worker_timeout,
     )  # fmt: skip
     if states and ("image" in envs.single_observation_space.spaces or not envs.single_action_space.shape):
         envs.close()

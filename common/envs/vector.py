@@ -13,12 +13,15 @@ The parent holds of each environment, a row, what its worker cannot tell once it
 """
 
 import contextlib
+import ctypes
 import importlib
 import itertools
 import mmap
 import multiprocessing
 import os
 import signal
+import socket
+import struct
 import sys
 import tempfile
 import traceback
@@ -39,7 +42,7 @@ OUTCOME |= {"episode_return": np.float64, "episode_length": np.int64}
 
 def vectorize(
     world: tuple, num_envs: int, *, seed: int, first: int = 0, chunk: int = 1,
-    num_workers: int | None = None, autoreset: bool = True, action_history: int = 0,
+    num_workers: int | None = None, autoreset: bool = True, action_history: int = 0, timeout: float = 600.0,
 ) -> "Envs":  # fmt: skip
     """`num_envs` copies of `world`: its name, its module and what the module's `make` is called with.
 
@@ -47,15 +50,17 @@ def vectorize(
     chunk: actions executed open loop in one `step`. num_workers: processes, None for one a core, 0 for this
     process (an environment's exception then simply propagates). autoreset: True resets in the step that ends
     an episode (SAME_STEP), False waits for `reset(mask=...)` (DISABLED). action_history: this many last
-    actions, oldest first, zeros at reset, are appended to `proprio`. Results do not depend on `num_workers`.
-    Raises UserError, one sentence.
+    actions, oldest first, zeros at reset, are appended to `proprio`. timeout: a worker that does not answer
+    for so many seconds counts as dead, 0 for never. Results do not depend on `num_workers`. Raises UserError,
+    one sentence.
     """
     least = {"num_envs": (num_envs, 1), "chunk": (chunk, 1), "action_history": (action_history, 0)}
+    least["timeout"] = (timeout, 0)
     for name, (value, low) in (least | {"num_workers": (num_workers or 0, 0), "seed": (seed, 0)}).items():
-        if value < low:
+        if not value >= low:
             raise UserError(f"{name} must be at least {low}, got {value}")
     workers = min(num_envs, available_cores() if num_workers is None else num_workers)
-    return Envs(world, num_envs, (seed, first), chunk, workers, autoreset, action_history)
+    return Envs(world, num_envs, (seed, first), chunk, workers, autoreset, action_history, timeout)
 
 
 def _build(env_id, module, kwargs):
@@ -227,6 +232,10 @@ def _map_arrays(spec, num_envs, chunk, fd):
 
 def _work(conn, parent_ends, parent_pid, *args):
     """The worker: answers (True, value), or (False, (UserError's sentence or None, traceback)) and ends."""
+    if sys.platform == "linux":  # dies with its parent, also in the middle of a step
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent_pid:  # which was dead before
+            os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # also of the whole process group (slurm, systemd)
     for end in parent_ends:  # inherited by fork; held open they would hide the parent's death
@@ -274,12 +283,16 @@ class _Worker:
     def __init__(self, start, stop):
         self.start, self.stop, self.deaths, self.good_steps = start, stop, 0, 0
         self.process = self.conn = self.local = self.reply = None
+        self.due = 0.0  # when its answer is, on the clock of `Envs._waited`
 
 
 class _Death(Exception):
-    def __init__(self, reason, sentence=None):
+    def __init__(self, reason, sentence=None, hung=False):
         super().__init__(reason)
         self.sentence = sentence  # of the UserError that ended the worker
+        self.kind = (
+            UserError if hung else RuntimeError
+        )  # of a worker that hangs there is no traceback to show
 
 
 class Envs(gymnasium.vector.VectorEnv):
@@ -290,8 +303,9 @@ class Envs(gymnasium.vector.VectorEnv):
     worker or could not be restored.
     """
 
-    def __init__(self, world, num_envs, seed, chunk, num_workers, autoreset, action_history):
+    def __init__(self, world, num_envs, seed, chunk, num_workers, autoreset, action_history, timeout):
         self._workers, self._fd, self._pid = [], -1, os.getpid()
+        self.timeout, self._waited = timeout or np.inf, 0.0  # seconds that it waited for any worker, so far
         self.env_id, self.num_envs, self.chunk, self.num_workers = world[0], num_envs, chunk, num_workers
         (self.seed, self.first), self.autoreset, self.lost_episodes = seed, autoreset, 0
         mode = gymnasium.vector.AutoresetMode
@@ -331,7 +345,7 @@ class Envs(gymnasium.vector.VectorEnv):
                 raise
             if error.sentence:
                 raise UserError(error.sentence) from None
-            raise RuntimeError(f"a worker of {self.env_id!r} could not start: {error}") from None
+            raise error.kind(f"a worker of {self.env_id!r} could not start: {error}") from None
         for name, value in spec.items():
             setattr(self, name, value)
         self._obs_keys = list(self.single_observation_space.spaces)
@@ -351,6 +365,12 @@ class Envs(gymnasium.vector.VectorEnv):
             warnings.simplefilter("ignore", DeprecationWarning)
             worker.process.start()
         child.close()
+        worker.due = self._waited + self.timeout
+        if self.timeout < 1e9 and sys.platform != "win32":  # for a worker that hangs amid a message
+            seconds = struct.pack("ll", int(self.timeout), int(self.timeout % 1 * 1e6))
+            with socket.socket(fileno=os.dup(worker.conn.fileno())) as end:
+                for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                    end.setsockopt(socket.SOL_SOCKET, option, seconds)
 
     def _attach(self, worker):
         self._send(worker, "attach")
@@ -362,17 +382,25 @@ class Envs(gymnasium.vector.VectorEnv):
         if worker.local:
             worker.reply = getattr(worker.local, command)(*payload)
             return
+        worker.due = self._waited + self.timeout
         with contextlib.suppress(OSError):
             worker.conn.send((command, payload))
 
     def _receive(self, worker):
+        """The worker's answer. Raises _Death if it ended, or is silent beyond `timeout`: counted in naps, so
+        that time in which this process itself was stopped (Ctrl-Z) does not count."""
         if worker.local:
             return worker.reply
         try:
-            while not worker.conn.poll(1.0):
+            while not worker.conn.poll(nap := min(1.0, max(worker.due - self._waited, 0.0))):
+                self._waited += nap
                 if not worker.process.is_alive() and not worker.conn.poll():
                     raise EOFError
+                if self._waited >= worker.due:
+                    raise BlockingIOError
             good, value = worker.conn.recv()
+        except BlockingIOError:
+            raise _Death(f"no answer for {self.timeout:g} s (--worker-timeout)", hung=True) from None
         except (EOFError, OSError):
             worker.process.join(10)
             code = worker.process.exitcode
@@ -399,20 +427,20 @@ class Envs(gymnasium.vector.VectorEnv):
 
     def _restart(self, worker, death):
         """Rebuilds the environments of a dead worker and resets those that ran; `self._lost` tells them."""
-        if death.sentence:  # a UserError: it would come again
-            self.close()
-            raise UserError(death.sentence) from None
         rows = slice(worker.start, worker.stop)
         running = ~self._ended[rows]
         self._lost[rows] |= running
         self._rebuilt[rows] = True
         self.lost_episodes += int(running.sum())
         while True:
+            if death.sentence:  # a UserError: it would come again
+                self.close()
+                raise UserError(death.sentence) from None
             self._stop(worker)
             if worker.deaths >= MAX_DEATHS:
                 self.close()
                 times = f"{worker.deaths + 1} times"
-                raise RuntimeError(f"a worker of {self.env_id!r} died {times}: {death}") from None
+                raise death.kind(f"a worker of {self.env_id!r} died {times}: {death}") from None
             worker.deaths, worker.good_steps = worker.deaths + 1, 0
             self._restarts[rows] += 1
             self._fresh[rows] = True
@@ -442,7 +470,7 @@ class Envs(gymnasium.vector.VectorEnv):
 
     def _stop(self, worker):
         worker.process.kill()
-        worker.process.join()
+        worker.process.join(10)  # a hung driver may hold it beyond death
         worker.conn.close()
         worker.conn = None
 
