@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -397,24 +398,49 @@ def test_pendulum_has_a_gaussian_head_by_its_preset(tmp_path):
     assert found["final"]["mean_reward"] < 0 and found["final"]["mean_length"] == 200
 
 
-def test_a_worker_that_dies_does_not_end_the_run(tmp_path, warmup, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "reason"), [(signal.SIGKILL, "SIGKILL"), (signal.SIGSTOP, "no answer for 2 s")]
+)
+def test_a_worker_that_dies_or_hangs_does_not_end_the_run(tmp_path, warmup, monkeypatch, number, reason):
     gae, calls = ppo_vla.compute_gae, []
 
     def murderous(*args):
         calls.append(1)
         if len(calls) == 2:
             for child in multiprocessing.active_children():
-                child.kill()
+                os.kill(child.pid, number)
         return gae(*args)
 
     monkeypatch.setattr(ppo_vla, "compute_gae", murderous)
-    flags = f"--checkpoint {warmup} --num-workers 2 --output-dir {tmp_path} --run-name r"
-    with pytest.warns(RuntimeWarning, match="was restarted.*episodes lost so far.*SIGKILL"):
+    flags = f"--checkpoint {warmup} --num-workers 2 --output-dir {tmp_path} --run-name r --worker-timeout 2"
+    with pytest.warns(RuntimeWarning, match=f"was restarted.*episodes lost so far.*{reason}"):
         done = call(ppo_vla, PPO, flags)
     assert done.code == 0
     check_evaluation(results(tmp_path / "r")["final"], 5, True)  # the evaluation is complete nonetheless
     lost = [value for _, value in scalars(tmp_path / "r")["rollout/lost_episodes"]]
     assert lost[0] == 0 and lost[-1] == 4
+
+
+def test_a_signal_while_a_worker_hangs_still_saves(tmp_path, warmup, monkeypatch):
+    gae, calls = ppo_vla.compute_gae, []
+
+    def stop(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            for child in multiprocessing.active_children():
+                os.kill(child.pid, signal.SIGSTOP)
+            # while the next step is waited for
+            threading.Timer(2.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return gae(*args)
+
+    monkeypatch.setattr(ppo_vla, "compute_gae", stop)
+    flags = f"--checkpoint {warmup} --num-workers 2 --output-dir {tmp_path} --run-name r --worker-timeout 5"
+    with pytest.warns(RuntimeWarning, match="no answer for 5 s"):
+        done = call(ppo_vla, PPO, flags, "--save-freq 99 --eval-freq 0 --total-timesteps 240")
+    assert done.code == 128 + signal.SIGTERM and "go on with" in done.out
+    saved = load_checkpoint(tmp_path / "r")
+    assert saved["counters"][1] >= 2 and saved["processes"][0]["state"]["envs"]["lost_episodes"] == 4
+    run(ppo_vla, f"--resume {tmp_path}/r --worker-timeout 30 --num-workers 1")
 
 
 @pytest.mark.parametrize("flags", ["", "--lora-rank 2 --detach-value"])
@@ -668,7 +694,7 @@ def test_resume_takes_repeated_flags_and_refuses_changed_ones(tmp_path, whole):
         done = call(ppo_vla, f"--resume {folder}", flags)
         assert done.code == 2 and f"drop {named}, or" in done.err, done
     assert not (folder / "results.json").exists()
-    flags = "--env CartPole-v1 --num-steps 16 --seed 3 --num-workers 1"
+    flags = "--env CartPole-v1 --num-steps 16 --seed 3 --num-workers 1 --worker-timeout 30"
     done = call(ppo_vla, f"--resume {folder}", flags, f"--run-name CartPole-v1 --output-dir {folder.parent}")
     assert done.code == 2 and "--output-dir" in done.err  # it was another one
     run(ppo_vla, f"--resume {folder}", flags)
@@ -773,6 +799,8 @@ WRONG_PPO = [
     ("--seed -1", "--seed must be in"),
     ("--seed 99999999999999999999", "--seed must be in"),
     ("--num-workers -1", "num_workers must be at least 0"),
+    ("--num-workers 0 --worker-timeout 5", "--worker-timeout does nothing with --num-workers 0; drop it"),
+    ("--num-workers 1 --worker-timeout -1", "--worker-timeout must not be negative"),
     ("--evaluate", "--evaluate needs --checkpoint"),
     ("--checkpoint BAD/missing.pt", "does not exist"),
     ("--checkpoint BAD/truncated.pt", "is truncated or no checkpoint"),

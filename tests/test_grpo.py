@@ -249,7 +249,10 @@ def test_no_chunk_without_an_advantage_is_trained_on(tmp_path, warmup, monkeypat
         assert 0 < used < kept
 
 
-def test_a_worker_that_dies_does_not_end_the_run(tmp_path, warmup, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "reason"), [(signal.SIGKILL, "SIGKILL"), (signal.SIGSTOP, "no answer for 2 s")]
+)
+def test_a_worker_that_dies_or_hangs_does_not_end_the_run(tmp_path, warmup, monkeypatch, number, reason):
     """Its members are played once more: complete groups still have all their members."""
     spy, calls, act = Spy(monkeypatch), [], grpo_vla.Agent.get_action_and_value
 
@@ -257,12 +260,12 @@ def test_a_worker_that_dies_does_not_end_the_run(tmp_path, warmup, monkeypatch):
         calls.append(1)
         if len(calls) == 24:  # in the first episodes; the evaluation takes 20
             for child in multiprocessing.active_children():
-                child.kill()
+                os.kill(child.pid, number)
         return act(*args, **kwargs)
 
     monkeypatch.setattr(grpo_vla.Agent, "get_action_and_value", murderous)
-    flags = f"--checkpoint {warmup} --num-workers 2 --output-dir {tmp_path} --run-name r"
-    with pytest.warns(RuntimeWarning, match="was restarted.*episodes lost so far.*SIGKILL"):
+    flags = f"--checkpoint {warmup} --num-workers 2 --output-dir {tmp_path} --run-name r --worker-timeout 2"
+    with pytest.warns(RuntimeWarning, match=f"was restarted.*episodes lost so far.*{reason}"):
         done = call(grpo_vla, GRPO, flags)
     assert done.code == 0
     assert scalars(tmp_path / "r")["rollout/lost_episodes"][-1][1] > 0
