@@ -243,7 +243,7 @@ def compose(Args, presets, seen, before):
     own = before if seen.resume or seen.evaluate else {}  # an evaluation is in the run's world, unless told
     env = (seen.resume and before.get("env")) or seen.env or own.get("env") or getattr(Args, "env", None)
     keys = [env, env if env in WORLDS else "gymnasium"]
-    world = world_module(env).Args if env in WORLDS else None
+    world = world_module(env).Args if env else None
     parts = [world] if world else []
     if hasattr(Args, "dataset"):
         dataset = (seen.resume and before["dataset"]) or seen.dataset or own.get("dataset") or Args.dataset

@@ -34,7 +34,7 @@ class FakeEnv(gymnasium.Env):
     active_dims = np.array([True, False])
 
     def __init__(self, length=5, end="terminated", die="", marker="", once=True, stateful=True, bad="",
-                 told="success", slow=0, frame=2):  # fmt: skip
+                 told="success", slow=0, frame=2, spoil=None):  # fmt: skip
         if bad:
             raise UserError(bad)
         time.sleep(slow)
@@ -46,6 +46,7 @@ class FakeEnv(gymnasium.Env):
         self.action_space = box(-1.0, 1.0, (2,), np.float32)
         self.length, self.end, self.die, self.marker, self.once = length, end, die, marker, once
         self.renders, self.told, self.frame = 0, told, frame
+        self.spoil = spoil or {}  # step -> what observations (or "reward") have instead
         if not stateful:
             self.get_state = lambda: None
 
@@ -57,11 +58,9 @@ class FakeEnv(gymnasium.Env):
     def observe(self):
         self.renders += 1
         image = np.full((1, 4, 4, 3), self.renders, np.uint8)
-        return {
-            "proprio": np.array([self.count, self.start, self.total], np.float32),
-            "image": image,
-            "task": 0,
-        }
+        proprio = np.array([self.count, self.start, self.total], np.float32)
+        obs = {"proprio": proprio, "image": image, "task": 0} | self.spoil.get(self.count, {})
+        return {key: x for key, x in obs.items() if x is not None and key != "reward"}
 
     def advance(self, action):
         self.count, self.total = self.count + 1, self.total + float(action[0])
@@ -72,7 +71,8 @@ class FakeEnv(gymnasium.Env):
                 time.sleep(60)
             os.kill(os.getpid(), signal.SIGSTOP if self.die == "stop" else signal.SIGKILL)
         over = self.count >= self.length
-        return 1.0, over and self.end != "truncated", over and self.end != "terminated", {self.told: over}
+        reward = self.spoil.get(self.count, {}).get("reward", 1.0)
+        return reward, over and self.end != "truncated", over and self.end != "terminated", {self.told: over}
 
     def struck(self):
         if not self.once:
@@ -191,6 +191,19 @@ def test_time_limit_truncates(envs):
     out = [e.step(actions(e, 0.0)) for _ in range(4)]
     assert [o[4]["steps"][0] for o in out] == [64, 64, 64, 8]  # 200 steps
     assert out[3][3].all() and not out[3][2].any() and not out[2][3].any()
+
+
+@pytest.mark.parametrize(("limit", "steps"), [(0, 200), (30, 30), (230, 230)])
+def test_episodes_are_cut_after_max_episode_steps(envs, limit, steps):
+    """Truncated, and exactly so after a resume."""
+    e, other = (envs("Pendulum-v1", 1, chunk=20, max_episode_steps=limit) for _ in range(2))
+    e.reset()
+    out = [e.step(actions(e, 0.0)) for _ in range(-(-steps // 20))]
+    assert sum(o[4]["steps"][0] for o in out) == steps and out[-1][3].all() and not out[-1][2].any()
+    assert not any(o[3].any() for o in out[:-1])
+    e.step(actions(e, 0.0))
+    other.set_state(e.get_state())
+    assert flat(rollout(other, 14)) == flat(rollout(e, 14))
 
 
 @pytest.mark.parametrize("autoreset", [True, False])
@@ -557,6 +570,87 @@ def test_a_world_that_does_not_tell_success_ends_in_one_sentence(envs, num_worke
     assert "\n" not in str(caught.value) and (e.closed or not num_workers)
 
 
+BAD = [
+    ("proprio", np.array([0, np.nan, 0], np.float32), "'proprio' that is NaN or infinite"),
+    ("proprio", np.array([0, -np.inf, 0], np.float32), "'proprio' that is NaN or infinite"),
+    ("proprio", np.array([0, 1e39, 0]), "'proprio' that is NaN or infinite"),  # in float32
+    ("proprio", np.float32(1.0), r"'proprio' as float32 \(\) instead of float32 \(3,\)"),
+    ("proprio", np.ones(1, np.float32), r"'proprio' as float32 \(1,\) instead of float32 \(3,\)"),
+    ("proprio", np.ones((1, 3), np.float32), r"'proprio' as float32 \(1, 3\) instead of float32 \(3,\)"),
+    ("proprio", np.arange(3), r"'proprio' as int64 \(3,\) instead of float32 \(3,\)"),
+    ("proprio", np.ones(3, complex), r"'proprio' as complex128 \(3,\) instead of float32"),
+    ("proprio", ["0", "1", "2"], r"'proprio' as <U1 \(3,\) instead of float32"),
+    ("proprio", [[0.0], [0.0, 1.0]], r"'proprio' as object \(0,\) instead of float32"),
+    ("proprio", None, r"observations of \['image', 'task'\], which are \['image', 'proprio', 'task'\]"),
+    ("depth", np.ones(3), r"observations of \['depth', 'image', 'proprio', 'task'\], which are"),
+    ("image", np.ones((4, 4, 3), np.uint8), r"'image' as uint8 \(4, 4, 3\) instead of uint8 \(1, 4, 4, 3\)"),
+    ("image", np.ones((1, 4, 4, 3)), r"'image' as float64 \(1, 4, 4, 3\) instead of uint8"),
+    ("image", np.ones((1, 4, 4, 3), np.uint16), r"'image' as uint16 \(1, 4, 4, 3\) instead of uint8"),
+    ("task", 0.5, r"'task' as float64 \(\) instead of int64"),
+    ("reward", np.nan, "a reward that is NaN or infinite"),
+    ("reward", -np.inf, "a reward that is NaN or infinite"),
+    ("reward", 1e39, "a reward that is NaN or infinite"),  # in float32
+    ("reward", np.ones((2, 2)), "a reward of type ndarray"),
+    ("reward", "much", "a reward of type str"),
+]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(("key", "value", "what"), BAD)
+def test_what_a_policy_cannot_learn_from_is_refused(envs, num_workers, key, value, what):
+    """With the environment's name, what it is, and the step of the episode."""
+    e = envs(num_envs=1, num_workers=num_workers, chunk=2, spoil={4: {key: value}})
+    e.reset()
+    e.step(actions(e))
+    with pytest.raises(
+        UserError, match=f"^environment 'fake' gave {what}.* at step 4 of an episode; "
+    ) as caught:
+        e.step(actions(e))
+    assert "\n" not in str(caught.value)
+    assert all(np.isfinite(e._shared[name]).all() for name in ("obs/proprio", "rewards", "episode_return"))
+    if key != "reward":
+        e = envs(num_envs=1, num_workers=num_workers, spoil={0: {key: value}})
+        with pytest.raises(UserError, match=f"^environment 'fake' gave {what}.* at an episode's reset; "):
+            e.reset()
+
+
+def test_the_same_kind_in_another_width_is_taken(envs):
+    e = envs(spoil={1: {"proprio": np.array([0.1, 2, 3]), "task": np.int32(0)}})
+    e.reset()
+    np.testing.assert_array_equal(e.step(actions(e))[0]["proprio"], np.float32([[0.1, 2, 3]] * 2))
+
+
+def test_a_gymnasium_environment_is_held_to_its_space(envs):
+    class Odd(gymnasium.Env):
+        observation_space = gymnasium.spaces.Box(-9, 9, (2,), np.int64)  # whole numbers are told as floats
+        action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+        metadata = {"render_modes": ["rgb_array"]}
+        later = [3, 4]
+
+        def __init__(self, render_mode=None):
+            pass
+
+        def reset(self, *, seed=None, options=None):
+            return np.array([1, 2]), {}
+
+        def step(self, action):
+            return self.later, 0.0, False, False, {}
+
+    gymnasium.register("Odd-v0", entry_point=Odd)
+    bad = {"object": [[3], [3, 4]], "<U1": ["a", "b"], "NaN or infinite": [3, np.nan], "float32 .1,.": [3]}
+    for sentence, later in ({"": [3, 4]} | bad).items():
+        Odd.later = later
+        e = envs("Odd-v0", 1)
+        assert e.reset()["proprio"].tolist() == [[1, 2]]
+        if not sentence:
+            assert e.step(actions(e))[0]["proprio"].tolist() == [[3, 4]]
+            continue
+        with pytest.raises(
+            UserError, match=f"'Odd-v0' gave 'proprio' .*{sentence}.* at step 1 of an episode"
+        ):
+            e.step(actions(e))
+
+
 def test_bad_actions_end_in_one_sentence(envs):
     e = envs(chunk=2)
     with pytest.raises(ValueError, match=r"environments \[0, 1\] have no running episode"):
@@ -619,7 +713,7 @@ def make_split(split, **kwargs):
 
 
 def test_make_envs_of_a_run(monkeypatch):
-    """A world gets its flags and the split; a Gymnasium id neither; the rest is the run's."""
+    """A world gets its flags and the split; a Gymnasium id its flags; the rest is the run's."""
     monkeypatch.setitem(common.envs.WORLDS, "fake", __name__)
     monkeypatch.setattr(sys.modules[__name__], "make", make_split)
     run = dict(seed=4, chunk=2, action_history=1, num_workers=0, worker_timeout=9.0, gamma=0.9)
@@ -633,7 +727,10 @@ def test_make_envs_of_a_run(monkeypatch):
     e.step(actions(e))
     assert e.step(actions(e))[3].all()
     e.close()
-    e = common.envs.make_envs(SimpleNamespace(env="Pendulum-v1", **run), "train", 3, True, states=True)
+    args = SimpleNamespace(env="Pendulum-v1", max_episode_steps=2, **run)
+    e = common.envs.make_envs(args, "train", 3, True, states=True)
+    e.reset()
+    assert e.step(actions(e))[3].all()
     assert e.instructions == [""] and e.autoreset and e.action_bounds[1] == [2.0]
     e.close()
     assert not multiprocessing.active_children()

@@ -24,6 +24,7 @@ from test_cli import (  # noqa: F401
     results,
     run,
     scalars,
+    stopped_by,
 )  # fmt: skip
 from test_decision_transformer import write_pendulum
 
@@ -80,6 +81,28 @@ class Lopsided(Aim):
 gymnasium.register("Aim-v0", entry_point=Aim)
 gymnasium.register("Lopsided-v0", entry_point=Lopsided)
 gymnasium.register("AimCut-v0", entry_point=Aim, max_episode_steps=3)
+
+
+class Endless(Aim):
+    """No episode ends; step 20 of an environment's second one has `spoiled`, a reward or an observation."""
+
+    resets, spoiled = 0, None
+
+    def reset(self, **kwargs):
+        self.resets += 1
+        return super().reset(**kwargs)
+
+    def step(self, action):
+        obs, reward, _, _, info = super().step(action)
+        if self.resets == 2 and self.left == 4 - 20:
+            obs, reward = Endless.spoiled or (obs, reward)
+        return obs, reward, False, False, info
+
+    def render(self):
+        return np.zeros((96, 128, 3), np.uint8)
+
+
+gymnasium.register("Endless-v0", entry_point=Endless)
 
 
 def write_aim(path, gain=-0.2, noise=0.8, steps=4000):
@@ -767,3 +790,59 @@ def test_presets_go_by_the_name_of_the_data():
             script.Args, script.PRESETS, script.__name__,
         )  # fmt: skip
         assert getattr(args, name) == 0.25  # the command line is stronger
+
+
+# --- worlds that break their word
+
+BROKEN = f"""{SMALL} --env Endless-v0 --max-episode-steps 110 --num-envs 2 --total-timesteps 400 --eval-freq 0
+    --learning-starts 100 --save-freq 100 --buffer-size 401"""
+
+
+@pytest.mark.parametrize("what", ["reward", "proprio"])
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_what_is_not_finite_never_comes_into_the_replay(tmp_path, monkeypatch, what, number):
+    obs, reward = np.zeros(2, np.float32), 0.0
+    spoiled = (obs, number) if what == "reward" else (np.float32([0, number]), reward)
+    monkeypatch.setattr(Endless, "spoiled", spoiled)
+    done = call(sac, BROKEN, f"--output-dir {tmp_path} --run-name r")
+    named = "a reward" if what == "reward" else "'proprio'"
+    said = f"error: environment 'Endless-v0' gave {named} that is NaN or infinite at step 20 of an episode; "
+    assert done.code == 2 and done.err.startswith(said) and done.err.count("\n") == 1, done
+    saved = load_checkpoint(tmp_path / "r")
+    assert saved["counters"][0] == 200 and len(saved["replay"]) == 100 and saved["replay"].isfinite().all()
+    assert all(x.isfinite().all() for x in saved["agent"].values())
+    monkeypatch.setattr(Endless, "spoiled", None)
+    run(sac, f"--resume {tmp_path}/r")
+    assert load_checkpoint(tmp_path / "r")["replay"].isfinite().all()
+    assert results(tmp_path / "r")["final"]["mean_length"] == 110
+    run(sac, f"--evaluate --checkpoint {tmp_path}/r --output-dir {tmp_path} --run-name e {SMALL}")
+    assert results(tmp_path / "e")["final"] == results(tmp_path / "r")["final"]  # cut as the run's
+
+
+def test_an_episode_that_is_cut_goes_on_bit_identically(tmp_path, monkeypatch):
+    """The steps of an episode that is running at the save count."""
+    flags = f"{SMALL} {SAC} --max-episode-steps 70 --output-dir {tmp_path}"
+    run(sac, flags, "--run-name whole")
+    stopped_by(monkeypatch, sac, "step_envs", 180)
+    assert call(sac, flags, "--run-name stopped").code == 130
+    monkeypatch.undo()
+    done = call(sac, f"--resume {tmp_path}/stopped --max-episode-steps 80")
+    assert done.code == 2 and "drop --max-episode-steps, or" in done.err
+    run(sac, f"--resume {tmp_path}/stopped")
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    saved = load_checkpoint(tmp_path / "whole")
+    terminated, truncated = saved["replay"][:, 0, 5], saved["replay"][:, 0, 6]
+    assert not terminated.any() and truncated.nonzero().flatten().tolist() == [9, 69, 139]  # a ring of 200
+
+
+def test_offline_policies_are_evaluated_in_a_world_with_its_own_flags(tmp_path, home):
+    flags = f"{SMALL} {OFFLINE} --dataset {home}/aim.hdf5 --output-dir {tmp_path}"
+    done = call(iql, flags, "--max-episode-steps 9")
+    assert done.code == 2 and "--max-episode-steps" in done.err  # of no world that is named
+    run(iql, flags, "--env Endless-v0 --max-episode-steps 9 --run-name r")
+    assert results(tmp_path / "r")["final"]["mean_length"] == 9
+    run(iql, f"--resume {tmp_path}/r")
+    run(iql, f"--evaluate --checkpoint {tmp_path}/r --output-dir {tmp_path} --run-name e {SMALL}")
+    assert results(tmp_path / "e")["final"] == results(tmp_path / "r")["final"]
+    run(iql, flags, "--run-name own")  # in the data set's own world
+    assert results(tmp_path / "own")["final"]["mean_length"] == 4

@@ -11,7 +11,8 @@ environment has
 - `instructions: list[str]`, `active_dims: bool (A,)` (those that have any effect), `has_success: bool`: then
   every step's info has `success`; optionally `dataset: str`, the published data set that is of this world,
   and `action_bounds`, what -1 and 1 mean in its own units, each (A,);
-- `observation_space`, a Dict: `image` uint8 (cameras, H, W, 3), `proprio` float32 (P,), `task` int64 () into
+- `observation_space`, which observations must match in shape and type, finite as rewards, or the run ends; a
+  Dict: `image` uint8 (cameras, H, W, 3), `proprio` float32 (P,), `task` int64 () into
   the instructions; from states `proprio` alone; `action_space`, a Box from -1 to 1 (A,), or Discrete;
 - `advance(action) -> reward, terminated, truncated, info` (no rendering) and `observe() -> obs` (renders);
 - `render() -> uint8 (H, W, 3)`, a frame for a video;
@@ -61,7 +62,7 @@ def make_envs(args, split, num_envs, autoreset=False, states=False):
     rank, processes = distributed.ranks()
     if num_envs % processes:
         raise UserError(f"{num_envs} environments cannot be split evenly over {processes} processes.")
-    kwargs = world_flags(args) | {"split": split} if args.env in WORLDS else {"id": args.env}
+    kwargs = world_flags(args) | ({"split": split} if args.env in WORLDS else {"id": args.env})
     envs = vectorize(
         (args.env, WORLDS.get(args.env, GYMNASIUM), kwargs), num_envs // processes, seed=args.seed,
         first=rank * num_envs // processes, chunk=args.chunk, num_workers=args.num_workers,

@@ -9,6 +9,8 @@ import gymnasium
 import numpy as np
 
 from common import UserError
+from common.envs.vector import as_array
+from common.flags import NonNegativeInt
 
 # What observations and rewards read between two steps and mjSTATE_INTEGRATION does not hold. These lag one
 # physics step behind qpos (Ant's and Humanoid's rewards depend on that), so that mj_forward after mj_setState
@@ -19,7 +21,10 @@ DERIVED += ("cvel", "subtree_com", "cinert", "cfrc_ext", "qfrc_actuator", "ten_l
 
 @dataclass
 class Args:
-    """A Gymnasium id has no flags of its own."""
+    """The flags of a Gymnasium id."""
+
+    max_episode_steps: NonNegativeInt = 0
+    """cut episodes (truncated) after this many steps, instead of the environment's own limit; 0 for that"""
 
 
 class GymnasiumEnv(gymnasium.Env):
@@ -27,18 +32,20 @@ class GymnasiumEnv(gymnasium.Env):
 
     Box actions come in [-1, 1] (clipped) and are rescaled to the environment's bounds, Discrete ones as ints.
     `get_state`/`set_state` are exact for classic control and Gymnasium's MuJoCo environments; elsewhere
-    `get_state` gives None. Raises UserError, one sentence, for an unknown id, a wrong argument or an
-    unsupported space.
+    `get_state` gives None. max_episode_steps: see `Args`. Raises UserError, one sentence, for an unknown id,
+    a wrong argument or an unsupported space.
     """
 
     has_success = False
 
-    def __init__(self, id: str, **kwargs):
+    def __init__(self, id: str, max_episode_steps=0, **kwargs):
         from common.envs import WORLDS  # which names this file
 
+        limit = max_episode_steps or None  # Gymnasium's TimeLimit, which `get_state` knows
         known = f"{', '.join(WORLDS)} and a Gymnasium id with vector observations"
         try:
-            self.env = gymnasium.make(id, disable_env_checker=True, **{"render_mode": "rgb_array"} | kwargs)
+            options = {"render_mode": "rgb_array"} | kwargs
+            self.env = gymnasium.make(id, max_episode_steps=limit, disable_env_checker=True, **options)
         except (gymnasium.error.Error, ImportError) as error:
             why = " ".join(str(error).split()).split(". ")[0].rstrip(".")
             raise UserError(f"unknown environment {id!r}: known are {known} ({why})") from error
@@ -69,7 +76,7 @@ class GymnasiumEnv(gymnasium.Env):
 
     def reset(self, *, seed=None, options=None):
         obs, info = self.env.reset(seed=seed, options=options)
-        self._obs = np.asarray(obs, np.float32)
+        self._obs = _float32(obs)
         return self.observe(), info
 
     def advance(self, action):
@@ -82,8 +89,8 @@ class GymnasiumEnv(gymnasium.Env):
             low, high = space.low.astype(np.float64), space.high.astype(np.float64)
             action = np.clip(low + unit * (high - low), low, high).astype(space.dtype)
         obs, reward, terminated, truncated, info = self.env.step(action)
-        self._obs = np.asarray(obs, np.float32)
-        return float(reward), bool(terminated), bool(truncated), info
+        self._obs = _float32(obs)
+        return reward, bool(terminated), bool(truncated), info
 
     def observe(self):
         return {"proprio": self._obs.copy()}
@@ -154,6 +161,12 @@ class GymnasiumEnv(gymnasium.Env):
         rng = np.random.default_rng(0)
         rng.bit_generator.state = _unpack(state["np_random"])
         env.np_random = rng
+
+
+def _float32(obs):
+    """Any kind of real numbers; others stay as they are, and are refused by `vector.py`."""
+    obs = as_array(obs)
+    return obs.astype(np.float32, order="C") if obs.dtype.kind in "biuf" else obs
 
 
 def _pack(value):

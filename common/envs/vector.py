@@ -38,6 +38,7 @@ START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 MAX_DEATHS, GOOD_STEPS = 3, 100  # a worker may die 3 times; 100 good steps clear its record
 OUTCOME = {"rewards": np.float32, "terminated": bool, "truncated": bool, "success": bool, "steps": np.int64}
 OUTCOME |= {"episode_return": np.float64, "episode_length": np.int64}
+LARGEST = float(np.finfo(np.float32).max)  # beyond it, float32 is infinite
 
 
 def vectorize(
@@ -92,6 +93,14 @@ def _check_contract(name, env):
         raise UserError(f"environment {name!r} breaks the contract in common/envs/__init__.py: {found[0]}")
 
 
+def as_array(value):
+    """Any value as an array; lists of different lengths as one of no numbers, which `_Slice` refuses."""
+    try:
+        return np.asarray(value)
+    except ValueError:
+        return np.empty(0, object)
+
+
 # --------------------------------------------------------------------------------------------- in the worker
 
 
@@ -111,7 +120,7 @@ class _Slice:
             box, size = obs_space["proprio"], action_history * env.action_space.shape[0]
             low, high = np.r_[box.low, -np.ones(size)], np.r_[box.high, np.ones(size)]
             obs_space["proprio"] = spaces.Box(low.astype(np.float32), high.astype(np.float32))
-        self.keys = tuple(obs_space)
+        self.keys, self.own_spaces = tuple(obs_space), env.observation_space.spaces
         self.spec = {
             "single_observation_space": spaces.Dict(obs_space),
             "single_action_space": env.action_space,
@@ -128,8 +137,29 @@ class _Slice:
         """Maps the arrays that parent and worker share: in the file `fd`, or in this process."""
         self.shared = _map_arrays(self.spec, self.num_envs, self.chunk, fd)
 
+    def _refuse(self, what, step):
+        when = f"at step {step} of an episode" if step else "at an episode's reset"
+        raise UserError(f"environment {self.name!r} gave {what} {when}; it has to be mended there.")
+
     def _write(self, j, obs):
+        """Shows the parent an observation, once it is what the space says, and finite: assigned to the shared
+        arrays, any shape and type would fit, and a NaN would end up in weights and replays."""
+        step = self.lengths[j]
+        if not isinstance(obs, dict) or obs.keys() != self.own_spaces.keys():
+            has = sorted(map(str, obs)) if isinstance(obs, dict) else type(obs).__name__
+            self._refuse(f"observations of {has}, which are {sorted(self.own_spaces)} in its space,", step)
         for key, value in obs.items():
+            space, value = self.own_spaces[key], as_array(value)
+            dtype, floats = space.dtype, space.dtype.kind == "f"
+            # nothing is rounded, wrapped or parsed: one kind, and not wider, but for floats (see the range)
+            fits = value.dtype == dtype or (
+                value.dtype.kind == dtype.kind and (floats or np.can_cast(value.dtype, dtype))
+            )
+            if value.shape != space.shape or not fits:
+                wants = f"{dtype} {space.shape}, as its space says,"
+                self._refuse(f"{key!r} as {value.dtype} {value.shape} instead of {wants}", step)
+            if floats and not (np.abs(value) <= LARGEST).all():
+                self._refuse(f"{key!r} that is NaN or infinite", step)
             if key == "proprio" and self.history[j].size:
                 value = np.concatenate([value, self.history[j].ravel()])
             self.shared[f"obs/{key}"][self.rows[j]] = value
@@ -156,7 +186,13 @@ class _Slice:
             for chosen in shared["actions"][row].copy():
                 action = int(chosen) if self.discrete else chosen
                 step_reward, terminated, truncated, info = env.advance(action)
-                reward, steps = reward + float(step_reward), steps + 1
+                steps += 1
+                try:
+                    reward += float(step_reward)
+                except (TypeError, ValueError):
+                    self._refuse(f"a reward of type {type(step_reward).__name__}", self.lengths[j] + steps)
+                if not abs(reward) <= LARGEST:
+                    self._refuse("a reward that is NaN or infinite", self.lengths[j] + steps)
                 if history.size:
                     history[:-1], history[-1] = history[1:].copy(), action
                 if row in record:
