@@ -11,9 +11,9 @@ environment has
 - `instructions: list[str]`, `active_dims: bool (A,)` (those that have any effect), `has_success: bool`: then
   every step's info has `success`; optionally `dataset: str`, the published data set that is of this world,
   and `action_bounds`, what -1 and 1 mean in its own units, each (A,);
-- `observation_space`, which observations must match in shape and type, finite as rewards, or the run ends; a
-  Dict: `image` uint8 (cameras, H, W, 3), `proprio` float32 (P,), `task` int64 () into
+- `observation_space`, a Dict: `image` uint8 (cameras, H, W, 3), `proprio` float32 (P,), `task` int64 () into
   the instructions; from states `proprio` alone; `action_space`, a Box from -1 to 1 (A,), or Discrete;
+  observations of another shape or kind, and any number that is not finite, also a reward, end the run;
 - `advance(action) -> reward, terminated, truncated, info` (no rendering) and `observe() -> obs` (renders);
 - `render() -> uint8 (H, W, 3)`, a frame for a video;
 - optionally `get_state() -> dict | None` and `set_state(dict)`, exact, with its own random state: plain
