@@ -94,13 +94,14 @@ class Args(VLAArgs):
         "sequence-mean-token-mean"
     )
     """weights of the batch's terms: all alike (DAPO), every episode alike (GRPO), or the episode's sum
-    divided by --constant-length decisions (Dr. GRPO)"""
+    divided by what --constant-length decisions have (Dr. GRPO)"""
     constant_length: Annotated[PositiveInt, Only("aggregation", "constant-length")] = 12
     """decisions that constant-length divides an episode by"""
     clip_low: Share = 0.2
-    """the ratio is clipped to [1 - clip_low, 1 + clip_high]"""
+    """the ratio is clipped to [1 - clip_low, 1 + clip_high]; default with --ratio-level sequence 3e-4"""
     clip_high: NonNegative = 0.28
-    """a wider upper bound keeps exploration alive (DAPO, Yu et al. 2025)"""
+    """a wider upper bound keeps exploration alive (DAPO, Yu et al. 2025); default with --ratio-level sequence
+    4e-4"""
     temperature: Annotated[Positive, KEPT] = 0.35
     """divides the logits, in sampling and in every log-prob alike"""
     entropy_coef: float = 0.0
@@ -115,6 +116,11 @@ class Args(VLAArgs):
     """gaussian head: initial standard deviation, actions being in [-1, 1]"""
     learn_std: Annotated[bool, Only("head", "gaussian")] = True
     """gaussian head: train the standard deviation, one per action dimension"""
+
+    def defaults(self):
+        """A mean over an episode moves little: GSPO's own bounds (Zheng et al. 2025, section 5.1)."""
+        bounds = dict(clip_low=3e-4, clip_high=4e-4) if self.ratio_level == "sequence" else {}
+        return {name: x for name, x in bounds.items() if getattr(self, name) == getattr(Args, name)}
 
     def check(self):
         if self.group_size < 2:
@@ -206,20 +212,23 @@ def decision_advantages(returns, present):
     return torch.where(present & (lowest < highest), returns - mean, 0.0)
 
 
-def aggregation_weights(counts, episode, num_episodes, aggregation, constant, total):
+def aggregation_weights(covered, episode, full, totals, aggregation, constant_length):
     """The weight of each term of the batch's loss, one a chunk.
 
-    counts (B,) terms of each chunk, episode (B,) int64 in [0, num_episodes), total: the terms ("token-mean")
-    or the episodes of the whole batch, of which torchrun's other processes may have more -> (B,) float32.
+    covered (B, G) bool: the terms of each chunk; episode (B,) int64: which one it is of; full: terms of a
+    chunk that was executed in full; totals: terms and episodes of the whole batch, of which torchrun's other
+    processes may have more -> (B,) float32.
     "token-mean": 1 / all terms; "sequence-mean-token-mean": 1 / (episodes * terms of its episode);
-    "constant-length": 1 / (episodes * constant). But for the last, weights times counts add up to 1.
+    "constant-length": 1 / (episodes * constant_length * full), whatever a ratio covers. But for the last,
+    weights times terms add up to 1.
     """
+    all_terms, all_episodes = totals
     if aggregation == "token-mean":
-        return torch.full(counts.shape, 1.0, device=counts.device) / total
+        return torch.full_like(episode, 1, dtype=torch.float32) / all_terms
     if aggregation == "constant-length":
-        return torch.full(counts.shape, 1.0 / (total * constant), device=counts.device)
-    terms = torch.zeros(num_episodes, device=counts.device).index_add(0, episode, counts.float())
-    return 1.0 / (total * terms[episode])
+        return torch.full_like(episode, 1 / (all_episodes * constant_length * full), dtype=torch.float32)
+    terms = torch.bincount(episode, covered.sum(1).float())
+    return 1.0 / (all_episodes * terms[episode])
 
 
 def sequence_log_ratio(log_ratio, mask, episode, num_episodes):
@@ -276,8 +285,8 @@ def grpo_loss(log_probs, entropies, batch, totals, args, scale=1.0):
     `mask` (B, K*A), `old_log_probs` (B, G) as `merge_tokens` makes them, `advantages` and `weights` (B,),
     `fresh` (B,) bool (made by the policy that this update started from), with a kl_coef `reference_log_probs`
     (B, K*A), and for GSPO `episode_log_ratio` (B,). totals: the minibatch's numbers of ratios, tokens and
-    fresh ratios, (3,); scale: decisions of the batch per decision of the minibatch. -> loss (), {name: ()}
-    without gradients
+    fresh ratios, (3,); scale: units of the batch per unit of the minibatch. -> loss (), {name: ()} without
+    gradients
     """
     merged, covered = merge_tokens(log_probs, batch["mask"], args.ratio_level, args.chunk)
     log_ratio = merged - batch["old_log_probs"]
@@ -517,12 +526,13 @@ class Groups:
 
 def minibatches(units, pool, epochs, per_epoch, generator):
     """In each epoch the `pool` of units in random order and in `per_epoch` minibatches -> the rows whose unit
-    (B,) is drawn, and how many times more units the pool has: by that the minibatches' losses average to the
-    batch's.
+    (B,) is drawn, and by what their losses are scaled to average to the batch's. Of more minibatches than
+    units, as one of torchrun's processes may have, some are empty.
     """
     for _ in range(epochs):
         for drawn in pool[torch.randperm(len(pool), generator=generator)].tensor_split(per_epoch):
-            yield torch.isin(units, drawn).nonzero().squeeze(1), len(pool) / max(len(drawn), 1)
+            scale = max(len(pool), per_epoch) / max(len(drawn), 1)
+            yield torch.isin(units, drawn).nonzero().squeeze(1), scale
 
 
 def micro_batches(rows, data, lengths, size):
@@ -572,6 +582,8 @@ def train(args, run):
     sampler, shuffler = run.generator("sampler", device), run.generator("shuffler")
     active_dims = torch.as_tensor(envs.active_dims, device=device)
     order_in_chunk = torch.arange(args.chunk, device=device)
+    whole = active_dims.repeat(1, args.chunk)  # the mask of a chunk that was executed in full
+    full = int(merge_tokens(whole.float(), whole, args.ratio_level, args.chunk)[1].sum())
 
     step, iteration, gradient_steps, recent = 0, 0, 0, []  # recent: the last episodes
     groups, wanted = Groups(envs.num_envs, run.rank), args.num_groups // run.processes
@@ -682,13 +694,12 @@ def train(args, run):
         elif not args.kl_coef and not args.entropy_coef:
             pool = advantages.nonzero().squeeze(1).cpu()
         num_used = num_rows if args.ratio_level == "sequence" else len(pool)
-        num_terms = int(data["covered"].sum()) if args.aggregation == "token-mean" else len(members)
-        everyone = distributed.all_gather([num_rows, num_used, num_terms, len(chosen), recent])
-        all_rows, all_used, all_terms, all_chosen, all_recent = zip(*everyone, strict=True)
-        terms = data["covered"].sum(1)
-        constant = args.constant_length * (data["covered"].shape[1] // args.chunk or 1)
+        num_terms = int(data["covered"].sum())
+        everyone = distributed.all_gather([num_rows, num_used, len(pool), num_terms, len(chosen), recent])
+        all_rows, all_used, all_units, all_terms, all_chosen, all_recent = zip(*everyone, strict=True)
+        totals = sum(all_terms), sum(all_chosen) * args.group_size
         data["weights"] = aggregation_weights(
-            terms, episode, len(members), args.aggregation, constant, sum(all_terms)
+            data["covered"], episode, full, totals, args.aggregation, args.constant_length
         )
         if args.kl_coef > 0:
             with weights_of(reference, trained):
@@ -700,7 +711,8 @@ def train(args, run):
         agent.train()
         fraction = max(0.0, 1 - step / args.total_timesteps) if args.anneal_lr else 1.0
         optimizer.param_groups[0]["lr"] = args.learning_rate * fraction
-        updates, per_epoch = [], math.ceil(max(sum(all_used), 1) / args.minibatch_size)
+        updates, per_epoch = [], math.ceil(sum(all_used) / args.minibatch_size)
+        per_epoch = max(1, min(per_epoch, max(all_units)))  # an episode is not split
         for rows, scale in minibatches(units, pool, args.update_epochs, per_epoch, shuffler):
             # What the means divide by is the minibatch's, so that micro-batches, here and in torchrun's other
             # processes, add up to it exactly.
@@ -708,7 +720,7 @@ def train(args, run):
             covered, mask, fresh = (data[key][index] for key in ("covered", "mask", "fresh"))
             totals = torch.stack([covered.sum(), mask.sum(), (covered & fresh[:, None]).sum()])
             distributed.all_sum(totals)
-            if not totals[1]:  # fewer episodes than minibatches: this one is empty everywhere
+            if not totals[1]:  # nothing has an advantage
                 continue
             if args.ratio_level == "sequence":  # of all of an episode's chunks
                 log_ratio = current_log_probs(agent, rows, data, lengths, args.micro_batch_size)

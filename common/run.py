@@ -262,8 +262,9 @@ def compose(Args, presets, seen, before):
 def read_flags(words, Args, presets, script):
     """The command line's `words` -> arguments, and what --checkpoint or --resume holds (or None).
 
-    A value is the command line's, else what a checkpoint fixes, else what follows from the world's flags,
-    else the preset's, else the default. Raises UserError and CheckpointError.
+    A value is the command line's, else what a checkpoint fixes, else what follows from other flags
+    (`defaults(self)` of the world's dataclass or the script's), else the preset's, else the default. Raises
+    UserError and CheckpointError.
     """
     seen, saved = read_source(words, Args, script)
     before, source = saved["args"] if saved else {}, seen.resume or seen.checkpoint
@@ -298,7 +299,9 @@ def read_flags(words, Args, presets, script):
         if hasattr(Args, "defaults"):
             quiet = [word for word in words if word not in ("-h", "--help")]
             chosen = tyro.cli(Args, args=quiet, default=default, prog=prog)
-            default = dataclasses.replace(default, **chosen.defaults())
+            for part in reversed(Args.__mro__):
+                if "defaults" in vars(part):
+                    default = dataclasses.replace(default, **part.defaults(chosen))
         args = tyro.cli(Args, args=words, default=default, prog=prog)
         if seen.backbone and not seen.checkpoint:
             args.backbone, args.checkpoint = seen.backbone, None

@@ -208,10 +208,10 @@ def test_no_chunk_is_computed_after_an_end(tmp_path, warmup, monkeypatch):
         computed.extend([1] * (len(batch["proprio"]) if not deterministic else 0))
         return act(self, batch, vision, deterministic, generator)
 
-    def count(counts, *rest):
-        trained.append(len(counts))
-        assert (counts > 0).all()  # every chunk in the update was executed at least in part
-        return update(counts, *rest)
+    def count(covered, *rest):
+        trained.append(len(covered))
+        assert covered.any(1).all()  # every chunk in the update was executed at least in part
+        return update(covered, *rest)
 
     monkeypatch.setattr(grpo_vla.Agent, "get_action_and_value", watch)
     monkeypatch.setattr(grpo_vla, "aggregation_weights", count)
@@ -334,6 +334,21 @@ def test_micro_batches_give_the_same_update(tmp_path, warmup, flags):
         for other in weights[:-1]:
             if value.is_floating_point():
                 torch.testing.assert_close(other[key], value, rtol=0, atol=5e-5, msg=key)
+
+
+def test_no_minibatch_of_gspo_is_empty(tmp_path, warmup, monkeypatch):
+    """Twenty times fewer episodes than decisions: an update has at most as many steps as episodes."""
+    seen, minibatches = [], grpo_vla.minibatches
+
+    def watch(*inputs):
+        for rows, scale in minibatches(*inputs):
+            seen.append(len(rows))
+            yield rows, scale
+
+    monkeypatch.setattr(grpo_vla, "minibatches", watch)
+    flags = f"--checkpoint {warmup} --output-dir {tmp_path} --run-name r --minibatch-size 1"
+    run(grpo_vla, GRPO, flags, "--ratio-level sequence --total-timesteps 300")
+    assert seen and min(seen) > 0 and results(tmp_path / "r")["gradient_steps"] == len(seen)
 
 
 # --- wrong inputs

@@ -84,6 +84,23 @@ def test_worlds_and_models_bring_their_own_flags_and_no_others(capsys):
         assert error.value.code == 2 and "Unrecognized" in capsys.readouterr().err
 
 
+def test_gspo_has_clips_of_its_own_unless_a_flag_or_a_preset_has_others(monkeypatch):
+    def clips(flags):
+        args = read(grpo_vla, flags)
+        return args.clip_low, args.clip_high
+
+    assert clips("") == clips("--ratio-level token") == (0.2, 0.28)
+    assert clips("--ratio-level sequence") == (3e-4, 4e-4)
+    assert clips("--env libero --device cpu --ratio-level sequence") == (3e-4, 4e-4)  # which has others too
+    assert read(grpo_vla, "--env libero --device cpu --ratio-level sequence").eval_episodes == 500
+    assert clips("--ratio-level sequence --clip-low 0.2 --clip-high 0.28") == (0.2, 0.28)
+    assert clips("--ratio-level sequence --clip-low 0.01 --clip-high 0.02") == (0.01, 0.02)
+    monkeypatch.setitem(grpo_vla.PRESETS, "CartPole-v1", dict(head="discrete", clip_low=0.1, clip_high=0.3))
+    assert clips("--env CartPole-v1 --ratio-level sequence") == (0.1, 0.3)
+    said = " ".join(call(grpo_vla, "--ratio-level sequence --help").out.replace("│", " ").split())
+    assert all(f"(default: {bound:g})" in said or f"(default: {bound})" in said for bound in (3e-4, 4e-4))
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_help_shows_every_flag_of_the_run_with_its_value(script):
     worlds = [("--env libero", "libero", "openvla"), ("", "tabletop", "tiny")]
