@@ -43,6 +43,7 @@ STATISTICS = dict(
     action=dict(q01=[-0.5, -1, -2, -0.1, 0, 0, 0], q99=[0.5, 1, 3, 0.1, 1, 2, 1], mask=[True] * 6 + [False]),
     proprio=dict(q01=[-1.0] * 8, q99=[2.0] * 8),
 )
+CAUSAL = {"is_causal": True}
 NAMES = {"openvla": "vla", "oft": "token-oft", "l1": "oft-l1"}
 
 
@@ -506,6 +507,37 @@ def test_oft_sees_every_token_and_openvla_none_ahead(checkpoints):
         moved = (seen[0] - seen[1]).abs().amax(-1)
         assert moved[place:].min() > 1e-3
         assert moved[:place].min() > 1e-6 if family == "oft" else moved[:place].max() == 0
+
+
+@pytest.mark.parametrize("family", ["oft", "l1"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_last_slot_reaches_the_first_action(checkpoints, monkeypatch, family, padded):
+    """Through `forward`, whatever transformers does with masks: without one (prompts of one length, where
+    SDPA's own default counts) and with one. A causal mask would be the silent error."""
+    model = load(checkpoints, family)
+    obs = observe(2) | {"task": np.array([0, int(padded)])}
+    batch, tail = model.preprocess(obs, ["open the drawer", "put the red cube in drawer"]), model._tail
+    assert padded == (len(batch["length"].unique()) == 2)
+
+    def difference():
+        """Of the first action's state, once the slot of the last one is another."""
+        found = []
+        for added in (0.0, 1.0):
+
+            def moved(*inputs, added=added):
+                x = tail(*inputs).clone()
+                x[:, model.chunk * model.action_dim - 1] += added
+                return x
+
+            monkeypatch.setattr(model, "_tail", moved)
+            with torch.no_grad():
+                found.append(model(batch)[0][:, 0])
+        return (found[0] - found[1]).abs().amax(-1).min()
+
+    assert difference() > 1e-4
+    run = model._run
+    monkeypatch.setattr(model, "_run", lambda module, x, **inputs: run(module, x, **inputs | CAUSAL))
+    assert padded or difference() == 0  # it can fail
 
 
 @pytest.mark.parametrize("libero", [False, True])
