@@ -102,6 +102,11 @@ class Args(VLAArgs):
     clip_high: NonNegative = 0.28
     """a wider upper bound keeps exploration alive (DAPO, Yu et al. 2025); default with --ratio-level sequence
     4e-4"""
+    dual_clip: NonNegative = 0.0
+    """bound on the ratio where the advantage is negative, 3 for example (Ye et al. 2020); 0 for none"""
+    recompute_logprobs: bool = False
+    """old log-probs once more before the update, in micro-batches of its size: for kernels whose results
+    depend on it, as on GPUs in bfloat16; one more forward pass"""
     temperature: Annotated[Positive, KEPT] = 0.35
     """divides the logits, in sampling and in every log-prob alike"""
     entropy_coef: float = 0.0
@@ -132,6 +137,8 @@ class Args(VLAArgs):
                 "--std-normalisation and --leave-one-out are for whole episodes; switch them off, or add "
                 "--advantage-level episode."
             )
+        if 0 < self.dual_clip <= 1:
+            raise UserError(f"--dual-clip must be above 1, or 0 for none, not {self.dual_clip}.")
         if self.accuracy_low > self.accuracy_high:
             low, high = self.accuracy_low, self.accuracy_high
             raise UserError(f"--accuracy-low {low} is above --accuracy-high {high}.")
@@ -256,14 +263,18 @@ def merge_tokens(x, mask, level, chunk):
     return x.unflatten(1, (groups, -1)).sum(-1), mask.unflatten(1, (groups, -1)).any(-1)
 
 
-def clipped_surrogate(log_ratio, advantages, clip_low, clip_high):
-    """-min(rho A, clip(rho, 1 - low, 1 + high) A) elementwise (Schulman et al. 2017, eq. 7).
+def clipped_surrogate(log_ratio, advantages, clip_low, clip_high, dual_clip=0.0):
+    """-min(rho A, clip(rho, 1 - low, 1 + high) A) elementwise (Schulman et al. 2017, eq. 7), and for A < 0 at
+    most -dual_clip A, else unbounded, unless that is 0 (Ye et al. 2020, arXiv:1912.09729, eq. 5).
 
     log_ratio (B, G), advantages (B,) -> loss (B, G)
     """
     ratio = log_ratio.exp()
     advantages = advantages[:, None]
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    if dual_clip:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+    return loss
 
 
 def kl_k3(log_ratio):
@@ -292,7 +303,9 @@ def grpo_loss(log_probs, entropies, batch, totals, args, scale=1.0):
     log_ratio = merged - batch["old_log_probs"]
     if args.ratio_level == "sequence":  # the episode's value, each token's own gradient
         log_ratio = batch["episode_log_ratio"][:, None] + merged - merged.detach()
-    surrogate = clipped_surrogate(log_ratio, batch["advantages"], args.clip_low, args.clip_high)
+    surrogate = clipped_surrogate(
+        log_ratio, batch["advantages"], args.clip_low, args.clip_high, args.dual_clip
+    )
     surrogate = torch.where(covered, surrogate, 0.0).sum(1)
     policy_loss = (surrogate * batch["weights"]).sum() * scale
     entropy = masked_mean(entropies, batch["mask"], totals[1])
@@ -513,7 +526,9 @@ class Groups:
         returns = discounted_returns(episode["rewards"], episode["steps"], args.verifier_gamma, args.chunk)
         group = episode["group"]
         members = self.incomplete.setdefault(group, [])
-        members.append({"chunks": episode["chunks"], "returns": returns, "success": bool(success)})
+        # Rows of a batch keep all of it: copies let go of what the other environments did.
+        chunks = {key: torch.stack([x[key] for x in episode["chunks"]]) for key in episode["chunks"][0]}
+        members.append({"chunks": chunks, "returns": returns, "success": bool(success)})
         if len(members) < args.group_size:
             return
         outcomes = [member["returns"][0] for member in members]
@@ -607,6 +622,14 @@ def train(args, run):
         if run.record(evaluate(agent, eval_envs, args, run, videos), step):
             save("best.pt")
 
+    def log_evaluate_save(scalars):
+        """The end of an iteration, with an update or without one."""
+        run.log(scalars, step)
+        if run.due(iteration, args.eval_freq) and step < args.total_timesteps:
+            evaluate_now()
+        if run.due(iteration, args.save_freq) or step >= args.total_timesteps:
+            save("checkpoint.pt")
+
     run.begin(step, args.total_timesteps, "env_step")
     if run.initial is None:
         evaluate_now(videos=True)  # what a video lacks shows now
@@ -633,7 +656,7 @@ def train(args, run):
             # Tokens that the environment never saw (after the end, or of a joint it lacks) teach nothing.
             executed = torch.as_tensor(info["steps"], device=device)[:, None] > order_in_chunk
             mask = (executed[..., None] & active_dims).flatten(1)
-            version = torch.full((envs.num_envs,), iteration, device=device)
+            version = torch.full((envs.num_envs,), gradient_steps, device=device)  # of the policy
             told = dict(actions=actions, log_probs=log_probs, mask=mask, version=version)
             told |= {} if vision is None else {"vision": vision}
             batch |= reserve(batch, told)
@@ -650,21 +673,24 @@ def train(args, run):
                     groups.end(n, info["success"][n], args, envs.has_success)
             recent = [*recent, *finished_episodes(info, ended)][-200:]
         everyone = distributed.all_gather(
-            [len(groups.ready), num_steps, groups.finished, groups.computed, envs.lost_episodes]
+            [len(groups.ready), num_steps, groups.finished, groups.computed, envs.lost_episodes, recent]
         )
-        all_ready, all_steps, all_finished, all_computed, all_lost = zip(*everyone, strict=True)
+        all_ready, all_steps, all_finished, all_computed, all_lost, all_recent = zip(*everyone, strict=True)
         step += sum(all_steps)
         if run.stopping():
             break
         groups.finished = groups.computed = 0
-        if not min(all_ready):  # every group was uniform
-            continue
         iteration += 1
+        scalars = rollout_metrics(sum(all_recent, []), envs.has_success)
+        scalars |= {"rollout/groups_kept": sum(all_ready), "rollout/lost_episodes": sum(all_lost)}
+        if not min(all_ready):  # every group was uniform
+            log_evaluate_save(scalars)
+            continue
 
         # --- advantages
         chosen, groups.ready = groups.ready[:wanted], groups.ready[wanted:]  # too many wait for the next
         members = [member for group in chosen for member in group]
-        decisions = torch.tensor([len(member["chunks"]) for member in members], device=device)
+        decisions = torch.tensor([len(member["returns"]) for member in members], device=device)
         episode = torch.arange(len(members), device=device).repeat_interleave(decisions)
         returns = [torch.tensor(member["returns"]) for member in members]
         returns = nn.utils.rnn.pad_sequence(returns, batch_first=True).to(device)  # (episodes, decisions)
@@ -678,15 +704,18 @@ def train(args, run):
             advantages = decision_advantages(returns, present)[present]
 
         # --- flatten: valid chunks only, one after another
-        chunks = [chunk for member in members for chunk in member["chunks"]]
-        num_rows, rows = len(chunks), torch.arange(len(chunks))
-        # popped, so that one copy is enough
-        data = {key: torch.stack([chunk.pop(key) for chunk in chunks]) for key in list(chunks[0])}
-        data["fresh"], data["advantages"] = data.pop("version") == iteration - 1, advantages
+        columns = list(members[0]["chunks"])  # popped, so that one copy is enough
+        data = {key: torch.cat([member["chunks"].pop(key) for member in members]) for key in columns}
+        num_rows, rows = len(episode), torch.arange(len(episode))
+        data["fresh"], data["advantages"] = data.pop("version") == gradient_steps, advantages
+        lengths = data.pop("length").cpu() if "length" in data else None  # of prompts, where they differ
+        if args.recompute_logprobs:  # of earlier policies' chunks only the rollout knows them
+            fresh = data["fresh"].cpu().nonzero().squeeze(1)
+            log_probs = current_log_probs(agent, fresh, data, lengths, args.micro_batch_size)
+            data["log_probs"] = torch.where(data["fresh"][:, None], log_probs, data["log_probs"])
         data["old_log_probs"], data["covered"] = merge_tokens(
             data["log_probs"], data["mask"], args.ratio_level, args.chunk
         )
-        lengths = data.pop("length").cpu() if "length" in data else None  # of prompts, where they differ
         # What is shuffled: whole episodes where a ratio covers one, else the chunks that have a gradient.
         units = pool = rows
         if args.ratio_level == "sequence":
@@ -695,8 +724,8 @@ def train(args, run):
             pool = advantages.nonzero().squeeze(1).cpu()
         num_used = num_rows if args.ratio_level == "sequence" else len(pool)
         num_terms = int(data["covered"].sum())
-        everyone = distributed.all_gather([num_rows, num_used, len(pool), num_terms, len(chosen), recent])
-        all_rows, all_used, all_units, all_terms, all_chosen, all_recent = zip(*everyone, strict=True)
+        everyone = distributed.all_gather([num_rows, num_used, len(pool), num_terms, len(chosen)])
+        all_rows, all_used, all_units, all_terms, all_chosen = zip(*everyone, strict=True)
         totals = sum(all_terms), sum(all_chosen) * args.group_size
         data["weights"] = aggregation_weights(
             data["covered"], episode, full, totals, args.aggregation, args.constant_length
@@ -746,25 +775,17 @@ def train(args, run):
             updates.append(metrics)
         run.lap("update")
 
-        # --- log, evaluate, save
-        scalars = mean_metrics(updates) | rollout_metrics(sum(all_recent, []), envs.has_success)
-        scalars |= {
+        scalars |= mean_metrics(updates) | {
             "policy/first_ratio_error": updates[0]["policy/ratio_error"] if updates else 0.0,
             "policy/stale_share": 1 - data["fresh"].float().mean(),
             "optim/learning_rate": args.learning_rate * fraction,
-            "rollout/groups_kept": sum(all_ready),
             "rollout/groups_waiting": sum(all_ready) - sum(all_chosen),
             "rollout/refill_factor": sum(all_finished) / sum(all_chosen),
             "rollout/kept_share": sum(all_rows) / max(sum(all_computed), 1),
             "rollout/trained_share": sum(all_used) / max(sum(all_computed), 1),
-            "rollout/lost_episodes": sum(all_lost),
             "time/samples_per_second": sum(all_used) * args.update_epochs / run.laps["update"],
         }
-        run.log(scalars, step)
-        if run.due(iteration, args.eval_freq) and step < args.total_timesteps:
-            evaluate_now()
-        if run.due(iteration, args.save_freq) or step >= args.total_timesteps:
-            save("checkpoint.pt")
+        log_evaluate_save(scalars)
 
     if step < args.total_timesteps:
         save("checkpoint.pt")

@@ -61,7 +61,7 @@ from common.checkpoint import (
 )
 from common.datasets import d4rl_name
 from common.envs import WORLDS, world_module
-from common.evaluation import score
+from common.evaluation import assured, score
 from common.flags import FIXED, FREE, KEPT, LIMITS, NonNegativeInt, Only, PositiveInt
 
 # --- flags
@@ -370,6 +370,7 @@ class Run:
         if isinstance(args, StateArgs):
             keep_freed_memory()
         self.initial = self.best = self.latest = self.videos = self._writer = self._bar = None
+        self._warned = False
         self._generators, self._signals, self.laps, self._before = {}, [], {}, 0.0
         self._start = self._tick = time.perf_counter()
         if args.resume:
@@ -508,6 +509,12 @@ class Run:
         if self.device.type == "cuda":
             scalars["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         self.write(scalars, step)
+        if scalars.get("policy/first_ratio_error", 0.0) > 0.05 and not self._warned and self.rank == 0:
+            self._warned = True
+            tqdm.write(
+                f"warning: policy/first_ratio_error is {scalars['policy/first_ratio_error']:.3g}: the policy "
+                "that is trained is not the one that acted; see --recompute-logprobs."
+            )
         shown = ("rollout/success_rate", "rollout/mean_reward", "loss/policy")
         if name := next((name for name in shown if name in scalars), None):
             self._bar.set_postfix_str(f"{name.partition('/')[2]} {scalars[name]:.2f}")
@@ -528,7 +535,7 @@ class Run:
         first = self.initial is None
         self.latest, self.initial = evaluation, evaluation if first else self.initial
         # the latest of all where nothing is evaluated
-        better = first or not evaluation["episodes"] or score(evaluation) > score(self.best)
+        better = first or not evaluation["episodes"] or assured(evaluation) > assured(self.best)
         self.best = evaluation if better else self.best
         self._tick = time.perf_counter()
         return better

@@ -135,7 +135,7 @@ def test_saved_episodes_come_back_whole(tmp_path, monkeypatch, block, seed):
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
 def test_roundings_of_next_observations_end_no_episode(tmp_path, scale):
-    """A file off by 3e-7 of its numbers had 2000 episodes; small resets that nobody marked are still found."""
+    """A file off by 3e-7 of its numbers had 2000 episodes; small resets that nobody marked are found."""
     rng, lengths = np.random.default_rng(0), [40, 7, 153]
     arrays = flat(make_episodes(1, lengths))
     arrays["timeouts"][:] = False

@@ -33,6 +33,23 @@ def close(found, wanted, rtol=1e-9):
     np.testing.assert_allclose(np.asarray(found, np.float64), np.asarray(wanted, np.float64), rtol, rtol)
 
 
+# --- the clipped surrogate's second bound
+
+
+def test_dual_clip_bounds_the_loss_of_negative_advantages_alone():
+    log_ratio = tensor([[-1.0, 0.1, 1.0, 5.0]] * 3, grad=True)
+    advantages = tensor([-2.0, 0.0, 2.0])
+    plain = ppo_vla.clipped_surrogate(log_ratio, advantages, 0.2, 0.28)
+    assert plain[0, 3] == pytest.approx(2 * math.exp(5))  # no bound
+    found = ppo_vla.clipped_surrogate(log_ratio, advantages, 0.2, 0.28, 3.0)
+    close(found[0], [2 * 0.8, 2 * math.exp(0.1), 2 * math.exp(1), 2 * 3.0])
+    close(found[1:], plain[1:].detach())
+    found.sum().backward()
+    assert log_ratio.grad[0].tolist() == pytest.approx([0, 2 * math.exp(0.1), 2 * math.exp(1), 0])
+    off = ppo_vla.clipped_surrogate(log_ratio, advantages, 0.2, 0.28, 0.0)
+    assert torch.equal(off, plain)
+
+
 # --- generalised advantage estimation
 
 
