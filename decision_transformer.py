@@ -262,7 +262,7 @@ def train(args, run):
     states, rest, starts = episode_tensors(dataset, bounds, args, device)
     if not run.saved:
         agent.obs_mean[:] = states[: len(rest)].mean(0)
-        agent.obs_std[:] = states[: len(rest)].std(0, correction=0) + 1e-3
+        agent.obs_std[:] = states[: len(rest)].std(0, correction=0) + 1e-6
     states.sub_(agent.obs_mean).div_(agent.obs_std)  # in place: also the data set's array on the CPU
     del dataset
     run.open()

@@ -94,13 +94,19 @@ class Args(VLAArgs):
         "sequence-mean-token-mean"
     )
     """weights of the batch's terms: all alike (DAPO), every episode alike (GRPO), or the episode's sum
-    divided by --constant-length decisions (Dr. GRPO)"""
+    divided by what --constant-length decisions have (Dr. GRPO)"""
     constant_length: Annotated[PositiveInt, Only("aggregation", "constant-length")] = 12
     """decisions that constant-length divides an episode by"""
     clip_low: Share = 0.2
-    """the ratio is clipped to [1 - clip_low, 1 + clip_high]"""
+    """the ratio is clipped to [1 - clip_low, 1 + clip_high]; default with --ratio-level sequence 3e-4"""
     clip_high: NonNegative = 0.28
-    """a wider upper bound keeps exploration alive (DAPO, Yu et al. 2025)"""
+    """a wider upper bound keeps exploration alive (DAPO, Yu et al. 2025); default with --ratio-level sequence
+    4e-4"""
+    dual_clip: NonNegative = 0.0
+    """bound on the ratio where the advantage is negative, 3 for example (Ye et al. 2020); 0 for none"""
+    recompute_logprobs: bool = False
+    """old log-probs once more before the update, in micro-batches of its size: for kernels whose results
+    depend on it, as on GPUs in bfloat16; one more forward pass"""
     temperature: Annotated[Positive, KEPT] = 0.35
     """divides the logits, in sampling and in every log-prob alike"""
     entropy_coef: float = 0.0
@@ -116,6 +122,11 @@ class Args(VLAArgs):
     learn_std: Annotated[bool, Only("head", "gaussian")] = True
     """gaussian head: train the standard deviation, one per action dimension"""
 
+    def defaults(self):
+        """A mean over an episode moves little: GSPO's own bounds (Zheng et al. 2025, section 5.1)."""
+        bounds = dict(clip_low=3e-4, clip_high=4e-4) if self.ratio_level == "sequence" else {}
+        return {name: x for name, x in bounds.items() if getattr(self, name) == getattr(Args, name)}
+
     def check(self):
         if self.group_size < 2:
             raise UserError(
@@ -126,6 +137,8 @@ class Args(VLAArgs):
                 "--std-normalisation and --leave-one-out are for whole episodes; switch them off, or add "
                 "--advantage-level episode."
             )
+        if 0 < self.dual_clip <= 1:
+            raise UserError(f"--dual-clip must be above 1, or 0 for none, not {self.dual_clip}.")
         if self.accuracy_low > self.accuracy_high:
             low, high = self.accuracy_low, self.accuracy_high
             raise UserError(f"--accuracy-low {low} is above --accuracy-high {high}.")
@@ -206,20 +219,23 @@ def decision_advantages(returns, present):
     return torch.where(present & (lowest < highest), returns - mean, 0.0)
 
 
-def aggregation_weights(counts, episode, num_episodes, aggregation, constant, total):
+def aggregation_weights(covered, episode, full, totals, aggregation, constant_length):
     """The weight of each term of the batch's loss, one a chunk.
 
-    counts (B,) terms of each chunk, episode (B,) int64 in [0, num_episodes), total: the terms ("token-mean")
-    or the episodes of the whole batch, of which torchrun's other processes may have more -> (B,) float32.
+    covered (B, G) bool: the terms of each chunk; episode (B,) int64: which one it is of; full: terms of a
+    chunk that was executed in full; totals: terms and episodes of the whole batch, of which torchrun's other
+    processes may have more -> (B,) float32.
     "token-mean": 1 / all terms; "sequence-mean-token-mean": 1 / (episodes * terms of its episode);
-    "constant-length": 1 / (episodes * constant). But for the last, weights times counts add up to 1.
+    "constant-length": 1 / (episodes * constant_length * full), whatever a ratio covers. But for the last,
+    weights times terms add up to 1.
     """
+    all_terms, all_episodes = totals
     if aggregation == "token-mean":
-        return torch.full(counts.shape, 1.0, device=counts.device) / total
+        return torch.full_like(episode, 1, dtype=torch.float32) / all_terms
     if aggregation == "constant-length":
-        return torch.full(counts.shape, 1.0 / (total * constant), device=counts.device)
-    terms = torch.zeros(num_episodes, device=counts.device).index_add(0, episode, counts.float())
-    return 1.0 / (total * terms[episode])
+        return torch.full_like(episode, 1 / (all_episodes * constant_length * full), dtype=torch.float32)
+    terms = torch.bincount(episode, covered.sum(1).float())
+    return 1.0 / (all_episodes * terms[episode])
 
 
 def sequence_log_ratio(log_ratio, mask, episode, num_episodes):
@@ -247,14 +263,18 @@ def merge_tokens(x, mask, level, chunk):
     return x.unflatten(1, (groups, -1)).sum(-1), mask.unflatten(1, (groups, -1)).any(-1)
 
 
-def clipped_surrogate(log_ratio, advantages, clip_low, clip_high):
-    """-min(rho A, clip(rho, 1 - low, 1 + high) A) elementwise (Schulman et al. 2017, eq. 7).
+def clipped_surrogate(log_ratio, advantages, clip_low, clip_high, dual_clip=0.0):
+    """-min(rho A, clip(rho, 1 - low, 1 + high) A) elementwise (Schulman et al. 2017, eq. 7), and for A < 0 at
+    most -dual_clip A, else unbounded, unless that is 0 (Ye et al. 2020, arXiv:1912.09729, eq. 5).
 
     log_ratio (B, G), advantages (B,) -> loss (B, G)
     """
     ratio = log_ratio.exp()
     advantages = advantages[:, None]
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    if dual_clip:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+    return loss
 
 
 def kl_k3(log_ratio):
@@ -276,14 +296,16 @@ def grpo_loss(log_probs, entropies, batch, totals, args, scale=1.0):
     `mask` (B, K*A), `old_log_probs` (B, G) as `merge_tokens` makes them, `advantages` and `weights` (B,),
     `fresh` (B,) bool (made by the policy that this update started from), with a kl_coef `reference_log_probs`
     (B, K*A), and for GSPO `episode_log_ratio` (B,). totals: the minibatch's numbers of ratios, tokens and
-    fresh ratios, (3,); scale: decisions of the batch per decision of the minibatch. -> loss (), {name: ()}
-    without gradients
+    fresh ratios, (3,); scale: units of the batch per unit of the minibatch. -> loss (), {name: ()} without
+    gradients
     """
     merged, covered = merge_tokens(log_probs, batch["mask"], args.ratio_level, args.chunk)
     log_ratio = merged - batch["old_log_probs"]
     if args.ratio_level == "sequence":  # the episode's value, each token's own gradient
         log_ratio = batch["episode_log_ratio"][:, None] + merged - merged.detach()
-    surrogate = clipped_surrogate(log_ratio, batch["advantages"], args.clip_low, args.clip_high)
+    surrogate = clipped_surrogate(
+        log_ratio, batch["advantages"], args.clip_low, args.clip_high, args.dual_clip
+    )
     surrogate = torch.where(covered, surrogate, 0.0).sum(1)
     policy_loss = (surrogate * batch["weights"]).sum() * scale
     entropy = masked_mean(entropies, batch["mask"], totals[1])
@@ -504,7 +526,9 @@ class Groups:
         returns = discounted_returns(episode["rewards"], episode["steps"], args.verifier_gamma, args.chunk)
         group = episode["group"]
         members = self.incomplete.setdefault(group, [])
-        members.append({"chunks": episode["chunks"], "returns": returns, "success": bool(success)})
+        # Rows of a batch keep all of it: copies let go of what the other environments did.
+        chunks = {key: torch.stack([x[key] for x in episode["chunks"]]) for key in episode["chunks"][0]}
+        members.append({"chunks": chunks, "returns": returns, "success": bool(success)})
         if len(members) < args.group_size:
             return
         outcomes = [member["returns"][0] for member in members]
@@ -517,12 +541,13 @@ class Groups:
 
 def minibatches(units, pool, epochs, per_epoch, generator):
     """In each epoch the `pool` of units in random order and in `per_epoch` minibatches -> the rows whose unit
-    (B,) is drawn, and how many times more units the pool has: by that the minibatches' losses average to the
-    batch's.
+    (B,) is drawn, and by what their losses are scaled to average to the batch's. Of more minibatches than
+    units, as one of torchrun's processes may have, some are empty.
     """
     for _ in range(epochs):
         for drawn in pool[torch.randperm(len(pool), generator=generator)].tensor_split(per_epoch):
-            yield torch.isin(units, drawn).nonzero().squeeze(1), len(pool) / max(len(drawn), 1)
+            scale = max(len(pool), per_epoch) / max(len(drawn), 1)
+            yield torch.isin(units, drawn).nonzero().squeeze(1), scale
 
 
 def micro_batches(rows, data, lengths, size):
@@ -572,6 +597,8 @@ def train(args, run):
     sampler, shuffler = run.generator("sampler", device), run.generator("shuffler")
     active_dims = torch.as_tensor(envs.active_dims, device=device)
     order_in_chunk = torch.arange(args.chunk, device=device)
+    whole = active_dims.repeat(1, args.chunk)  # the mask of a chunk that was executed in full
+    full = int(merge_tokens(whole.float(), whole, args.ratio_level, args.chunk)[1].sum())
 
     step, iteration, gradient_steps, recent = 0, 0, 0, []  # recent: the last episodes
     groups, wanted = Groups(envs.num_envs, run.rank), args.num_groups // run.processes
@@ -594,6 +621,14 @@ def train(args, run):
     def evaluate_now(videos=False):
         if run.record(evaluate(agent, eval_envs, args, run, videos), step):
             save("best.pt")
+
+    def log_evaluate_save(scalars):
+        """The end of an iteration, with an update or without one."""
+        run.log(scalars, step)
+        if run.due(iteration, args.eval_freq) and step < args.total_timesteps:
+            evaluate_now()
+        if run.due(iteration, args.save_freq) or step >= args.total_timesteps:
+            save("checkpoint.pt")
 
     run.begin(step, args.total_timesteps, "env_step")
     if run.initial is None:
@@ -621,7 +656,7 @@ def train(args, run):
             # Tokens that the environment never saw (after the end, or of a joint it lacks) teach nothing.
             executed = torch.as_tensor(info["steps"], device=device)[:, None] > order_in_chunk
             mask = (executed[..., None] & active_dims).flatten(1)
-            version = torch.full((envs.num_envs,), iteration, device=device)
+            version = torch.full((envs.num_envs,), gradient_steps, device=device)  # of the policy
             told = dict(actions=actions, log_probs=log_probs, mask=mask, version=version)
             told |= {} if vision is None else {"vision": vision}
             batch |= reserve(batch, told)
@@ -638,21 +673,24 @@ def train(args, run):
                     groups.end(n, info["success"][n], args, envs.has_success)
             recent = [*recent, *finished_episodes(info, ended)][-200:]
         everyone = distributed.all_gather(
-            [len(groups.ready), num_steps, groups.finished, groups.computed, envs.lost_episodes]
+            [len(groups.ready), num_steps, groups.finished, groups.computed, envs.lost_episodes, recent]
         )
-        all_ready, all_steps, all_finished, all_computed, all_lost = zip(*everyone, strict=True)
+        all_ready, all_steps, all_finished, all_computed, all_lost, all_recent = zip(*everyone, strict=True)
         step += sum(all_steps)
         if run.stopping():
             break
         groups.finished = groups.computed = 0
-        if not min(all_ready):  # every group was uniform
-            continue
         iteration += 1
+        scalars = rollout_metrics(sum(all_recent, []), envs.has_success)
+        scalars |= {"rollout/groups_kept": sum(all_ready), "rollout/lost_episodes": sum(all_lost)}
+        if not min(all_ready):  # every group was uniform
+            log_evaluate_save(scalars)
+            continue
 
         # --- advantages
         chosen, groups.ready = groups.ready[:wanted], groups.ready[wanted:]  # too many wait for the next
         members = [member for group in chosen for member in group]
-        decisions = torch.tensor([len(member["chunks"]) for member in members], device=device)
+        decisions = torch.tensor([len(member["returns"]) for member in members], device=device)
         episode = torch.arange(len(members), device=device).repeat_interleave(decisions)
         returns = [torch.tensor(member["returns"]) for member in members]
         returns = nn.utils.rnn.pad_sequence(returns, batch_first=True).to(device)  # (episodes, decisions)
@@ -666,15 +704,18 @@ def train(args, run):
             advantages = decision_advantages(returns, present)[present]
 
         # --- flatten: valid chunks only, one after another
-        chunks = [chunk for member in members for chunk in member["chunks"]]
-        num_rows, rows = len(chunks), torch.arange(len(chunks))
-        # popped, so that one copy is enough
-        data = {key: torch.stack([chunk.pop(key) for chunk in chunks]) for key in list(chunks[0])}
-        data["fresh"], data["advantages"] = data.pop("version") == iteration - 1, advantages
+        columns = list(members[0]["chunks"])  # popped, so that one copy is enough
+        data = {key: torch.cat([member["chunks"].pop(key) for member in members]) for key in columns}
+        num_rows, rows = len(episode), torch.arange(len(episode))
+        data["fresh"], data["advantages"] = data.pop("version") == gradient_steps, advantages
+        lengths = data.pop("length").cpu() if "length" in data else None  # of prompts, where they differ
+        if args.recompute_logprobs:  # of earlier policies' chunks only the rollout knows them
+            fresh = data["fresh"].cpu().nonzero().squeeze(1)
+            log_probs = current_log_probs(agent, fresh, data, lengths, args.micro_batch_size)
+            data["log_probs"] = torch.where(data["fresh"][:, None], log_probs, data["log_probs"])
         data["old_log_probs"], data["covered"] = merge_tokens(
             data["log_probs"], data["mask"], args.ratio_level, args.chunk
         )
-        lengths = data.pop("length").cpu() if "length" in data else None  # of prompts, where they differ
         # What is shuffled: whole episodes where a ratio covers one, else the chunks that have a gradient.
         units = pool = rows
         if args.ratio_level == "sequence":
@@ -682,13 +723,12 @@ def train(args, run):
         elif not args.kl_coef and not args.entropy_coef:
             pool = advantages.nonzero().squeeze(1).cpu()
         num_used = num_rows if args.ratio_level == "sequence" else len(pool)
-        num_terms = int(data["covered"].sum()) if args.aggregation == "token-mean" else len(members)
-        everyone = distributed.all_gather([num_rows, num_used, num_terms, len(chosen), recent])
-        all_rows, all_used, all_terms, all_chosen, all_recent = zip(*everyone, strict=True)
-        terms = data["covered"].sum(1)
-        constant = args.constant_length * (data["covered"].shape[1] // args.chunk or 1)
+        num_terms = int(data["covered"].sum())
+        everyone = distributed.all_gather([num_rows, num_used, len(pool), num_terms, len(chosen)])
+        all_rows, all_used, all_units, all_terms, all_chosen = zip(*everyone, strict=True)
+        totals = sum(all_terms), sum(all_chosen) * args.group_size
         data["weights"] = aggregation_weights(
-            terms, episode, len(members), args.aggregation, constant, sum(all_terms)
+            data["covered"], episode, full, totals, args.aggregation, args.constant_length
         )
         if args.kl_coef > 0:
             with weights_of(reference, trained):
@@ -700,7 +740,8 @@ def train(args, run):
         agent.train()
         fraction = max(0.0, 1 - step / args.total_timesteps) if args.anneal_lr else 1.0
         optimizer.param_groups[0]["lr"] = args.learning_rate * fraction
-        updates, per_epoch = [], math.ceil(max(sum(all_used), 1) / args.minibatch_size)
+        updates, per_epoch = [], math.ceil(sum(all_used) / args.minibatch_size)
+        per_epoch = max(1, min(per_epoch, max(all_units)))  # an episode is not split
         for rows, scale in minibatches(units, pool, args.update_epochs, per_epoch, shuffler):
             # What the means divide by is the minibatch's, so that micro-batches, here and in torchrun's other
             # processes, add up to it exactly.
@@ -708,7 +749,7 @@ def train(args, run):
             covered, mask, fresh = (data[key][index] for key in ("covered", "mask", "fresh"))
             totals = torch.stack([covered.sum(), mask.sum(), (covered & fresh[:, None]).sum()])
             distributed.all_sum(totals)
-            if not totals[1]:  # fewer episodes than minibatches: this one is empty everywhere
+            if not totals[1]:  # nothing has an advantage
                 continue
             if args.ratio_level == "sequence":  # of all of an episode's chunks
                 log_ratio = current_log_probs(agent, rows, data, lengths, args.micro_batch_size)
@@ -734,25 +775,17 @@ def train(args, run):
             updates.append(metrics)
         run.lap("update")
 
-        # --- log, evaluate, save
-        scalars = mean_metrics(updates) | rollout_metrics(sum(all_recent, []), envs.has_success)
-        scalars |= {
+        scalars |= mean_metrics(updates) | {
             "policy/first_ratio_error": updates[0]["policy/ratio_error"] if updates else 0.0,
             "policy/stale_share": 1 - data["fresh"].float().mean(),
             "optim/learning_rate": args.learning_rate * fraction,
-            "rollout/groups_kept": sum(all_ready),
             "rollout/groups_waiting": sum(all_ready) - sum(all_chosen),
             "rollout/refill_factor": sum(all_finished) / sum(all_chosen),
             "rollout/kept_share": sum(all_rows) / max(sum(all_computed), 1),
             "rollout/trained_share": sum(all_used) / max(sum(all_computed), 1),
-            "rollout/lost_episodes": sum(all_lost),
             "time/samples_per_second": sum(all_used) * args.update_epochs / run.laps["update"],
         }
-        run.log(scalars, step)
-        if run.due(iteration, args.eval_freq) and step < args.total_timesteps:
-            evaluate_now()
-        if run.due(iteration, args.save_freq) or step >= args.total_timesteps:
-            save("checkpoint.pt")
+        log_evaluate_save(scalars)
 
     if step < args.total_timesteps:
         save("checkpoint.pt")

@@ -79,6 +79,11 @@ class Args(VLAArgs):
     """the ratio is clipped to [1 - clip_low, 1 + clip_high]"""
     clip_high: NonNegative = 0.28
     """a wider upper bound keeps exploration alive (DAPO, Yu et al. 2025)"""
+    dual_clip: NonNegative = 0.0
+    """bound on the ratio where the advantage is negative, 3 for example (Ye et al. 2020); 0 for none"""
+    recompute_logprobs: bool = False
+    """old log-probs once more before the update, in micro-batches of its size: for kernels whose results
+    depend on it, as on GPUs in bfloat16; one more forward pass"""
     temperature: Annotated[Positive, KEPT] = 0.35
     """divides the logits, in sampling and in every log-prob alike"""
     entropy_coef: float = 0.0
@@ -105,6 +110,10 @@ class Args(VLAArgs):
     """gaussian head: initial standard deviation, actions being in [-1, 1]"""
     learn_std: Annotated[bool, Only("head", "gaussian")] = True
     """gaussian head: train the standard deviation, one per action dimension"""
+
+    def check(self):
+        if 0 < self.dual_clip <= 1:
+            raise UserError(f"--dual-clip must be above 1, or 0 for none, not {self.dual_clip}.")
 
 
 PRESETS = {  # what differs from the defaults, which are tabletop's; flags on the command line win
@@ -158,14 +167,18 @@ def merge_tokens(x, mask, level, chunk):
     return x.unflatten(1, (groups, -1)).sum(-1), mask.unflatten(1, (groups, -1)).any(-1)
 
 
-def clipped_surrogate(log_ratio, advantages, clip_low, clip_high):
-    """-min(rho A, clip(rho, 1 - low, 1 + high) A) elementwise (Schulman et al. 2017, eq. 7).
+def clipped_surrogate(log_ratio, advantages, clip_low, clip_high, dual_clip=0.0):
+    """-min(rho A, clip(rho, 1 - low, 1 + high) A) elementwise (Schulman et al. 2017, eq. 7), and for A < 0 at
+    most -dual_clip A, else unbounded, unless that is 0 (Ye et al. 2020, arXiv:1912.09729, eq. 5).
 
     log_ratio (B, G), advantages (B,) -> loss (B, G)
     """
     ratio = log_ratio.exp()
     advantages = advantages[:, None]
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    if dual_clip:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+    return loss
 
 
 def value_loss(values, old_values, returns, clip, huber_delta):
@@ -210,7 +223,9 @@ def ppo_loss(log_probs, entropies, values, batch, totals, args, critic_only=Fals
     """
     merged, covered = merge_tokens(log_probs, batch["mask"], args.ratio_level, args.chunk)
     log_ratio = merged - batch["old_log_probs"]
-    surrogate = clipped_surrogate(log_ratio, batch["advantages"], args.clip_low, args.clip_high)
+    surrogate = clipped_surrogate(
+        log_ratio, batch["advantages"], args.clip_low, args.clip_high, args.dual_clip
+    )
     policy_loss = masked_mean(surrogate, covered, totals[0])
     errors = value_loss(values, batch["values"], batch["returns"], args.value_clip, args.huber_delta)
     critic_loss = errors.sum() / totals[2]
@@ -568,13 +583,16 @@ def train(args, run):
         if args.normalize_advantages and sum(all_rows) > 1:
             whole = torch.cat(distributed.all_gather(data["advantages"].cpu())).to(device)
             data["advantages"] = (data["advantages"] - whole.mean()) / (whole.std() + 1e-8)
+        rows = torch.arange(num_rows)
+        lengths = data.pop("length").cpu() if "length" in data else None  # of prompts, where they differ
+        if args.recompute_logprobs:
+            log_probs = current_log_probs(agent, rows, data, lengths, args.micro_batch_size)
+            data["log_probs"] = log_probs
         data["old_log_probs"], data["covered"] = merge_tokens(
             data["log_probs"], data["mask"], args.ratio_level, args.chunk
         )
-        lengths = data.pop("length").cpu() if "length" in data else None  # of prompts, where they differ
         if args.kl_coef > 0:
             with weights_of(reference, trained.values()):
-                rows = torch.arange(num_rows)
                 log_probs = current_log_probs(agent, rows, data, lengths, args.micro_batch_size)
             data["reference_log_probs"] = log_probs
         run.lap("policy")

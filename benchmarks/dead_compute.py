@@ -103,11 +103,11 @@ def ours(args, run, count):
     useful, weigh, evaluate = [], grpo_vla.aggregation_weights, grpo_vla.evaluate
     start = []
 
-    def watch(counts, *rest):
+    def watch(covered, *rest):
         if len(useful) == ITERATIONS:
             raise Done
-        useful.append(len(counts))
-        return weigh(counts, *rest)
+        useful.append(len(covered))
+        return weigh(covered, *rest)
 
     def begin(*args, **kwargs):
         result = evaluate(*args, **kwargs)
@@ -158,8 +158,9 @@ def fixed_horizon(args, run, count):
                 log_probs[index] = agent.evaluate_actions(micro, micro["actions"], micro["vision"])[0]
                 count.rows["old log-probs"] += len(index)
         old_log_probs, covered = grpo_vla.merge_tokens(log_probs, data["mask"], args.ratio_level, CHUNK)
+        totals = int(covered.sum()), args.num_envs
         weights = grpo_vla.aggregation_weights(
-            covered.sum(1), episode, args.num_envs, args.aggregation, 1, args.num_envs
+            covered, episode, covered.shape[1], totals, args.aggregation, args.constant_length
         )
         data |= dict(old_log_probs=old_log_probs, weights=weights, fresh=torch.ones(len(rows), dtype=bool))
         agent.train()

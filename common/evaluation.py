@@ -72,6 +72,12 @@ def score(evaluation):
     return evaluation.get("success_rate", evaluation.get("mean_reward", 0.0))
 
 
+def assured(evaluation):
+    """What an evaluation is compared by: the lower end of the success rate's interval, in which a rate of few
+    episodes counts less, or else the mean return."""
+    return evaluation["success_rate_ci95"][0] if "success_rate" in evaluation else score(evaluation)
+
+
 @torch.no_grad()
 def run_episodes(agent, envs, seeds, generator=None, video_folder=None):
     """One episode from each of the `seeds` -> rows (success, return, length, task) in their order.

@@ -61,7 +61,7 @@ from common.checkpoint import (
 )
 from common.datasets import d4rl_name
 from common.envs import WORLDS, world_module
-from common.evaluation import score
+from common.evaluation import assured, score
 from common.flags import FIXED, FREE, KEPT, LIMITS, NonNegative, NonNegativeInt, Only, PositiveInt, Unless
 
 # --- flags
@@ -267,8 +267,9 @@ def compose(Args, presets, seen, before):
 def read_flags(words, Args, presets, script):
     """The command line's `words` -> arguments, and what --checkpoint or --resume holds (or None).
 
-    A value is the command line's, else what a checkpoint fixes, else what follows from the world's flags,
-    else the preset's, else the default. Raises UserError and CheckpointError.
+    A value is the command line's, else what a checkpoint fixes, else what follows from other flags
+    (`defaults(self)` of the world's dataclass or the script's), else the preset's, else the default. Raises
+    UserError and CheckpointError.
     """
     seen, saved = read_source(words, Args, script)
     before, source = saved["args"] if saved else {}, seen.resume or seen.checkpoint
@@ -303,7 +304,9 @@ def read_flags(words, Args, presets, script):
         if hasattr(Args, "defaults"):
             quiet = [word for word in words if word not in ("-h", "--help")]
             chosen = tyro.cli(Args, args=quiet, default=default, prog=prog)
-            default = dataclasses.replace(default, **chosen.defaults())
+            for part in reversed(Args.__mro__):
+                if "defaults" in vars(part):
+                    default = dataclasses.replace(default, **part.defaults(chosen))
         args = tyro.cli(Args, args=words, default=default, prog=prog)
         if seen.backbone and not seen.checkpoint:
             args.backbone, args.checkpoint = seen.backbone, None
@@ -372,6 +375,7 @@ class Run:
         if isinstance(args, StateArgs):
             keep_freed_memory()
         self.initial = self.best = self.latest = self.videos = self._writer = self._bar = None
+        self._warned = False
         self._generators, self._signals, self.laps, self._before = {}, [], {}, 0.0
         self._start = self._tick = time.perf_counter()
         if args.resume:
@@ -510,6 +514,12 @@ class Run:
         if self.device.type == "cuda":
             scalars["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         self.write(scalars, step)
+        if scalars.get("policy/first_ratio_error", 0.0) > 0.05 and not self._warned and self.rank == 0:
+            self._warned = True
+            tqdm.write(
+                f"warning: policy/first_ratio_error is {scalars['policy/first_ratio_error']:.3g}: the policy "
+                "that is trained is not the one that acted; see --recompute-logprobs."
+            )
         shown = ("rollout/success_rate", "rollout/mean_reward", "loss/policy")
         if name := next((name for name in shown if name in scalars), None):
             self._bar.set_postfix_str(f"{name.partition('/')[2]} {scalars[name]:.2f}")
@@ -530,7 +540,7 @@ class Run:
         first = self.initial is None
         self.latest, self.initial = evaluation, evaluation if first else self.initial
         # the latest of all where nothing is evaluated
-        better = first or not evaluation["episodes"] or score(evaluation) > score(self.best)
+        better = first or not evaluation["episodes"] or assured(evaluation) > assured(self.best)
         self.best = evaluation if better else self.best
         self._tick = time.perf_counter()
         return better

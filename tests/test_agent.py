@@ -365,6 +365,15 @@ def test_lora_trains_adapters_and_heads_only(head):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in agent.parameters() if p.requires_grad)
 
 
+def test_adapters_are_scaled_by_alpha_over_rank():
+    for alpha, wanted in ((0, 8), (3, 3)):  # twice the rank, or what is given
+        agent = make_agent()
+        add_lora(agent.backbone, 4, alpha)
+        assert agent.backbone.config["lora"]["lora_alpha"] == wanted
+        scales = {m.scaling["default"] for m in agent.modules() if hasattr(m, "lora_A")}
+        assert scales == {wanted / 4}
+
+
 def test_a_backbone_without_targets_takes_no_lora():
     with pytest.raises(UserError, match="takes no LoRA"):
         add_lora(build_backbone("mlp", chunk=1, action_dim=1, proprio_dim=4), 4)

@@ -785,6 +785,8 @@ WRONG_PPO = [
     ("--learning-rate inf", "--learning-rate must be a finite number, not inf."),
     ("--entropy-coef nan", "--entropy-coef must be a finite number"),
     ("--lora-rank -1", "--lora-rank must not be negative"),
+    ("--lora-alpha 8", "--lora-alpha does nothing without --lora-rank; drop it"),
+    ("--dual-clip 1", "--dual-clip must be above 1, or 0 for none, not 1.0"),
     ("--action-history -1", "--action-history must not be negative"),
     ("--kl-coef -1", "--kl-coef must not be negative"),
     ("--clip-low -0.1", "--clip-low must be in [0, 1]"),

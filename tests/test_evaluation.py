@@ -238,6 +238,10 @@ def test_a_world_without_success_has_no_rate():
     assert found == {"episodes": 2, "mean_reward": 3.0, "mean_length": 6.0, "normalized_score": 50.0}
     assert evaluation.score(found) == 3.0 and evaluation.score({"episodes": 0}) == 0.0
     assert evaluation.score(summarize([(1, 9.0, 5, 0)], True)) == 1.0
+    few, many = (summarize([(1, 1.0, 5, 0)] * n + [(0, 0.0, 5, 0)] * m, True) for n, m in ((3, 0), (95, 5)))
+    assert evaluation.score(few) > evaluation.score(many)
+    assert evaluation.assured(few) == few["success_rate_ci95"][0] < evaluation.assured(many)
+    assert evaluation.assured(found) == 3.0 and evaluation.assured({"episodes": 0}) == 0.0
 
 
 def test_means_of_the_last_episodes():

@@ -136,7 +136,12 @@ def episodes_of(state):
     """(group, episode's chunks) of all that a checkpoint holds."""
     groups = groups_of(state)
     found = [(e["group"], e["chunks"]) for e in groups["playing"] if e and e["chunks"]]
-    return found + [(n, e["chunks"]) for n, members in groups["incomplete"].items() for e in members]
+    for n, members in groups["incomplete"].items():
+        columns = [e["chunks"] for e in members]
+        found += [
+            (n, [dict(zip(x, row, strict=True)) for row in zip(*x.values(), strict=True)]) for x in columns
+        ]
+    return found
 
 
 def test_members_of_a_group_share_their_state(trained):
@@ -173,23 +178,42 @@ def test_kept_groups_are_used_once_in_order_and_dropped_ones_never(tmp_path, war
 def test_uniform_groups_are_dropped_until_the_refill_limit(tmp_path, warmup):
     """Nobody succeeds: no update at all, and the run ends all the same."""
     flags = f"--checkpoint {warmup} --reward sparse --output-dir {tmp_path} --run-name r --max-steps 1"
-    run(grpo_vla, GRPO, flags, "--total-timesteps 300 --max-refill 2")
+    run(grpo_vla, GRPO, flags, "--total-timesteps 300 --max-refill 2 --eval-freq 4")
     assert results(tmp_path / "r")["gradient_steps"] == 0
+    logged = scalars(tmp_path / "r")  # each of them tells, evaluates and saves all the same
+    assert len(logged["rollout/success_rate"]) > 4 and len(logged["eval/success_rate"]) > 3
+    assert all(value == 0 for _, value in logged["rollout/groups_kept"])
+    assert load_checkpoint(tmp_path / "r")["counters"][1] == len(logged["rollout/success_rate"])
     before, after = load_checkpoint(warmup)["agent"], load_checkpoint(tmp_path / "r")["agent"]
     assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
+def test_finished_episodes_let_go_of_their_batch():
+    """A row of a batch would keep what all other environments did, dropped groups' too."""
+    groups = grpo_vla.Groups(8, 0)
+    groups.start(1, 2, 1)
+    args = grpo_vla.Args(group_size=2, accuracy_low=0.0, accuracy_high=1.0)
+    for reward in (0.0, 1.0):
+        for n, row in enumerate(torch.randn(8, 1000).unbind()):
+            groups.add(n, {"vision": row}, reward * (n < 3), 1)
+    for n in range(8):
+        groups.end(n, n < 3, args, True)
+    assert len(groups.ready) == 1 and not groups.incomplete  # of four groups two and two succeed or fail
+    for member in groups.ready[0]:
+        assert member["chunks"]["vision"].untyped_storage().nbytes() == 2 * 1000 * 4
+
+
 def test_single_decisions_compare_actions_for_one_state(tmp_path, warmup, monkeypatch):
     """--max-steps 1: all chunks of a group see the same observation, and outcomes are one reward."""
-    seen, stack = [], torch.stack
+    seen, cat = [], torch.cat
 
     def watch(tensors, *args, **kwargs):
-        found = stack(tensors, *args, **kwargs)
-        if found.ndim == 2 and found.dtype == torch.float32 and found.shape[1] == 8:
+        found = cat(tensors, *args, **kwargs)
+        if {x.shape for x in tensors} == {(1, 8)} and found.dtype == torch.float32:
             seen.append(found)  # proprio of a batch
         return found
 
-    monkeypatch.setattr(torch, "stack", watch)
+    monkeypatch.setattr(torch, "cat", watch)
     flags = f"--checkpoint {warmup} --output-dir {tmp_path} --run-name r --max-steps 1"
     run(grpo_vla, GRPO, flags, "--total-timesteps 300 --num-groups 2")
     assert len(seen) > 2
@@ -208,10 +232,10 @@ def test_no_chunk_is_computed_after_an_end(tmp_path, warmup, monkeypatch):
         computed.extend([1] * (len(batch["proprio"]) if not deterministic else 0))
         return act(self, batch, vision, deterministic, generator)
 
-    def count(counts, *rest):
-        trained.append(len(counts))
-        assert (counts > 0).all()  # every chunk in the update was executed at least in part
-        return update(counts, *rest)
+    def count(covered, *rest):
+        trained.append(len(covered))
+        assert covered.any(1).all()  # every chunk in the update was executed at least in part
+        return update(covered, *rest)
 
     monkeypatch.setattr(grpo_vla.Agent, "get_action_and_value", watch)
     monkeypatch.setattr(grpo_vla, "aggregation_weights", count)
@@ -220,7 +244,7 @@ def test_no_chunk_is_computed_after_an_end(tmp_path, warmup, monkeypatch):
     run(grpo_vla, GRPO, flags)
     state = load_checkpoint(tmp_path / "r")
     left = sum(len(chunks) for _, chunks in episodes_of(state))
-    left += sum(len(e["chunks"]) for members in groups_of(state)["ready"] for e in members)
+    left += sum(len(e["returns"]) for members in groups_of(state)["ready"] for e in members)
     assert sum(computed) == sum(trained) + left
 
 
@@ -337,6 +361,21 @@ def test_micro_batches_give_the_same_update(tmp_path, warmup, flags):
         for other in weights[:-1]:
             if value.is_floating_point():
                 torch.testing.assert_close(other[key], value, rtol=0, atol=5e-5, msg=key)
+
+
+def test_no_minibatch_of_gspo_is_empty(tmp_path, warmup, monkeypatch):
+    """Twenty times fewer episodes than decisions: an update has at most as many steps as episodes."""
+    seen, minibatches = [], grpo_vla.minibatches
+
+    def watch(*inputs):
+        for rows, scale in minibatches(*inputs):
+            seen.append(len(rows))
+            yield rows, scale
+
+    monkeypatch.setattr(grpo_vla, "minibatches", watch)
+    flags = f"--checkpoint {warmup} --output-dir {tmp_path} --run-name r --minibatch-size 1"
+    run(grpo_vla, GRPO, flags, "--ratio-level sequence --total-timesteps 300")
+    assert seen and min(seen) > 0 and results(tmp_path / "r")["gradient_steps"] == len(seen)
 
 
 # --- wrong inputs

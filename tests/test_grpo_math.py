@@ -119,14 +119,16 @@ def test_a_uniform_group_has_no_advantage_at_all(value, std_normalisation):
 
 
 COUNTS, EPISODE = torch.tensor([4, 3, 4, 0, 1, 4]), torch.tensor([0, 0, 1, 1, 2, 2])
-TOTAL = {"token-mean": 16, "sequence-mean-token-mean": 3, "constant-length": 3}
+COVERED, TOTALS = torch.arange(4) < COUNTS[:, None], (16, 3)
+AGGREGATIONS = ["token-mean", "sequence-mean-token-mean", "constant-length"]
 
 
-@pytest.mark.parametrize("aggregation", ["token-mean", "sequence-mean-token-mean", "constant-length"])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_aggregation_against_loops(aggregation):
     terms = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
-    mask = torch.arange(4) < COUNTS[:, None]
-    weights = aggregation_weights(COUNTS, EPISODE, 3, aggregation, 10, TOTAL[aggregation])
+    mask = COVERED
+    weights = aggregation_weights(COVERED, EPISODE, 4, TOTALS, aggregation, 10)
+    assert weights.dtype == torch.float32
     found = (torch.where(mask, terms, 0.0).sum(1) * weights).sum().item()
     by_episode = [[], [], []]
     for row, episode in enumerate(EPISODE.tolist()):
@@ -134,7 +136,7 @@ def test_aggregation_against_loops(aggregation):
     wanted = {
         "token-mean": sum(map(sum, by_episode)) / sum(map(len, by_episode)),
         "sequence-mean-token-mean": sum(sum(e) / len(e) for e in by_episode) / 3,
-        "constant-length": sum(sum(e) / 10 for e in by_episode) / 3,
+        "constant-length": sum(sum(e) / (10 * 4) for e in by_episode) / 3,
     }
     assert found == pytest.approx(wanted[aggregation], rel=1e-5)
     assert all(wanted[a] != pytest.approx(wanted[b], rel=1e-3) for a, b in itertools.combinations(wanted, 2))
@@ -142,7 +144,7 @@ def test_aggregation_against_loops(aggregation):
 
 def test_sequence_ratio_is_the_geometric_mean():
     log_ratio = torch.randn(6, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 0.3
-    mask = torch.arange(4) < COUNTS[:, None]
+    mask = COVERED
     found = sequence_log_ratio(log_ratio.float(), mask, EPISODE, 4).exp()
     for episode in range(3):
         ratios = [
@@ -155,14 +157,29 @@ def test_sequence_ratio_is_the_geometric_mean():
     assert found[3] == 1
 
 
-@pytest.mark.parametrize("aggregation", TOTAL)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_weights_of_two_processes_are_those_of_one(aggregation):
     """The first has one of the three episodes, the second two."""
-    whole = aggregation_weights(COUNTS, EPISODE, 3, aggregation, 10, TOTAL[aggregation])
+    whole = aggregation_weights(COVERED, EPISODE, 4, TOTALS, aggregation, 10)
     for rows, first in ((slice(0, 2), 0), (slice(2, 6), 1)):
-        counts, episode = COUNTS[rows], EPISODE[rows] - first
-        found = aggregation_weights(counts, episode, 1 + first, aggregation, 10, TOTAL[aggregation])
+        found = aggregation_weights(COVERED[rows], EPISODE[rows] - first, 4, TOTALS, aggregation, 10)
         torch.testing.assert_close(found, whole[rows])
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS[1:])
+def test_an_episode_weighs_the_same_whatever_a_ratio_covers(aggregation):
+    """Chunks of 4 actions of 3 numbers, one of a joint that the arm lacks; an episode of 5 full chunks among
+    10 weighs half of what 10 chunks do with constant-length."""
+    whole, episode = torch.tensor([[True, True, False]] * 4).flatten()[None], torch.arange(10) // 5
+    sums = {}
+    for level in ("token", "step", "chunk", "sequence"):
+        one = merge_tokens(whole.float(), whole, level, 4)[1]
+        covered = one.expand(10, -1)
+        totals = int(covered.sum()), 2
+        weights = aggregation_weights(covered, episode, int(one.sum()), totals, aggregation, 10)
+        sums[level] = (weights * covered.sum(1))[:5].sum().item()
+    wanted = 0.5 if aggregation == "sequence-mean-token-mean" else 0.25
+    assert sums == {level: pytest.approx(wanted, rel=1e-6) for level in sums}
 
 
 # --- the loss and its pieces
@@ -342,6 +359,13 @@ def test_minibatches_draw_every_unit_once_an_epoch():
     assert sorted(len(rows) for rows, _ in empty) == [0, 0, 2]
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_minibatches_of_few_units_average_to_the_batch_too(size):
+    """A process with fewer units than minibatches: its losses' sum over three is three times its batch's."""
+    units = torch.arange(6)
+    assert sum(scale * len(rows) for rows, scale in draws(units, units[:size], 3)) / 3 == size
+
+
 def gspo_by_autograd(new, old, mask, episode, advantages, low, high):
     """-1/E sum_i min(s_i A_i, clip(s_i) A_i), s_i = exp(mean log-ratio), differentiated as it stands."""
     losses = []
@@ -362,7 +386,9 @@ def test_gspo_gradient_in_pieces_equals_autograd_of_the_whole():
     (wanted,) = torch.autograd.grad(whole, new)
     assert (wanted[~mask] == 0).all() and 1 < len({i for i in range(5) if wanted[episode == i].any()}) < 5
     data["advantages"] = advantages[episode]
-    data["weights"] = aggregation_weights(mask.sum(1), episode, 5, "sequence-mean-token-mean", 0, 5)
+    data["weights"] = aggregation_weights(
+        mask, episode, 4, (int(mask.sum()), 5), "sequence-mean-token-mean", 0
+    )
     drift = sequence_log_ratio((new - data["log_probs"]).detach(), mask, episode, 5)
     data |= dict(new=new, entropies=entropies, episode_log_ratio=drift[episode])
     loss = 0.0

@@ -133,6 +133,25 @@ def test_saved_episodes_come_back_whole(tmp_path, monkeypatch, block, seed):
         assert np.array_equal(file["timeouts"], arrays["timeouts"])
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_roundings_of_next_observations_end_no_episode(tmp_path, scale):
+    """A file off by 3e-7 of its numbers had 2000 episodes; small resets that nobody marked are found."""
+    rng, lengths = np.random.default_rng(0), [40, 7, 153]
+    arrays = flat(make_episodes(1, lengths))
+    arrays["timeouts"][:] = False
+    starts = np.cumsum([0, *lengths])[:-1]
+    for key in ("observations", "next_observations"):
+        arrays[key] = (scale * arrays[key]).astype(np.float32)
+    # the second episode starts where the first ends, but for a thousandth in one dimension
+    arrays["observations"][40] = arrays["next_observations"][39] + np.float32([0, 1e-3 * scale, 0])
+    noise = 3e-7 * scale * rng.choice([-1, 1], arrays["next_observations"].shape)
+    arrays["next_observations"] = (arrays["next_observations"] + noise).astype(np.float32)
+    arrays["terminals"][:] = False
+    dataset = load_dataset(str(write(tmp_path / "off.hdf5", arrays)))
+    assert dataset.episode_starts.tolist() == starts.tolist()
+    np.testing.assert_allclose(dataset.next_observations, arrays["next_observations"], atol=1e-5 * scale * 5)
+
+
 @pytest.mark.parametrize("block", [1, 7, 10**6])
 def test_without_next_observations_against_a_loop(tmp_path, monkeypatch, block):
     monkeypatch.setattr(datasets, "BLOCK", block)

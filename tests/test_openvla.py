@@ -508,6 +508,38 @@ def test_oft_sees_every_token_and_openvla_none_ahead(checkpoints):
         assert moved[:place].min() > 1e-6 if family == "oft" else moved[:place].max() == 0
 
 
+@pytest.mark.parametrize("family", ["oft", "l1"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_last_slot_reaches_the_first_action(checkpoints, monkeypatch, family, padded):
+    """Through `forward`, whatever transformers does with masks: without one (prompts of one length, where
+    SDPA's own default counts) and with one. A causal mask would be the silent error."""
+    model = load(checkpoints, family)
+    obs = observe(2) | {"task": np.array([0, int(padded)])}
+    batch, tail = model.preprocess(obs, ["open the drawer", "put the red cube in drawer"]), model._tail
+    assert padded == (len(batch["length"].unique()) == 2)
+
+    def difference():
+        """Of the first action's state, once the slot of the last one is another."""
+        found = []
+        for added in (0.0, 1.0):
+
+            def moved(*inputs, added=added):
+                x = tail(*inputs).clone()
+                x[:, model.chunk * model.action_dim - 1] += added
+                return x
+
+            monkeypatch.setattr(model, "_tail", moved)
+            with torch.no_grad():
+                found.append(model(batch)[0][:, 0])
+        return (found[0] - found[1]).abs().amax(-1).min()
+
+    assert difference() > 1e-4
+    run = model._run
+    causal = {"is_causal": True}  # of Llama's layers; the towers' take none
+    monkeypatch.setattr(model, "_run", lambda m, x, **inputs: run(m, x, **inputs and inputs | causal))
+    assert padded or difference() == 0  # it can fail
+
+
 @pytest.mark.parametrize("libero", [False, True])
 def test_demonstrations_come_back_from_the_models_units(checkpoints, libero):
     """In the data set's range, and LIBERO's gripper (-1 opens) from the model's (1 is open)."""

@@ -33,6 +33,23 @@ def close(found, wanted, rtol=1e-9):
     np.testing.assert_allclose(np.asarray(found, np.float64), np.asarray(wanted, np.float64), rtol, rtol)
 
 
+# --- the clipped surrogate's second bound
+
+
+def test_dual_clip_bounds_the_loss_of_negative_advantages_alone():
+    log_ratio = tensor([[-1.0, 0.1, 1.0, 5.0]] * 3, grad=True)
+    advantages = tensor([-2.0, 0.0, 2.0])
+    plain = ppo_vla.clipped_surrogate(log_ratio, advantages, 0.2, 0.28).detach()
+    assert plain[0, 3] == pytest.approx(2 * math.exp(5))  # no bound
+    found = ppo_vla.clipped_surrogate(log_ratio, advantages, 0.2, 0.28, 3.0)
+    close(found[0], [2 * 0.8, 2 * math.exp(0.1), 2 * math.exp(1), 2 * 3.0])
+    close(found[1:], plain[1:])
+    found.sum().backward()
+    assert log_ratio.grad[0].tolist() == pytest.approx([0, 2 * math.exp(0.1), 2 * math.exp(1), 0])
+    off = ppo_vla.clipped_surrogate(log_ratio, advantages, 0.2, 0.28, 0.0)
+    assert torch.equal(off, plain)
+
+
 # --- generalised advantage estimation
 
 
@@ -429,7 +446,7 @@ def test_ppo_loss_and_its_gradient(seed, level, kl_coef, critic_only):
     T = K * A
     args = SimpleNamespace(
         ratio_level=level, chunk=K, clip_low=0.2, clip_high=0.28, value_clip=0.3, huber_delta=0.0,
-        value_coef=0.7, entropy_coef=0.05, kl_coef=kl_coef,
+        value_coef=0.7, entropy_coef=0.05, kl_coef=kl_coef, dual_clip=0.0,
     )  # fmt: skip
     mask = rng.random((B, T)) < 0.7
     mask[0], mask[1, A : 2 * A] = False, False
@@ -463,7 +480,7 @@ def test_ppo_loss_and_its_gradient(seed, level, kl_coef, critic_only):
 def test_ppo_loss_takes_hubers_error_and_unclipped_values():
     args = SimpleNamespace(
         ratio_level="chunk", chunk=1, clip_low=0.2, clip_high=0.2, value_clip=0.0, huber_delta=0.5,
-        value_coef=2.0, entropy_coef=0.0, kl_coef=0.0,
+        value_coef=2.0, entropy_coef=0.0, kl_coef=0.0, dual_clip=0.0,
     )  # fmt: skip
     zeros = torch.zeros(2, 1)
     batch = {"mask": torch.ones(2, 1, dtype=torch.bool), "old_log_probs": zeros, "values": torch.zeros(2)}

@@ -84,6 +84,78 @@ def test_worlds_and_models_bring_their_own_flags_and_no_others(capsys):
         assert error.value.code == 2 and "Unrecognized" in capsys.readouterr().err
 
 
+def test_gspo_has_clips_of_its_own_unless_a_flag_or_a_preset_has_others(monkeypatch):
+    def clips(flags):
+        args = read(grpo_vla, flags)
+        return args.clip_low, args.clip_high
+
+    assert clips("") == clips("--ratio-level token") == (0.2, 0.28)
+    assert clips("--ratio-level sequence") == (3e-4, 4e-4)
+    assert clips("--env libero --device cpu --ratio-level sequence") == (3e-4, 4e-4)  # which has others too
+    assert read(grpo_vla, "--env libero --device cpu --ratio-level sequence").eval_episodes == 500
+    assert clips("--ratio-level sequence --clip-low 0.2 --clip-high 0.28") == (0.2, 0.28)
+    assert clips("--ratio-level sequence --clip-low 0.01 --clip-high 0.02") == (0.01, 0.02)
+    monkeypatch.setitem(grpo_vla.PRESETS, "CartPole-v1", dict(head="discrete", clip_low=0.1, clip_high=0.3))
+    assert clips("--env CartPole-v1 --ratio-level sequence") == (0.1, 0.3)
+    said = " ".join(call(grpo_vla, "--ratio-level sequence --help").out.replace("│", " ").split())
+    assert all(f"(default: {bound:g})" in said or f"(default: {bound})" in said for bound in (3e-4, 4e-4))
+
+
+CARTPOLE = """--env CartPole-v1 --num-envs 8 --minibatch-size 64 --micro-batch-size 64 --update-epochs 2
+    --eval-episodes 2 --eval-envs 2 --eval-freq 0 --device cpu --num-workers 0 --total-timesteps 1200"""
+ONLINE = {ppo_vla: f"{CARTPOLE} --num-steps 32", grpo_vla: f"{CARTPOLE} --num-groups 2 --group-size 4"}
+
+
+@pytest.mark.parametrize("script", ONLINE, ids=lambda script: script.__name__)
+def test_old_log_probs_once_more_and_a_warning_where_they_are_others(tmp_path, monkeypatch, script):
+    """In float32 on a CPU they are the same; a rollout whose kernels are off by 0.3 is warned of, once."""
+    run(script, ONLINE[script], f"--output-dir {tmp_path} --run-name a")
+    run(script, ONLINE[script], f"--output-dir {tmp_path} --run-name b --recompute-logprobs")
+    a, b = (load_checkpoint(tmp_path / name)["agent"] for name in "ab")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-4)
+    act = script.Agent.get_action_and_value
+
+    def off(*inputs, **options):
+        actions, log_probs, value = act(*inputs, **options)
+        return actions, log_probs + 0.3, value
+
+    monkeypatch.setattr(script.Agent, "get_action_and_value", off)
+    errors = {}
+    for name, flag in (("off", ""), ("again", "--recompute-logprobs")):
+        done = call(script, ONLINE[script], f"--output-dir {tmp_path} --run-name {name} {flag}")
+        errors[name] = [value for _, value in scalars(tmp_path / name)["policy/first_ratio_error"]]
+        said = (done.out + done.err).count("warning: policy/first_ratio_error is 0.2")
+        assert done.code == 0 and len(errors[name]) > 1 and said == (not flag)
+    assert errors["off"] == pytest.approx([1 - 2.718281828**-0.3] * len(errors["off"]), rel=1e-3)
+    assert max(errors["again"]) < 1e-5
+
+
+@pytest.mark.parametrize("script", ONLINE, ids=lambda script: script.__name__)
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_no_gradient_that_is_not_finite_is_ever_applied(tmp_path, monkeypatch, script, where):
+    calls, steps, surrogate, step = [], [], script.clipped_surrogate, torch.optim.AdamW.step
+
+    def spoil(log_ratio, *inputs):
+        calls.append(1)
+        loss = surrogate(log_ratio, *inputs)
+        bad = len(calls) == 4
+        if bad and where == "gradient":  # a loss that looks well
+            log_ratio.register_hook(lambda gradient: gradient * float("nan"))
+        return loss * float("nan") if bad and where == "loss" else loss
+
+    def watch(self, *inputs):
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        steps.append(all(x.isfinite().all() for x in gradients if x is not None))
+        return step(self, *inputs)
+
+    monkeypatch.setattr(script, "clipped_surrogate", spoil)
+    monkeypatch.setattr(torch.optim.AdamW, "step", watch)
+    flags = "--critic-warmup 0" if script is ppo_vla else ""
+    done = call(script, ONLINE[script], f"--output-dir {tmp_path} --run-name r --target-kl 99 {flags}")
+    assert done.code == 2 and "a number is not finite" in done.err and steps == [True] * 3
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_help_shows_every_flag_of_the_run_with_its_value(script):
     worlds = [("--env libero", "libero", "openvla"), ("", "tabletop", "tiny")]

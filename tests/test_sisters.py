@@ -106,8 +106,9 @@ def assert_same_flags(here, model, others=()):
 
 
 def test_common_flags_of_both_policy_gradients():
-    """Both rates decay in PPO; GRPO has a ratio of its own, the sequence's."""
-    common = assert_same_flags(flags(grpo_vla), flags(ppo_vla), ("anneal_lr", "ratio_level"))
+    """Both rates decay in PPO; GRPO has a ratio of its own, the sequence's, with bounds of its own."""
+    others = ("anneal_lr", "ratio_level", "clip_low", "clip_high")
+    common = assert_same_flags(flags(grpo_vla), flags(ppo_vla), others)
     assert len(common) > 15
 
 

@@ -114,10 +114,10 @@ def test_the_l1_head_as_the_mean_of_a_gaussian(tmp_path, checkpoints):  # noqa: 
 
 def test_an_adapter_keeps_its_own_scale_and_is_the_reference(tmp_path, monkeypatch, trained, checkpoints):  # noqa: F811
     """Published adapters have another alpha than this project's: it must outlive checkpoints, which need the
-    adapter's files no more."""
+    adapter's files no more. Their dropout would make the policy in training another one."""
     shutil.copytree(trained / "adapter", tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 60}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 60, "lora_dropout": 0.1}))
     flags = f"--backbone {checkpoints['oft']} --adapter {tmp_path}/adapter --output-dir {tmp_path}"
     run(ppo_vla, PPO, flags, "--run-name run --kl-coef 0.1")
     stopped_by(monkeypatch, ppo_vla, "clipped_surrogate", 2)
@@ -136,7 +136,10 @@ def test_an_adapter_keeps_its_own_scale_and_is_the_reference(tmp_path, monkeypat
     assert results(tmp_path / "e")["final"] == results(tmp_path / "run")["final"]
     run(ppo_vla, f"--resume {tmp_path}/stopped")
     assert_same_run(tmp_path / "stopped", tmp_path / "run")
-    assert load_checkpoint(tmp_path / "stopped")["backbone"]["lora"]["lora_alpha"] == 60
+    found = load_checkpoint(tmp_path / "stopped")
+    assert found["backbone"]["lora"]["lora_alpha"] == found["args"]["lora_alpha"] == 60
+    assert max(value for _, value in scalars(tmp_path / "run")["policy/first_ratio_error"]) < 1e-4
+    assert found["backbone"]["lora"]["lora_dropout"] == 0
 
 
 @pytest.mark.parametrize(
@@ -158,6 +161,7 @@ def test_an_adapter_keeps_its_own_scale_and_is_the_reference(tmp_path, monkeypat
             "/adapter is not what the checkpoint has: None",
         ),
         (grpo_vla, "--checkpoint {run} --lora-rank 3", "adapters have rank 2; use --lora-rank 2 or 0"),
+        (grpo_vla, "--checkpoint {run} --lora-alpha 4", "have alpha 16; use --lora-alpha 16 or 0"),
         (ppo_vla, "--backbone {tmp}", "config.json"),
         (ppo_vla, "--backbone no-such/model", "no-such/model"),
         (bc_warmup, "--backbone {base} --merge-and-save {base}", "would replace"),

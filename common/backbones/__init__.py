@@ -25,8 +25,8 @@ not None), `own_critic` (prompt_hidden comes from parameters that no action depe
 base's weights are in files of their own, which no checkpoint repeats beside adapters). An autoregressive one
 emits its tokens in turn: forward conditions on `actions`, and generate(batch, draw, vision=None) samples
 them. One with an `action_head` that is not None has action_mean(action_hidden) -> (B, K*A), the trained
-continuous actions. One with files has save_merged(folder) and check_merge_target(folder). To copy: `mlp.py`,
-`tiny.py`.
+continuous actions. One with files has save_merged(folder) and check_merge_target(folder). `lora_alpha`, where
+there is one, is new adapters' (else twice the rank). To copy: `mlp.py`, `tiny.py`.
 """
 
 import contextlib
@@ -57,6 +57,9 @@ class LoraArgs:
 
     lora_rank: NonNegativeInt = 0
     """rank of the adapters; 0 trains every weight"""
+    lora_alpha: NonNegativeInt = 0
+    """adapters are scaled by this / rank; 0 for the checkpoint's, or of new ones the model's (of tiny: twice
+    the rank; of OpenVLA: 16, as published)"""
 
 
 def peft():
@@ -124,6 +127,7 @@ def load_backbone(args, envs, run, micro_batch_size=0, train_vision=None):
         raise UserError(f"The checkpoint's adapters have rank {old_rank}; use --lora-rank {old_rank} or 0.")
     if old_rank:
         args.lora_rank = old_rank  # what this run's own checkpoints hold
+        keep_alpha(args, config["lora"]["lora_alpha"])
     if hasattr(module, "own_options"):
         config |= module.own_options(args, run.device, shape["cameras"], micro_batch_size)
     if train_vision and "vision" not in config.get("lora_modules", ("vision",)):
@@ -163,8 +167,12 @@ def load_weights(agent, args, run, new=(), train_vision=None):
     if not saved and getattr(args, "adapter", None):
         load_adapter(backbone, args.adapter)
         args.lora_rank = backbone.config["lora"]["r"]
+        keep_alpha(args, backbone.config["lora"]["lora_alpha"])
     elif getattr(args, "lora_rank", 0) and not backbone.config.get("lora"):
-        add_lora(backbone, args.lora_rank)
+        add_lora(backbone, args.lora_rank, args.lora_alpha)
+        args.lora_alpha = backbone.config["lora"]["lora_alpha"]
+    elif getattr(args, "lora_alpha", 0) and not args.lora_rank:
+        raise UserError("--lora-alpha does nothing without --lora-rank; drop it.")
     if train_vision is False:
         for parameter in backbone.vision_parameters():
             parameter.requires_grad_(False)
@@ -196,18 +204,28 @@ def export(backbone, args, run):
         backbone.save_merged(args.merge_and_save)
 
 
-def add_lora(backbone, rank):
-    """Freeze the backbone and put LoRA adapters (Hu et al. 2021; alpha = 2 rank, B = 0) on the modules that
-    match its `lora_targets`, a regular expression. The model computes the same function until it is trained.
+def keep_alpha(args, alpha):
+    """The adapters that are there have this alpha: UserError if --lora-alpha is another."""
+    if args.lora_alpha not in (0, alpha):
+        raise UserError(f"The adapters have alpha {alpha}; use --lora-alpha {alpha} or 0.")
+    args.lora_alpha = alpha
+
+
+def add_lora(backbone, rank, alpha=0):
+    """Freeze the backbone and put LoRA adapters (Hu et al. 2021; B = 0) on the modules that match its
+    `lora_targets`, a regular expression. The model computes the same function until it is trained. alpha: 0
+    for the backbone's `lora_alpha`, or twice the rank.
     """
     if not backbone.lora_targets:
         raise UserError(f"The backbone {backbone.config['name']!r} takes no LoRA; use --lora-rank 0.")
     targets = backbone.lora_targets
-    inject_lora(backbone, peft().LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
+    alpha = alpha or getattr(backbone, "lora_alpha", 2 * rank)
+    inject_lora(backbone, peft().LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
 
 
 def inject_lora(backbone, config):
     """Put the adapters of PEFT's `config` on the backbone, whose own config keeps their settings."""
+    config.lora_dropout = 0.0  # else the policy that is trained is not the one that acts: no ratio is 1
     settings = {name: getattr(config, name) for name in LORA}
     backbone.config["lora"] = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
     peft().inject_adapter_in_model(config, backbone)  # freezes all but the adapters

@@ -296,6 +296,7 @@ class OpenVLA(nn.Module):
 
     has_attention = own_critic = False
     has_files = True
+    lora_alpha = 16  # OpenVLA's and OFT's, at rank 32
 
     def __init__(self, config, sizes, tokenize, statistics):
         super().__init__()
