@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
+from common import UserError
 from common.memory import available_cores
 
 FORMAT, VERSION = "vla-rl", 2
+FINITE = ("agent", "optimizer", "optimizers", "reference", "replay")  # one NaN there is in every weight soon
 
 
 class CheckpointError(RuntimeError):
@@ -95,6 +97,27 @@ def _plain(value, name: str):
     )
 
 
+@contextlib.contextmanager
+def readable(path):
+    """One CheckpointError about `path` for whatever goes wrong while its content is put to use: what is
+    missing, of another type or of another shape fails in many ways. Sentences of the project's own pass,
+    and all errors where there is no `path`."""
+    try:
+        yield
+    except (UserError, CheckpointError, torch.OutOfMemoryError):
+        raise
+    except (
+        LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, RuntimeError,
+    ) as error:  # fmt: skip
+        if not path:
+            raise
+        reason = " ".join(str(error).split())[:200].rstrip(".") or "no reason given"
+        raise CheckpointError(
+            f"{path} is damaged or of another version ({type(error).__name__}: {reason}); give another "
+            "checkpoint."
+        ) from error
+
+
 def save_checkpoint(path: str | os.PathLike, script: str, state: dict) -> None:
     """Write `state` atomically, so that `load_checkpoint` gives it back bit for bit.
 
@@ -111,8 +134,8 @@ def load_checkpoint(path: str | os.PathLike, device="cpu") -> dict:
     """Read what `save_checkpoint` wrote, without ever unpickling code.
 
     Returns the state with `format`, `script` and `version` beside its keys, tensors on `device`. `path` may
-    be a run's folder, then its `checkpoint.pt`. CheckpointError if the file is missing, truncated, holds
-    code, or was written by something else.
+    be a run's folder, then its `checkpoint.pt`. CheckpointError if the file is missing, truncated, damaged by
+    as much as a bit, holds code or numbers that are not finite, or was written by something else.
     """
     path = Path(path)
     if path.is_dir():
@@ -121,6 +144,10 @@ def load_checkpoint(path: str | os.PathLike, device="cpu") -> dict:
         raise CheckpointError(f"{path} does not exist; give a run's folder or a checkpoint file.")
     try:
         is_zip = zipfile.is_zipfile(path)  # a zip's directory is at its end, so that a truncated one is none
+        if is_zip:
+            with zipfile.ZipFile(path) as file:  # torch does not compare the sums
+                if damaged := file.testzip():
+                    raise zipfile.BadZipFile(f"the sum of {damaged} is wrong")
         content = torch.load(path, map_location=device, weights_only=True) if is_zip else None
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -141,6 +168,12 @@ def load_checkpoint(path: str | os.PathLike, device="cpu") -> dict:
     if content.get("version") != VERSION:
         found = content.get("version")
         raise CheckpointError(f"{path} has version {found}, not {VERSION}; use the code that wrote it.")
+
+    def check(tensor):
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{path} holds numbers that are not finite; give an earlier checkpoint.")
+
+    map_tensors(check, [content.get(name) for name in FINITE])
     return content
 
 

@@ -39,6 +39,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 import tyro
 from torch.utils.tensorboard import SummaryWriter
@@ -52,6 +53,7 @@ from common.checkpoint import (
     hardware,
     load_checkpoint,
     map_tensors,
+    readable,
     rng_state,
     run_folder,
     save_checkpoint,
@@ -174,14 +176,27 @@ def marks(Args):
     return {f.name: getattr(hints[f.name], "__metadata__", ()) for f in dataclasses.fields(Args)}
 
 
+def fits(value, hint):
+    """Whether a checkpoint's value is one of a flag's annotation."""
+    parts = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in parts
+    if get_origin(hint) is tuple:
+        return isinstance(value, (tuple, list)) and all(fits(x, parts[0]) for x in value)
+    if parts:  # of a union
+        return any(fits(value, part) for part in parts)
+    return type(value) is hint or (hint is float and type(value) is int)
+
+
 def check_choices(Args, values, source):
     """UserError for a value of a checkpoint that this script's flag does not know."""
     for name, hint in get_type_hints(Args).items():
-        if get_origin(hint) is Literal and name in values and values[name] not in get_args(hint):
-            known = ", ".join(map(str, get_args(hint)))
-            raise UserError(
-                f"{source} has {flag(name)} {values[name]}, which is unknown here; known: {known}."
-            )
+        if name not in values or fits(values[name], hint):
+            continue
+        what = " ".join(str(values[name]).split())[:50]
+        known = [getattr(x, "__name__", str(x)) for x in get_args(hint) or [hint] if x is not ...]
+        known = ", ".join(known)
+        raise UserError(f"{source} has {flag(name)} {what}, which is unknown here; known: {known}.")
 
 
 def check_values(args, given):
@@ -266,8 +281,10 @@ def read_flags(words, Args, presets, script):
     else the preset's, else the default. Raises UserError and CheckpointError.
     """
     seen, saved = read_source(words, Args, script)
-    before, source = saved["args"] if saved else {}, seen.resume or seen.checkpoint
-    Args, world, preset = compose(Args, presets, seen, before)
+    source = seen.resume or seen.checkpoint
+    with readable(source):
+        before = dict(saved["args"]) if saved else {}
+        Args, world, preset = compose(Args, presets, seen, before)
     said, prog = marks(Args), f"{script}.py"
     if "env" in preset:
         prog += f" --env {preset['env']}"
@@ -369,14 +386,21 @@ class Run:
         self.initial = self.best = self.latest = self.videos = self._writer = self._bar = None
         self._generators, self._signals, self.laps, self._before = {}, [], {}, 0.0
         self._start = self._tick = time.perf_counter()
+        self.source, self._restoring = args.resume or args.checkpoint, False
         if args.resume:
-            self._before, self.initial, self.best = saved["seconds"], saved["initial"], saved["best"]
+            with readable(self.source):
+                self._before, self.initial, self.best = saved["seconds"], saved["initial"], saved["best"]
+                for evaluation in (self.initial, self.best):
+                    math.isfinite(self._before + score(evaluation) + evaluation["episodes"])
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, trace):
         self._stack.close()
+        if self._restoring and error:  # the script's own lines that put a checkpoint's content in its place
+            with readable(self.source):
+                raise error
 
     def closing(self, resource):
         """-> `resource`, which is closed when the run ends."""
@@ -430,8 +454,10 @@ class Run:
         """Put the weights of the checkpoint, if there is one, into `agent`, and it on the device. UserError
         where they do not fit. (Of a vision-language-action policy: `common.backbones.load_weights`.)"""
         if self.saved:
+            with readable(self.source):
+                weights = dict(self.saved["agent"])
             try:
-                agent.load_state_dict(self.saved["agent"])
+                agent.load_state_dict(weights)
             except RuntimeError as error:
                 reason = " ".join(str(error).splitlines()[1:2]).strip()
                 raise UserError(f"The checkpoint's weights do not fit this run: {reason}") from error
@@ -439,9 +465,11 @@ class Run:
 
     def restore(self):
         """--resume: `state` and this process's `own` as one dict, after setting the generators back. Else
-        None. UserError if another number of processes wrote it."""
+        None. UserError if another number of processes wrote it. What fails from here to `begin` does so for
+        the checkpoint's content, and is told so."""
         if not self.args.resume:
             return None
+        self._restoring = True
         saved, self.saved = self.saved, None
         if (before := len(saved["processes"])) != self.processes:
             raise UserError(
@@ -451,13 +479,20 @@ class Run:
         set_rng_state(own["rng"], self._generators, {})
         if "envs" in own["state"]:  # arrays again, as the worlds gave them
             own["state"]["envs"] = map_tensors(lambda x: x.numpy(), own["state"]["envs"])
-        return saved | own["state"]
+        saved |= own["state"]
+        counters, recent = saved.get("counters", [saved.get("step")]), saved.get("recent", [])
+        if not all(type(count) is int and count >= 0 for count in counters):
+            raise ValueError("counters that are none")
+        if len(recent) and np.asarray(recent, float).shape != (len(recent), 3):
+            raise ValueError("recent episodes that are none")
+        return saved
 
     # --- while it trains
 
     def begin(self, step, total, unit):
         """Training goes from `step` to `total` (`unit`s): opens the log and the progress bar. From here on a
         signal asks for an orderly end, and a second one ends at once."""
+        self._restoring = False
         self.total, self.unit, self._logged = total, unit, step
         if self.rank == 0:
             if self.args.track:
