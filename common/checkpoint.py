@@ -1,6 +1,7 @@
 """Files of a run that survive a killed process or a full disk, and the random state for an exact resume."""
 
 import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -259,6 +260,36 @@ def check_free(folder: Path) -> None:
         raise CheckpointError(
             f"{folder} already holds a checkpoint; continue it with --resume or give another --run-name."
         )
+
+
+def claim(folder: Path, args: dict | None = None):
+    """Lock a run's folder, with `args` a new one's, which become its args.json -> the file that holds the
+    lock until it is closed or this process ends, however. CheckpointError if another process has it.
+
+    A lock of fcntl's kind is this process's alone: workers that outlive it for a moment do not keep it.
+    """
+    path = folder / "args.json"
+    try:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")  # of a pipe it does not wait
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise CheckpointError(
+                f"{folder} belongs to a run that still goes on; stop it first, or give another --run-name."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        if args is not None:
+            check_free(folder)
+            file.truncate()
+            json.dump(args, file, indent=2)
+            file.flush()
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(
+            f"{path} cannot be written ({reason}); free some space or choose another --output-dir."
+        ) from error
+    return file
 
 
 def write_results(path: str | os.PathLike, results: dict) -> None:

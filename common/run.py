@@ -27,7 +27,6 @@ import ctypes
 import dataclasses
 import importlib.util
 import inspect
-import json
 import math
 import os
 import re
@@ -45,11 +44,12 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import UserError, distributed
+from common import UserError, distributed, say
 from common.backbones import BACKBONES, family_of, model_module
 from common.checkpoint import (
     CheckpointError,
     check_free,
+    claim,
     hardware,
     load_checkpoint,
     map_tensors,
@@ -95,6 +95,9 @@ class RunArgs:
     def check(self):
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed must be in [0, 2**63), not {self.seed}.")
+        name = self.run_name and Path(self.run_name)
+        if name and (name.is_absolute() or ".." in name.parts or not name.parts):
+            raise UserError(f"--run-name {self.run_name!r} leads out of --output-dir; give a plain name.")
         if self.track and not importlib.util.find_spec("wandb"):
             raise UserError("--track needs Weights & Biases; pip install wandb, or drop --track.")
 
@@ -205,6 +208,10 @@ def check_values(args, given):
     for name, said in marks(type(args)).items():
         value = getattr(args, name)
         for number in value if isinstance(value, tuple) else (value,):
+            if number == "":
+                raise UserError(f"{flag(name)} is empty; give it a value or drop it.")
+            if type(number) is int and name != "seed" and abs(number) >= 2**63:
+                raise UserError(f"{flag(name)} must be below 2**63, not {number}.")
             if isinstance(number, float) and not math.isfinite(number):
                 raise UserError(f"{flag(name)} must be a finite number, not {number}.")
         for mark in said:
@@ -343,6 +350,14 @@ def mean_metrics(updates):
     return {name: torch.stack([each[name] for each in updates]).mean() for name in (updates or [{}])[0]}
 
 
+def too_large(error):
+    """Whether an exception says that memory cannot hold what was asked for."""
+    signs = ("allocate memory", "calculation overflowed", "multiplication overflow", "too big")
+    return isinstance(error, (MemoryError, OverflowError)) or (
+        isinstance(error, (RuntimeError, ValueError, OSError)) and any(sign in str(error) for sign in signs)
+    )
+
+
 def main(train, Args, presets, parallel=False):
     """The command line of a script: `train(args, run)` with what the flags say. parallel: torchrun may start
     it. Wrong input ends in one sentence on stderr and exit code 2."""
@@ -357,6 +372,13 @@ def main(train, Args, presets, parallel=False):
     except torch.OutOfMemoryError as error:
         reason = str(error).partition(".")[0]
         print(f"error: {reason}; see --help for smaller batches; checkpoints are intact.", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        if not too_large(error):
+            raise
+        reason = str(error).strip().partition("\n")[0].rpartition("DefaultCPUAllocator: ")[2]
+        reason = reason.rstrip(".") or "out of memory"
+        print(f"error: this machine cannot hold it ({reason}); give smaller numbers.", file=sys.stderr)
         sys.exit(2)
 
 
@@ -385,9 +407,11 @@ class Run:
             keep_freed_memory()
         self.initial = self.best = self.latest = self.videos = self._writer = self._bar = None
         self._generators, self._signals, self.laps, self._before = {}, [], {}, 0.0
+        self._log_lost = False
         self._start = self._tick = time.perf_counter()
         self.source, self._restoring = args.resume or args.checkpoint, False
         if args.resume:
+            self._read = self._stamp()
             with readable(self.source):
                 self._before, self.initial, self.best = saved["seconds"], saved["initial"], saved["best"]
                 for evaluation in (self.initial, self.best):
@@ -411,9 +435,22 @@ class Run:
         """Since the start, of all parts of a resumed run."""
         return self._before + time.perf_counter() - self._start
 
+    def _stamp(self):
+        path = Path(self.args.resume)
+        found = (path / "checkpoint.pt" if path.is_dir() else path).stat()
+        return found.st_ino, found.st_mtime_ns
+
+    def _claim(self, name):
+        if name:
+            run_folder(self.args.output_dir, name)
+        self.closing(claim(self.folder, dataclasses.asdict(self.args) if name else None))
+        if not name and self._stamp() != self._read:
+            raise CheckpointError(f"{self.folder} was still being written by its run; resume it once more.")
+
     def open(self):
-        """Make the run's folder, or go on in it. CheckpointError if it cannot be written or is taken."""
-        args = self.args
+        """Make the run's folder, or go on in it, and lock it. CheckpointError if it cannot be written, is
+        taken, or another run is in it."""
+        args, name, refused = self.args, None, None
         if args.resume:
             path = Path(args.resume)
             self.folder = path if path.is_dir() else path.parent
@@ -422,9 +459,13 @@ class Run:
             name = args.run_name or f"{what}__{self.script.stem}__{args.seed}__{int(time.time())}"
             name = distributed.all_gather(name)[0]
             self.folder = Path(args.output_dir) / name
-            if self.rank == 0:
-                run_folder(args.output_dir, name)
-                (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+        if self.rank == 0:
+            try:
+                self._claim(name)
+            except CheckpointError as error:
+                refused = error
+        if distributed.all_gather(refused is not None)[0]:  # all end, and the first process says why
+            raise refused or SystemExit(2)
         self.videos = self.folder / "videos" if args.capture_video and self.rank == 0 else None
 
     def generator(self, name, device="cpu"):
@@ -448,6 +489,8 @@ class Run:
         if self.rank == 0:
             state = {"args": dataclasses.asdict(self.args)} | state
             save_checkpoint(self.folder / name, script=self.script.stem, state=state)
+            if self._log_lost and not self._writer:  # a disk that takes a checkpoint takes a log
+                self._open_log()
         self._tick = time.perf_counter()
 
     def load(self, agent):
@@ -501,8 +544,8 @@ class Run:
                 config = dataclasses.asdict(self.args)
                 wandb.init(project="vla-rl", name=self.folder.name, config=config, sync_tensorboard=True)
             # What a killed run logged after its last checkpoint is logged again.
-            self._writer = SummaryWriter(self.folder, purge_step=step + 1 if self.args.resume else None)
-            self._stack.callback(self._writer.close)
+            self._open_log(step + 1 if self.args.resume else None)
+            self._stack.callback(self._close_log)
         self._bar = self.closing(
             tqdm(total=total, initial=step, unit=unit, smoothing=0.1, disable=self.rank > 0 or None)
         )
@@ -547,16 +590,36 @@ class Run:
         self._logged, self.laps, self._tick = step, {}, time.perf_counter()
 
     def write(self, scalars, step):
-        """Numbers by name into the log, and no more."""
-        for name, value in scalars.items() if self.rank == 0 else ():
-            self._writer.add_scalar(name, value, step)
+        """Numbers by name into the log, and no more. A full disk costs the log and not the run."""
+        try:
+            for name, value in scalars.items() if self._writer else ():
+                self._writer.add_scalar(name, value, step)
+        except OSError as error:
+            self._lose_log(error)
+
+    def _open_log(self, purge_step=None):
+        try:
+            self._writer = SummaryWriter(self.folder, purge_step=purge_step)
+        except OSError as error:
+            self._lose_log(error)
+
+    def _close_log(self):
+        with contextlib.suppress(OSError):
+            if self._writer:
+                self._writer.close()
+
+    def _lose_log(self, error):
+        self._writer = None
+        if not self._log_lost:
+            say(f"warning: the log cannot be written ({error}); the run goes on.", sys.stderr)
+        self._log_lost = True
 
     def record(self, evaluation, step):
         """Log an evaluation -> whether it is the best so far, so that its weights are worth keeping."""
         names = ("success_rate", "mean_reward", "mean_length", "normalized_score")
         self.write({f"eval/{name}": evaluation[name] for name in names if name in evaluation}, step)
         if self.initial is not None and step < self.total and self.rank == 0:
-            tqdm.write(f"{step} {self.unit}s, {self.seconds():.0f} s: eval {score(evaluation):.3f}")
+            say(f"{step} {self.unit}s, {self.seconds():.0f} s: eval {score(evaluation):.3f}")
         first = self.initial is None
         self.latest, self.initial = evaluation, evaluation if first else self.initial
         # the latest of all where nothing is evaluated
@@ -594,7 +657,7 @@ class Run:
             start = "python" if self.processes == 1 else f"torchrun --nproc-per-node {self.processes}"
             script = sys.argv[0] if Path(sys.argv[0]).name == self.script.name else self.script.name
             command = f"{start} {shlex.quote(script)} --resume {shlex.quote(str(self.folder))}"
-            print(f"stopped at {step} {self.unit}s; go on with: {command}")
+            say(f"stopped at {step} {self.unit}s; go on with: {command}")
         sys.exit(128 + self._signals[0])
 
     # --- results
@@ -610,7 +673,7 @@ class Run:
         if self.rank == 0:
             self._write({"final": final})
             what = self.args.checkpoint or getattr(self.args, "backbone", "")
-            print(f"evaluated {what}: {score(final):.3f} ({self.folder / 'results.json'})")
+            say(f"evaluated {what}: {score(final):.3f} ({self.folder / 'results.json'})")
 
     def finish(self, environment_steps, gradient_steps):
         """The result of a training, whose final evaluation was recorded."""
@@ -621,7 +684,7 @@ class Run:
             self._write(found | counts | {"wall_seconds": self.seconds()})
             what = "success" if "success_rate" in self.latest else "return"
             before, after, minutes = score(self.initial), score(self.latest), self.seconds() / 60
-            print(f"{what} {before:.3f} -> {after:.3f} in {minutes:.1f} minutes ({self.folder})")
+            say(f"{what} {before:.3f} -> {after:.3f} in {minutes:.1f} minutes ({self.folder})")
 
 
 def keep_freed_memory():

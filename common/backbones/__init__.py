@@ -38,7 +38,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common import UserError
+from common import UserError, say
 from common.checkpoint import atomic_path, readable
 from common.flags import NonNegativeInt
 
@@ -173,7 +173,7 @@ def load_weights(agent, args, run, new=(), train_vision=None):
             parameter.requires_grad_(False)
         blind = model_module(args.backbone).FROM_SCRATCH and not saved and backbone.vision_parameters()
         if blind and not run.rank:
-            print(
+            say(
                 "warning: the policy starts at random weights, and its eye stays so; "
                 "bc_warmup.py makes a --checkpoint to start from, --train-vision trains the eye."
             )
