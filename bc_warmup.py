@@ -28,6 +28,7 @@ from common.datasets import chunk_targets, training_demonstrations, training_sce
 from common.envs import make_envs
 from common.evaluation import evaluate
 from common.flags import FIXED, KEPT, NonNegative, NonNegativeInt, Only, Positive, PositiveInt
+from common.optim import load_optimizer
 from common.run import VLAArgs, main
 
 
@@ -298,7 +299,7 @@ def train(args, run):
     first = 0 if scenes is not None else args.grounding_steps  # nothing to ground on: that stage is left out
     step, total = first, args.grounding_steps + args.gradient_steps
     if saved := run.restore():
-        optimizer.load_state_dict(saved["optimizer"])
+        load_optimizer(optimizer, saved["optimizer"])
         step = saved["step"]
 
     def save(name):

@@ -22,7 +22,7 @@ from common import UserError
 from common.datasets import load_dataset, unit_actions
 from common.evaluation import evaluation_world, run_episodes, score, summarize
 from common.flags import FIXED, NonNegative, NonNegativeInt, Positive, PositiveInt, Share
-from common.optim import compile_update, minimize
+from common.optim import compile_update, load_optimizer, minimize
 from common.run import OfflineArgs, main
 
 
@@ -283,8 +283,8 @@ def train(args, run):
 
     step = 0
     if saved := run.restore():
-        for name, state in saved["optimizers"].items():
-            optimizers[name].load_state_dict(state)
+        for name in optimizers:
+            load_optimizer(optimizers[name], saved["optimizers"][name])
         step = saved["step"]
     if args.compile:
         update = compile_update(update, agent, optimizers.values())

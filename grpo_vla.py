@@ -41,6 +41,7 @@ from common.flags import (
     PositiveInt,
     Share,
 )
+from common.optim import load_optimizer
 from common.run import VLAArgs, main, mean_metrics, reserve
 
 
@@ -603,10 +604,12 @@ def train(args, run):
     step, iteration, gradient_steps, recent = 0, 0, 0, []  # recent: the last episodes
     groups, wanted = Groups(envs.num_envs, run.rank), args.num_groups // run.processes
     if saved := run.restore():
-        optimizer.load_state_dict(saved["optimizer"])
+        load_optimizer(optimizer, saved["optimizer"])
         step, iteration, gradient_steps = saved["counters"]
         playing, reference = map_tensors(lambda x: x.to(device), [saved["groups"], saved["reference"]])
-        vars(groups).update(playing)
+        if args.kl_coef > 0:
+            reference = [x.view_as(p) for x, p in zip(reference, trained, strict=True)]
+        vars(groups).update({name: playing[name] for name in vars(groups)})
         recent, obs = saved["recent"], envs.set_state(saved["envs"])
 
     def save(name):

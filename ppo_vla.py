@@ -40,6 +40,7 @@ from common.flags import (
     PositiveInt,
     Share,
 )
+from common.optim import load_optimizer
 from common.run import VLAArgs, main, mean_metrics, reserve
 
 
@@ -497,10 +498,12 @@ def train(args, run):
     step, iteration, gradient_steps, recent = 0, 0, 0, []  # recent: the last episodes
     rollout, num_steps, episodes = [], 0, []  # this iteration's decisions, environment steps, ended episodes
     if saved := run.restore():
-        optimizer.load_state_dict(saved["optimizer"])
+        load_optimizer(optimizer, saved["optimizer"])
         step, iteration, gradient_steps = saved["counters"]
         recent, (rollout, num_steps, episodes) = saved["recent"], saved["rollout"]
         rollout, reference = map_tensors(lambda x: x.to(device), [rollout, saved["reference"]])
+        if args.kl_coef > 0:
+            reference = [x.view_as(p) for x, p in zip(reference, trained.values(), strict=True)]
         envs.set_state(saved["envs"])
         obs = {key: np.asarray(x) for key, x in saved["envs"]["obs"].items()}  # of lost episodes too
     else:

@@ -26,7 +26,7 @@ from common.datasets import check_append, reference_scores, write_transitions
 from common.envs import make_envs
 from common.evaluation import evaluate, finished_episodes, rollout_metrics
 from common.flags import FIXED, FREE, NonNegative, NonNegativeInt, PositiveInt, Share
-from common.optim import compile_update, minimize
+from common.optim import compile_update, load_optimizer, minimize
 from common.run import StateArgs, main
 
 
@@ -267,11 +267,12 @@ def train(args, run):
 
     step, gradient_steps, recent = 0, 0, []  # recent: the last episodes
     if saved := run.restore():
-        for name, state in saved["optimizers"].items():
-            optimizers[name].load_state_dict(state)
+        for name in optimizers:
+            load_optimizer(optimizers[name], saved["optimizers"][name])
         step, gradient_steps = saved["counters"]
         recent = saved["recent"]
-        replay[: len(saved["replay"])] = saved["replay"].to(device)
+        filled = replay[: min(step // N, T)]
+        filled[:] = saved["replay"].to(device).view_as(filled)
         obs = envs.set_state(saved["envs"])["proprio"]
         # tells whose episode could not be restored, and was cut
         info = envs.step(np.zeros((N, 1, action_dim), np.float32), mask=np.zeros(N, bool))[-1]

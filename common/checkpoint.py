@@ -1,6 +1,7 @@
 """Files of a run that survive a killed process or a full disk, and the random state for an exact resume."""
 
 import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -16,9 +17,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
+from common import UserError
 from common.memory import available_cores
 
 FORMAT, VERSION = "vla-rl", 2
+FINITE = ("agent", "optimizer", "optimizers", "reference", "replay")  # one NaN there is in every weight soon
 
 
 class CheckpointError(RuntimeError):
@@ -95,6 +98,27 @@ def _plain(value, name: str):
     )
 
 
+@contextlib.contextmanager
+def readable(path):
+    """One CheckpointError about `path` for whatever goes wrong while its content is put to use: what is
+    missing, of another type or of another shape fails in many ways. Sentences of the project's own pass,
+    and all errors where there is no `path`."""
+    try:
+        yield
+    except (UserError, CheckpointError, torch.OutOfMemoryError):
+        raise
+    except (
+        LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, RuntimeError,
+    ) as error:  # fmt: skip
+        if not path:
+            raise
+        reason = " ".join(str(error).split())[:200].rstrip(".") or "no reason given"
+        raise CheckpointError(
+            f"{path} is damaged or of another version ({type(error).__name__}: {reason}); give another "
+            "checkpoint."
+        ) from error
+
+
 def save_checkpoint(path: str | os.PathLike, script: str, state: dict) -> None:
     """Write `state` atomically, so that `load_checkpoint` gives it back bit for bit.
 
@@ -111,8 +135,8 @@ def load_checkpoint(path: str | os.PathLike, device="cpu") -> dict:
     """Read what `save_checkpoint` wrote, without ever unpickling code.
 
     Returns the state with `format`, `script` and `version` beside its keys, tensors on `device`. `path` may
-    be a run's folder, then its `checkpoint.pt`. CheckpointError if the file is missing, truncated, holds
-    code, or was written by something else.
+    be a run's folder, then its `checkpoint.pt`. CheckpointError if the file is missing, truncated, damaged by
+    as much as a bit, holds code or numbers that are not finite, or was written by something else.
     """
     path = Path(path)
     if path.is_dir():
@@ -121,6 +145,10 @@ def load_checkpoint(path: str | os.PathLike, device="cpu") -> dict:
         raise CheckpointError(f"{path} does not exist; give a run's folder or a checkpoint file.")
     try:
         is_zip = zipfile.is_zipfile(path)  # a zip's directory is at its end, so that a truncated one is none
+        if is_zip:
+            with zipfile.ZipFile(path) as file:  # torch does not compare the sums
+                if damaged := file.testzip():
+                    raise zipfile.BadZipFile(f"the sum of {damaged} is wrong")
         content = torch.load(path, map_location=device, weights_only=True) if is_zip else None
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -141,6 +169,12 @@ def load_checkpoint(path: str | os.PathLike, device="cpu") -> dict:
     if content.get("version") != VERSION:
         found = content.get("version")
         raise CheckpointError(f"{path} has version {found}, not {VERSION}; use the code that wrote it.")
+
+    def check(tensor):
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{path} holds numbers that are not finite; give an earlier checkpoint.")
+
+    map_tensors(check, [content.get(name) for name in FINITE])
     return content
 
 
@@ -226,6 +260,36 @@ def check_free(folder: Path) -> None:
         raise CheckpointError(
             f"{folder} already holds a checkpoint; continue it with --resume or give another --run-name."
         )
+
+
+def claim(folder: Path, args: dict | None = None):
+    """Lock a run's folder, with `args` a new one's, which become its args.json -> the file that holds the
+    lock until it is closed or this process ends, however. CheckpointError if another process has it.
+
+    A lock of fcntl's kind is this process's alone: workers that outlive it for a moment do not keep it.
+    """
+    path = folder / "args.json"
+    try:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")  # of a pipe it does not wait
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise CheckpointError(
+                f"{folder} belongs to a run that still goes on; stop it first, or give another --run-name."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        if args is not None:
+            check_free(folder)
+            file.truncate()
+            json.dump(args, file, indent=2)
+            file.flush()
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(
+            f"{path} cannot be written ({reason}); free some space or choose another --output-dir."
+        ) from error
+    return file
 
 
 def write_results(path: str | os.PathLike, results: dict) -> None:

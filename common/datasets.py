@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import UserError
+from common import UserError, say
 from common.checkpoint import atomic_path
 from common.envs import world_flags, world_module
 
@@ -228,7 +228,7 @@ def training_demonstrations(args, envs) -> dict:
     """
     world, flags = world_module(args.env), world_flags(args)
     if args.demos:
-        print(f"reading {args.demos}", flush=True)
+        say(f"reading {args.demos}")
         files = sorted(Path(args.demos).glob("*.hdf5")) if Path(args.demos).is_dir() else [args.demos]
         if not files:
             raise UserError(f"The folder {args.demos} holds no .hdf5 file; give one with demonstrations.")
@@ -245,7 +245,7 @@ def training_demonstrations(args, envs) -> dict:
             )
         demos["task"] = np.array([envs.instructions.index(t) for t in demos["instructions"]])[demos["task"]]
     elif hasattr(world, "demonstrations"):
-        print(f"making {args.num_demos} demonstrations", flush=True)
+        say(f"making {args.num_demos} demonstrations")
         demos = world.demonstrations(
             args.num_demos, args.seed, noise=args.demo_noise, num_workers=args.num_workers, **flags
         )
@@ -742,7 +742,7 @@ def write_transitions(path: str | os.PathLike, rows: torch.Tensor, count: int, w
         before = (*before, ended & ~old.terminations)
         columns = [np.concatenate(pair) for pair in zip(before, columns, strict=True)]
     save_d4rl(path, *columns, env_id=envs.env_id)
-    print(f"{count} steps written to {path}")
+    say(f"{count} steps written to {path}")
 
 
 def _download(url: str, path: Path) -> None:

@@ -46,6 +46,21 @@ def minimize(loss, optimizer, max_grad_norm=None):
     return norm
 
 
+def load_optimizer(optimizer, saved):
+    """Put what `state_dict` of such an Adam or AdamW gave back into `optimizer`. ValueError where it is of
+    others: torch compares neither shapes nor names, and would fail, or learn something else, later."""
+    fresh = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for old, new in zip(fresh, optimizer.param_groups, strict=True):
+        kinds = [{k: type(x) for k, x in group.items() if k != "lr"} for group in (old, new)]
+        if kinds[0] != kinds[1] or not 0 <= float(new["lr"]) < float("inf"):
+            raise ValueError("an optimizer's settings that are none")
+    for p, moments in optimizer.state.items():
+        shapes = {name: x.shape for name, x in moments.items()}
+        if shapes != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
+            raise ValueError("an optimizer's state of other shapes")
+
+
 def compile_update(update, agent, optimizers):
     """`update(...)`, which steps `optimizers` by `minimize`, as one graph of torch.compile, on a GPU as a
     CUDA graph. To be called when `agent` and `optimizers` have their device and, if any, their saved state.

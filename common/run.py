@@ -27,7 +27,6 @@ import ctypes
 import dataclasses
 import importlib.util
 import inspect
-import json
 import math
 import os
 import re
@@ -39,19 +38,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import UserError, distributed
+from common import UserError, distributed, say
 from common.backbones import BACKBONES, family_of, model_module
 from common.checkpoint import (
     CheckpointError,
     check_free,
+    claim,
     hardware,
     load_checkpoint,
     map_tensors,
+    readable,
     rng_state,
     run_folder,
     save_checkpoint,
@@ -93,6 +95,9 @@ class RunArgs:
     def check(self):
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed must be in [0, 2**63), not {self.seed}.")
+        name = self.run_name and Path(self.run_name)
+        if name and (name.is_absolute() or ".." in name.parts or not name.parts):
+            raise UserError(f"--run-name {self.run_name!r} leads out of --output-dir; give a plain name.")
         if self.track and not importlib.util.find_spec("wandb"):
             raise UserError("--track needs Weights & Biases; pip install wandb, or drop --track.")
 
@@ -177,14 +182,27 @@ def marks(Args):
     return {f.name: getattr(hints[f.name], "__metadata__", ()) for f in dataclasses.fields(Args)}
 
 
+def fits(value, hint):
+    """Whether a checkpoint's value is one of a flag's annotation."""
+    parts = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in parts
+    if get_origin(hint) is tuple:
+        return isinstance(value, (tuple, list)) and all(fits(x, parts[0]) for x in value)
+    if parts:  # of a union
+        return any(fits(value, part) for part in parts)
+    return type(value) is hint or (hint is float and type(value) is int)
+
+
 def check_choices(Args, values, source):
     """UserError for a value of a checkpoint that this script's flag does not know."""
     for name, hint in get_type_hints(Args).items():
-        if get_origin(hint) is Literal and name in values and values[name] not in get_args(hint):
-            known = ", ".join(map(str, get_args(hint)))
-            raise UserError(
-                f"{source} has {flag(name)} {values[name]}, which is unknown here; known: {known}."
-            )
+        if name not in values or fits(values[name], hint):
+            continue
+        what = " ".join(str(values[name]).split())[:50]
+        known = [getattr(x, "__name__", str(x)) for x in get_args(hint) or [hint] if x is not ...]
+        known = ", ".join(known)
+        raise UserError(f"{source} has {flag(name)} {what}, which is unknown here; known: {known}.")
 
 
 def check_values(args, given):
@@ -193,6 +211,10 @@ def check_values(args, given):
     for name, said in marks(type(args)).items():
         value = getattr(args, name)
         for number in value if isinstance(value, tuple) else (value,):
+            if number == "":
+                raise UserError(f"{flag(name)} is empty; give it a value or drop it.")
+            if type(number) is int and name != "seed" and abs(number) >= 2**63:
+                raise UserError(f"{flag(name)} must be below 2**63, not {number}.")
             if isinstance(number, float) and not math.isfinite(number):
                 raise UserError(f"{flag(name)} must be a finite number, not {number}.")
         for mark in said:
@@ -272,8 +294,10 @@ def read_flags(words, Args, presets, script):
     UserError and CheckpointError.
     """
     seen, saved = read_source(words, Args, script)
-    before, source = saved["args"] if saved else {}, seen.resume or seen.checkpoint
-    Args, world, preset = compose(Args, presets, seen, before)
+    source = seen.resume or seen.checkpoint
+    with readable(source):
+        before = dict(saved["args"]) if saved else {}
+        Args, world, preset = compose(Args, presets, seen, before)
     said, prog = marks(Args), f"{script}.py"
     if "env" in preset:
         prog += f" --env {preset['env']}"
@@ -334,6 +358,14 @@ def mean_metrics(updates):
     return {name: torch.stack([each[name] for each in updates]).mean() for name in (updates or [{}])[0]}
 
 
+def too_large(error):
+    """Whether an exception says that memory cannot hold what was asked for."""
+    signs = ("allocate memory", "calculation overflowed", "multiplication overflow", "too big")
+    return isinstance(error, (MemoryError, OverflowError)) or (
+        isinstance(error, (RuntimeError, ValueError, OSError)) and any(sign in str(error) for sign in signs)
+    )
+
+
 def main(train, Args, presets, parallel=False):
     """The command line of a script: `train(args, run)` with what the flags say. parallel: torchrun may start
     it. Wrong input ends in one sentence on stderr and exit code 2."""
@@ -348,6 +380,13 @@ def main(train, Args, presets, parallel=False):
     except torch.OutOfMemoryError as error:
         reason = str(error).partition(".")[0]
         print(f"error: {reason}; see --help for smaller batches; checkpoints are intact.", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        if not too_large(error):
+            raise
+        reason = str(error).strip().partition("\n")[0].rpartition("DefaultCPUAllocator: ")[2]
+        reason = reason.rstrip(".") or "out of memory"
+        print(f"error: this machine cannot hold it ({reason}); give smaller numbers.", file=sys.stderr)
         sys.exit(2)
 
 
@@ -377,15 +416,24 @@ class Run:
         self.initial = self.best = self.latest = self.videos = self._writer = self._bar = None
         self._warned = False
         self._generators, self._signals, self.laps, self._before = {}, [], {}, 0.0
+        self._log_lost = False
         self._start = self._tick = time.perf_counter()
+        self.source, self._restoring = args.resume or args.checkpoint, False
         if args.resume:
-            self._before, self.initial, self.best = saved["seconds"], saved["initial"], saved["best"]
+            self._read = self._stamp()
+            with readable(self.source):
+                self._before, self.initial, self.best = saved["seconds"], saved["initial"], saved["best"]
+                for evaluation in (self.initial, self.best):
+                    math.isfinite(self._before + score(evaluation) + evaluation["episodes"])
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, trace):
         self._stack.close()
+        if self._restoring and error:  # the script's own lines that put a checkpoint's content in its place
+            with readable(self.source):
+                raise error
 
     def closing(self, resource):
         """-> `resource`, which is closed when the run ends."""
@@ -396,9 +444,22 @@ class Run:
         """Since the start, of all parts of a resumed run."""
         return self._before + time.perf_counter() - self._start
 
+    def _stamp(self):
+        path = Path(self.args.resume)
+        found = (path / "checkpoint.pt" if path.is_dir() else path).stat()
+        return found.st_ino, found.st_mtime_ns
+
+    def _claim(self, name):
+        if name:
+            run_folder(self.args.output_dir, name)
+        self.closing(claim(self.folder, dataclasses.asdict(self.args) if name else None))
+        if not name and self._stamp() != self._read:
+            raise CheckpointError(f"{self.folder} was still being written by its run; resume it once more.")
+
     def open(self):
-        """Make the run's folder, or go on in it. CheckpointError if it cannot be written or is taken."""
-        args = self.args
+        """Make the run's folder, or go on in it, and lock it. CheckpointError if it cannot be written, is
+        taken, or another run is in it."""
+        args, name, refused = self.args, None, None
         if args.resume:
             path = Path(args.resume)
             self.folder = path if path.is_dir() else path.parent
@@ -407,9 +468,13 @@ class Run:
             name = args.run_name or f"{what}__{self.script.stem}__{args.seed}__{int(time.time())}"
             name = distributed.all_gather(name)[0]
             self.folder = Path(args.output_dir) / name
-            if self.rank == 0:
-                run_folder(args.output_dir, name)
-                (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+        if self.rank == 0:
+            try:
+                self._claim(name)
+            except CheckpointError as error:
+                refused = error
+        if distributed.all_gather(refused is not None)[0]:  # all end, and the first process says why
+            raise refused or SystemExit(2)
         self.videos = self.folder / "videos" if args.capture_video and self.rank == 0 else None
 
     def generator(self, name, device="cpu"):
@@ -433,14 +498,18 @@ class Run:
         if self.rank == 0:
             state = {"args": dataclasses.asdict(self.args)} | state
             save_checkpoint(self.folder / name, script=self.script.stem, state=state)
+            if self._log_lost and not self._writer:  # a disk that takes a checkpoint takes a log
+                self._open_log()
         self._tick = time.perf_counter()
 
     def load(self, agent):
         """Put the weights of the checkpoint, if there is one, into `agent`, and it on the device. UserError
         where they do not fit. (Of a vision-language-action policy: `common.backbones.load_weights`.)"""
         if self.saved:
+            with readable(self.source):
+                weights = dict(self.saved["agent"])
             try:
-                agent.load_state_dict(self.saved["agent"])
+                agent.load_state_dict(weights)
             except RuntimeError as error:
                 reason = " ".join(str(error).splitlines()[1:2]).strip()
                 raise UserError(f"The checkpoint's weights do not fit this run: {reason}") from error
@@ -448,9 +517,11 @@ class Run:
 
     def restore(self):
         """--resume: `state` and this process's `own` as one dict, after setting the generators back. Else
-        None. UserError if another number of processes wrote it."""
+        None. UserError if another number of processes wrote it. What fails from here to `begin` does so for
+        the checkpoint's content, and is told so."""
         if not self.args.resume:
             return None
+        self._restoring = True
         saved, self.saved = self.saved, None
         if (before := len(saved["processes"])) != self.processes:
             raise UserError(
@@ -460,13 +531,20 @@ class Run:
         set_rng_state(own["rng"], self._generators, {})
         if "envs" in own["state"]:  # arrays again, as the worlds gave them
             own["state"]["envs"] = map_tensors(lambda x: x.numpy(), own["state"]["envs"])
-        return saved | own["state"]
+        saved |= own["state"]
+        counters, recent = saved.get("counters", [saved.get("step")]), saved.get("recent", [])
+        if not all(type(count) is int and count >= 0 for count in counters):
+            raise ValueError("counters that are none")
+        if len(recent) and np.asarray(recent, float).shape != (len(recent), 3):
+            raise ValueError("recent episodes that are none")
+        return saved
 
     # --- while it trains
 
     def begin(self, step, total, unit):
         """Training goes from `step` to `total` (`unit`s): opens the log and the progress bar. From here on a
         signal asks for an orderly end, and a second one ends at once."""
+        self._restoring = False
         self.total, self.unit, self._logged = total, unit, step
         if self.rank == 0:
             if self.args.track:
@@ -475,8 +553,8 @@ class Run:
                 config = dataclasses.asdict(self.args)
                 wandb.init(project="vla-rl", name=self.folder.name, config=config, sync_tensorboard=True)
             # What a killed run logged after its last checkpoint is logged again.
-            self._writer = SummaryWriter(self.folder, purge_step=step + 1 if self.args.resume else None)
-            self._stack.callback(self._writer.close)
+            self._open_log(step + 1 if self.args.resume else None)
+            self._stack.callback(self._close_log)
         self._bar = self.closing(
             tqdm(total=total, initial=step, unit=unit, smoothing=0.1, disable=self.rank > 0 or None)
         )
@@ -527,16 +605,36 @@ class Run:
         self._logged, self.laps, self._tick = step, {}, time.perf_counter()
 
     def write(self, scalars, step):
-        """Numbers by name into the log, and no more."""
-        for name, value in scalars.items() if self.rank == 0 else ():
-            self._writer.add_scalar(name, value, step)
+        """Numbers by name into the log, and no more. A full disk costs the log and not the run."""
+        try:
+            for name, value in scalars.items() if self._writer else ():
+                self._writer.add_scalar(name, value, step)
+        except OSError as error:
+            self._lose_log(error)
+
+    def _open_log(self, purge_step=None):
+        try:
+            self._writer = SummaryWriter(self.folder, purge_step=purge_step)
+        except OSError as error:
+            self._lose_log(error)
+
+    def _close_log(self):
+        with contextlib.suppress(OSError):
+            if self._writer:
+                self._writer.close()
+
+    def _lose_log(self, error):
+        self._writer = None
+        if not self._log_lost:
+            say(f"warning: the log cannot be written ({error}); the run goes on.", sys.stderr)
+        self._log_lost = True
 
     def record(self, evaluation, step):
         """Log an evaluation -> whether it is the best so far, so that its weights are worth keeping."""
         names = ("success_rate", "mean_reward", "mean_length", "normalized_score")
         self.write({f"eval/{name}": evaluation[name] for name in names if name in evaluation}, step)
         if self.initial is not None and step < self.total and self.rank == 0:
-            tqdm.write(f"{step} {self.unit}s, {self.seconds():.0f} s: eval {score(evaluation):.3f}")
+            say(f"{step} {self.unit}s, {self.seconds():.0f} s: eval {score(evaluation):.3f}")
         first = self.initial is None
         self.latest, self.initial = evaluation, evaluation if first else self.initial
         # the latest of all where nothing is evaluated
@@ -574,7 +672,7 @@ class Run:
             start = "python" if self.processes == 1 else f"torchrun --nproc-per-node {self.processes}"
             script = sys.argv[0] if Path(sys.argv[0]).name == self.script.name else self.script.name
             command = f"{start} {shlex.quote(script)} --resume {shlex.quote(str(self.folder))}"
-            print(f"stopped at {step} {self.unit}s; go on with: {command}")
+            say(f"stopped at {step} {self.unit}s; go on with: {command}")
         sys.exit(128 + self._signals[0])
 
     # --- results
@@ -590,7 +688,7 @@ class Run:
         if self.rank == 0:
             self._write({"final": final})
             what = self.args.checkpoint or getattr(self.args, "backbone", "")
-            print(f"evaluated {what}: {score(final):.3f} ({self.folder / 'results.json'})")
+            say(f"evaluated {what}: {score(final):.3f} ({self.folder / 'results.json'})")
 
     def finish(self, environment_steps, gradient_steps):
         """The result of a training, whose final evaluation was recorded."""
@@ -601,7 +699,7 @@ class Run:
             self._write(found | counts | {"wall_seconds": self.seconds()})
             what = "success" if "success_rate" in self.latest else "return"
             before, after, minutes = score(self.initial), score(self.latest), self.seconds() / 60
-            print(f"{what} {before:.3f} -> {after:.3f} in {minutes:.1f} minutes ({self.folder})")
+            say(f"{what} {before:.3f} -> {after:.3f} in {minutes:.1f} minutes ({self.folder})")
 
 
 def keep_freed_memory():

@@ -1,10 +1,12 @@
 """common/run.py: flags and presets, what a checkpoint fixes, the handle, a copy of a script."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ import torch
 from test_cli import BC, PPO, ROOT, call, one_thread, results, run, scalars, shell, words  # noqa: F401
 
 import bc_warmup
+import common.run
 import cql
 import decision_transformer
 import grpo_vla
@@ -25,7 +28,8 @@ import sac
 import td3_bc
 from common import UserError
 from common.backbones import BACKBONES, family_of, model_module
-from common.checkpoint import load_checkpoint, save_checkpoint
+from common.backbones.openvla import read_statistics
+from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from common.envs import WORLDS, world_module
 from common.flags import FIXED, KEPT, NonNegative, Only, Positive, Share
 from common.run import Run, RunArgs, VLAArgs, check_values, mean_metrics, read_flags
@@ -192,6 +196,8 @@ class Small(RunArgs):
     size: Annotated[int, FIXED] = 3
     heat: Annotated[float, KEPT] = 1.0
     targets: tuple[float, ...] = ()
+    limit: float | None = None
+    alpha: float | Literal["auto"] = "auto"
 
 
 @pytest.mark.parametrize(
@@ -203,6 +209,19 @@ class Small(RunArgs):
         ("--plain nan", "--plain must be a finite number, not nan"),
         ("--rate inf", "--rate must be a finite number"),
         ("--targets 1 nan", "--targets must be a finite number"),
+        ("--targets 1 inf", "--targets must be a finite number"),
+        ("--limit nan", "--limit must be a finite number"),
+        ("--heat=-inf", "--heat must be a finite number"),
+        ("--alpha nan", "--alpha must be a finite number"),
+        ("--size 9223372036854775808", "--size must be below"),
+        ("--checkpoint=", "--checkpoint is empty; give it a value or drop it"),
+        ("--resume=", "--resume is empty"),
+        ("--run-name=", "--run-name is empty"),
+        ("--output-dir=", "--output-dir is empty"),
+        ("--run-name .", "leads out of --output-dir"),
+        ("--run-name ..", "leads out of --output-dir"),
+        ("--run-name a/../../b", "leads out of --output-dir"),
+        ("--run-name /tmp/x", "leads out of --output-dir"),
         ("--seed -1", "--seed must be in"),
         ("--width 4", "--width does nothing without --head b; drop it"),
         ("--width=3", "--width does nothing without --head b; drop it"),
@@ -343,6 +362,154 @@ def test_a_taken_name_is_noticed_before_anything_is_loaded(tmp_path):
     (tmp_path / "taken/checkpoint.pt").write_text("of another run")
     done = call(bc_warmup, f"--output-dir {tmp_path} --run-name taken")
     assert done.code == 2 and "already holds a checkpoint" in done.err and not done.out
+
+
+# --- one run a folder
+
+HOLD = """
+import os, sys, time
+sys.path[:0] = ["{root}", "{root}/tests"]
+from pathlib import Path
+from test_run import open_run
+open_run(Path(sys.argv[1]))
+if not os.fork():  # as a worker that is stuck: the lock is not its
+    time.sleep(20)
+    os._exit(0)
+print("open", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_is_one_living_runs(tmp_path):
+    code = HOLD.replace("{root}", str(ROOT))
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "open\n"
+    before = (tmp_path / "r/args.json").read_text()
+    with pytest.raises(CheckpointError, match="belongs to a run that still goes on; stop it first"):
+        open_run(tmp_path, seed=7)
+    assert (tmp_path / "r/args.json").read_text() == before
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    with open_run(tmp_path, seed=7) as handle:
+        assert sorted(path.name for path in handle.folder.iterdir())[0] == "args.json"
+        assert json.loads((tmp_path / "r/args.json").read_text())["seed"] == 7
+
+
+def test_a_running_run_is_not_resumed(tmp_path, monkeypatch):
+    run(bc_warmup, BC, f"--output-dir {tmp_path} --run-name r")
+    code = f"import fcntl, time; f = open({str(tmp_path / 'r/args.json')!r}, 'a'); "
+    code += "fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    done = call(bc_warmup, f"--resume {tmp_path}/r")
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert done.code == 2 and "belongs to a run that still goes on" in done.err, done
+    assert done.err.count("\n") == 1
+    stamps = iter([(1, 1), (2, 2)])  # it was saved once more between the reading and the lock
+    monkeypatch.setattr(Run, "_stamp", lambda self: next(stamps))
+    done = call(bc_warmup, f"--resume {tmp_path}/r")
+    assert done.code == 2 and "was still being written by its run; resume it once more" in done.err, done
+
+
+# --- full disks, too little memory
+
+
+def full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("what", ["__init__", "add_scalar", "close"])
+def test_a_log_that_cannot_be_written_costs_no_run(tmp_path, monkeypatch, what):
+    monkeypatch.setattr(common.run.SummaryWriter, what, full)
+    done = call(bc_warmup, BC, f"--output-dir {tmp_path} --run-name r")
+    assert done.code == 0 and results(tmp_path / "r")["gradient_steps"] == 9
+    assert done.err.count("the log cannot be written") == (what != "close"), done
+    assert done.err.count("\n") <= 1
+
+
+def test_a_log_goes_on_once_there_is_room_for_a_checkpoint(tmp_path, monkeypatch):
+    with open_run(tmp_path) as handle:
+        with monkeypatch.context() as patch:
+            patch.setattr(common.run.SummaryWriter, "add_scalar", full)
+            handle.log({"loss": 2.0}, 10)
+        handle.log({"loss": 3.0}, 15)
+        handle.save("checkpoint.pt", {"agent": {}})
+        handle.log({"loss": 1.0}, 20)
+    assert scalars(tmp_path / "r")["loss"] == [(20, 1.0)]
+
+
+def test_words_that_nobody_can_read_cost_no_run(tmp_path, monkeypatch):
+    flags = words(BC, f"--output-dir {tmp_path} --run-name r")
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open("/dev/full", "w") as out:
+        command = [sys.executable, str(ROOT / "bc_warmup.py"), *flags]
+        done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, env=env, check=False)
+    assert b"Traceback" not in done.stderr, done
+    assert results(tmp_path / "r")["gradient_steps"] == 9
+
+
+def test_args_that_cannot_be_written_are_one_sentence(tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/args.json").symlink_to("/dev/full")
+    done = call(bc_warmup, BC, f"--output-dir {tmp_path} --run-name r")
+    assert done.code == 2 and "args.json cannot be written" in done.err and done.err.count("\n") == 1, done
+    (tmp_path / "r/args.json").unlink()
+    os.mkfifo(tmp_path / "r/args.json")
+    done = call(bc_warmup, BC, f"--output-dir {tmp_path} --run-name r")
+    assert done.code == 2 and "args.json cannot be written" in done.err and done.err.count("\n") == 1, done
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        (sac, "--env Pendulum-v1 --buffer-size 1000000000000"),
+        (sac, "--env Pendulum-v1 --buffer-size 1000000000000000000"),
+        (sac, "--env Pendulum-v1 --num-envs 1000000000 --buffer-size 1000000000"),
+        (sac, "--env Pendulum-v1 --eval-episodes 1000000000"),
+        (ppo_vla, "--env CartPole-v1 --num-envs 1000000000 --eval-envs 1"),
+    ],
+)
+def test_what_no_memory_holds_is_one_sentence(tmp_path, script, flags):
+    done = call(script, flags, f"--output-dir {tmp_path}")
+    assert done.code == 2 and done.err.count("\n") == 1 and done.err.endswith(".\n"), done
+
+
+def test_other_errors_pass_as_they_are(tmp_path, monkeypatch):
+    def broken(args, run):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(sys, "argv", ["small.py", "--output-dir", str(tmp_path)])
+    with pytest.raises(RuntimeError, match="a bug"):
+        common.run.main(broken, Small, {})
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "folder"])
+def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path, kind):
+    place = tmp_path / "checkpoint.pt"
+    if kind == "pipe":
+        os.mkfifo(place)
+    elif kind == "socket":
+        listening = socket.socket(socket.AF_UNIX)
+        listening.bind(str(place))
+        listening.close()
+    else:
+        place.mkdir()
+    for script, flags in (
+        (bc_warmup, f"--checkpoint {place}"),
+        (bc_warmup, f"--resume {tmp_path}"),
+        (bc_warmup, f"{BC} --demos {place}"),
+        (iql, f"--dataset {place}"),
+    ):
+        done = call(script, flags, *([] if "--resume" in flags else [f"--output-dir {tmp_path}/runs"]))
+        assert done.code == 2 and done.err.count("\n") == 1, done
+    with pytest.raises(UserError, match="is not a file|cannot be read"):
+        read_statistics("x", tmp_path, {}, "key", str(place))
+    save = f"--env Pendulum-v1 --save-dataset {place} --append"
+    done = call(sac, save, f"--output-dir {tmp_path}/runs")
+    assert done.code == 2 and done.err.count("\n") == 1, done
 
 
 # --- a copy of a script

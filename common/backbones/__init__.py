@@ -38,8 +38,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common import UserError
-from common.checkpoint import atomic_path
+from common import UserError, say
+from common.checkpoint import atomic_path, readable
 from common.flags import NonNegativeInt
 
 BACKBONES = {
@@ -109,7 +109,9 @@ def load_backbone(args, envs, run, micro_batch_size=0, train_vision=None):
     )  # fmt: skip
     module, old_rank, lora_rank = model_module(args.backbone), 0, getattr(args, "lora_rank", 0)
     if saved:
-        config = dict(saved["backbone"])
+        with readable(run.source):
+            config = dict(saved["backbone"])
+            old_rank = config["lora"]["r"] if config.get("lora") else 0
         for name, value in shape.items():
             if config.get(name, value) != value:
                 hint = {"proprio_dim": "--action-history or --env", "action_dim": "--env"}.get(
@@ -119,7 +121,6 @@ def load_backbone(args, envs, run, micro_batch_size=0, train_vision=None):
                     f"The checkpoint's {name} is {config[name]}, but this run's is {value}; set {hint} as it "
                     "was."
                 )
-        old_rank = config["lora"]["r"] if config.get("lora") else 0
     else:
         shape |= {"instructions": envs.instructions, "dataset": envs.dataset}
         config = {"name": args.backbone} | module.from_flags(args, **shape)
@@ -132,7 +133,8 @@ def load_backbone(args, envs, run, micro_batch_size=0, train_vision=None):
         config |= module.own_options(args, run.device, shape["cameras"], micro_batch_size)
     if train_vision and "vision" not in config.get("lora_modules", ("vision",)):
         config["lora_modules"] = (*config["lora_modules"], "vision")
-    backbone = build_backbone(**config, device=run.device)
+    with readable(run.source):
+        backbone = build_backbone(**config, device=run.device)
     if backbone.vision_parameters() and not shape["cameras"]:
         raise UserError(
             f"--env {args.env} has no pictures for the backbone {args.backbone!r}; use --backbone mlp."
@@ -156,14 +158,15 @@ def load_weights(agent, args, run, new=(), train_vision=None):
     backbone, saved = agent.backbone, run.saved
     if saved:
         parts = {name for name, _ in agent.named_children()}
-        weights = {name: x for name, x in saved["agent"].items() if name.partition(".")[0] in parts}
-        missing, unexpected = agent.load_state_dict(weights, strict=False)
+        with readable(run.source):
+            weights = {name: x for name, x in saved["agent"].items() if name.partition(".")[0] in parts}
+            missing, unexpected = agent.load_state_dict(weights, strict=False)
         missing = [name for name in missing if name.partition(".")[0] not in new]
         if backbone.has_files and backbone.config.get("lora"):  # the base is in its own files
             missing = [name for name in missing if "lora_" in name or not name.startswith("backbone.")]
         if missing or unexpected:
             names = ", ".join((*missing, *unexpected)[:4])
-            raise UserError(f"The checkpoint's tensors do not fit this agent: {names}")
+            raise UserError(f"The checkpoint's tensors do not fit this agent ({names}); give its own flags.")
     if not saved and getattr(args, "adapter", None):
         load_adapter(backbone, args.adapter)
         args.lora_rank = backbone.config["lora"]["r"]
@@ -178,7 +181,7 @@ def load_weights(agent, args, run, new=(), train_vision=None):
             parameter.requires_grad_(False)
         blind = model_module(args.backbone).FROM_SCRATCH and not saved and backbone.vision_parameters()
         if blind and not run.rank:
-            print(
+            say(
                 "warning: the policy starts at random weights, and its eye stays so; "
                 "bc_warmup.py makes a --checkpoint to start from, --train-vision trains the eye."
             )

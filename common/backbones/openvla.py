@@ -646,6 +646,8 @@ def read_statistics(path, folder, published, key, file):
         return None
     own = folder / "dataset_statistics.json"
     try:
+        if file and not Path(file).is_file():  # a pipe would be waited for
+            raise FileNotFoundError("it does not exist, or is no file")
         text = Path(file or own).read_text() if file or own.is_file() else "null"
         found = json.loads(text) or published.get("norm_stats", {})
     except (OSError, ValueError) as error:

@@ -35,6 +35,7 @@ import importlib
 
 from common import UserError
 from common.envs.vector import vectorize
+from common.memory import available_memory
 
 WORLDS = {"tabletop": "common.envs.tabletop", "libero": "common.envs.libero"}
 GYMNASIUM = "common.envs.gymnasium_env"
@@ -62,6 +63,8 @@ def make_envs(args, split, num_envs, autoreset=False, states=False):
     rank, processes = distributed.ranks()
     if num_envs % processes:
         raise UserError(f"{num_envs} environments cannot be split evenly over {processes} processes.")
+    if num_envs * 10_000 > (free := available_memory()):  # the smallest takes more
+        raise UserError(f"{num_envs} environments do not fit into {free / 1e9:.0f} GB; give fewer of them.")
     kwargs = world_flags(args) | ({"split": split} if args.env in WORLDS else {"id": args.env})
     envs = vectorize(
         (args.env, WORLDS.get(args.env, GYMNASIUM), kwargs), num_envs // processes, seed=args.seed,
