@@ -298,7 +298,8 @@ def open_run(tmp_path, **changes):
 def test_the_best_evaluation_is_kept_and_the_latest_of_none(tmp_path):
     with open_run(tmp_path) as handle:
         scores = [0.5, 0.4, 0.5, 0.6, 0.2]
-        found = [handle.record({"episodes": 2, "success_rate": x, "mean_reward": 9.0}, 1) for x in scores]
+        each = [{"episodes": 2, "success_rate": x, "success_rate_ci95": [x - 0.1, 1.0]} for x in scores]
+        found = [handle.record(evaluation, 1) for evaluation in each]
         assert found == [True, False, False, True, False]
         assert (handle.initial["success_rate"], handle.best["success_rate"]) == (0.5, 0.6)
         handle.finish(5, 6)
