@@ -811,7 +811,7 @@ WRONG_PPO = [
     ("--checkpoint BAD/foreign.pt", "was not written by this project"),
     ("--checkpoint BAD/module.pt", "is not loaded since that can run code"),
     ("--checkpoint BAD/sac.pt", "was written by sac.py, whose networks are none of ppo_vla.py's."),
-    ("--checkpoint BAD/other.pt", "do not fit this agent: backbone.action_slots"),
+    ("--checkpoint BAD/other.pt", "do not fit this agent (backbone.action_slots"),
     ("--checkpoint BAD", "checkpoint.pt does not exist"),
     (
         "--checkpoint BAD/cartpole",
