@@ -357,11 +357,11 @@ def test_what_a_crashed_run_logged_after_its_checkpoint_is_logged_again(tmp_path
     def patched(*args):
         calls.append(1)
         if len(calls) == 27:  # offline, after the evaluation at 25 and before the checkpoint at 30
-            raise MemoryError
+            raise RuntimeError("a power cut")
         return td_target(*args)
 
     monkeypatch.setattr(script, "td_target", patched)
-    with pytest.raises(MemoryError):
+    with pytest.raises(RuntimeError, match="a power cut"):
         call(script, flags, f"--output-dir {tmp_path} --run-name r")
     monkeypatch.undo()
     time.sleep(1.1)  # TensorBoard orders a run's files by the second at which they began
@@ -642,11 +642,11 @@ def test_a_compiled_run_goes_on_bit_identically(tmp_path, home, script, monkeypa
     def patched(*args):
         calls.append(1)
         if len(calls) == 4:
-            raise MemoryError
+            raise RuntimeError("a power cut")
         return function(*args)
 
     monkeypatch.setattr(script, "sample_batch", patched)
-    with pytest.raises(MemoryError):
+    with pytest.raises(RuntimeError, match="a power cut"):
         call(script, flags, "--run-name stopped")
     monkeypatch.undo()
     run(script, f"--resume {tmp_path}/stopped")
