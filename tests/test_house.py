@@ -14,7 +14,7 @@ import grpo_vla
 import iql
 import ppo_vla
 import sac
-from common.backbones import BACKBONES
+from common.backbones import BACKBONES, build_backbone
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.datasets import save_demonstrations
 from common.envs import WORLDS
@@ -213,3 +213,32 @@ def test_the_tables_are_in_the_help():
 def test_flags_that_do_not_exist_here_point_to_the_right_help():
     done = call(ppo_vla, "--env reach --tasks red")
     assert done.code == 2 and "--tasks" in done.err and "ppo_vla.py --env reach --help" in done.err
+
+
+# --- flags that did nothing
+
+
+def test_adapters_that_cannot_reach_the_eye_refuse_to_train_it(tmp_path):
+    done = call(ppo_vla, f"{PPO} --lora-rank 2 --train-vision --output-dir {tmp_path}")
+    assert done.code == 2 and "leave its eye as it is; drop --train-vision" in done.err, done
+
+
+def test_a_critic_of_its_own_is_trained_also_where_the_value_is_detached(tmp_path):
+    """Of the mlp: nothing but the value reaches that trunk."""
+    flags = (
+        f"--env CartPole-v1 {EVAL} --num-envs 2 --num-steps 8 --total-timesteps 40 --output-dir {tmp_path}"
+    )
+    run(ppo_vla, flags, "--detach-value --critic-warmup 0 --run-name r --save-freq 1")
+    after = load_checkpoint(tmp_path / "r")["agent"]["backbone.critic.2.weight"]
+    torch.manual_seed(3)  # as the run did before it built its backbone, first of all
+    fresh = build_backbone("mlp", chunk=1, action_dim=1, proprio_dim=4).critic[2].weight
+    kept = run(ppo_vla, flags, "--critic-warmup 0 --run-name still --learning-rate 0 --value-learning-rate 0")
+    still = load_checkpoint(tmp_path / "still")["agent"]["backbone.critic.2.weight"]
+    assert torch.equal(still, fresh) and not torch.equal(after, fresh), kept
+
+
+def test_a_policy_from_random_weights_is_told_what_stays_random(tmp_path, warmup):
+    said = "starts at random weights, and its eye stays so"
+    assert said in run(ppo_vla, f"{PPO} --output-dir {tmp_path} --run-name a").out
+    assert said not in run(ppo_vla, f"{PPO} --train-vision --output-dir {tmp_path} --run-name b").out
+    assert said not in run(ppo_vla, f"{PPO} --checkpoint {warmup} --output-dir {tmp_path} --run-name c").out

@@ -146,6 +146,7 @@ def test_an_adapter_keeps_its_own_scale_and_is_the_reference(tmp_path, monkeypat
     ("script", "flags", "said"),
     [
         (ppo_vla, "--backbone {base} --adapter {tmp}/none", "adapter_model.safetensors"),
+        (ppo_vla, "--checkpoint {run} --load-in-4bit", "in 4 bits"),  # this run's, not the weights'
         (ppo_vla, "--backbone {stranger} --adapter {run}/adapter", "another base"),
         (ppo_vla, "--backbone {l1}", "noise"),
         (ppo_vla, "--backbone {base} --unnorm-key bridge", "bridge_orig"),
