@@ -598,8 +598,8 @@ def train(args, run):
     sampler, shuffler = run.generator("sampler", device), run.generator("shuffler")
     active_dims = torch.as_tensor(envs.active_dims, device=device)
     order_in_chunk = torch.arange(args.chunk, device=device)
-    whole = active_dims.repeat(1, args.chunk)  # the mask of a chunk that was executed in full
-    full = int(merge_tokens(whole.float(), whole, args.ratio_level, args.chunk)[1].sum())
+    mask = active_dims.repeat(1, args.chunk)  # of a chunk that was executed in full
+    full = int(merge_tokens(mask.float(), mask, args.ratio_level, args.chunk)[1].sum())
 
     step, iteration, gradient_steps, recent = 0, 0, 0, []  # recent: the last episodes
     groups, wanted = Groups(envs.num_envs, run.rank), args.num_groups // run.processes
@@ -729,9 +729,9 @@ def train(args, run):
         num_terms = int(data["covered"].sum())
         everyone = distributed.all_gather([num_rows, num_used, len(pool), num_terms, len(chosen)])
         all_rows, all_used, all_units, all_terms, all_chosen = zip(*everyone, strict=True)
-        totals = sum(all_terms), sum(all_chosen) * args.group_size
+        whole_batch = sum(all_terms), sum(all_chosen) * args.group_size  # terms, episodes
         data["weights"] = aggregation_weights(
-            data["covered"], episode, full, totals, args.aggregation, args.constant_length
+            data["covered"], episode, full, whole_batch, args.aggregation, args.constant_length
         )
         if args.kl_coef > 0:
             with weights_of(reference, trained):
@@ -778,6 +778,7 @@ def train(args, run):
             updates.append(metrics)
         run.lap("update")
 
+        # --- log, evaluate, save
         scalars |= mean_metrics(updates) | {
             "policy/first_ratio_error": updates[0]["policy/ratio_error"] if updates else 0.0,
             "policy/stale_share": 1 - data["fresh"].float().mean(),

@@ -90,7 +90,10 @@ def run_episodes(agent, envs, seeds, generator=None, video_folder=None):
     total, size, seeds = len(seeds), envs.num_envs, np.asarray(seeds)
     episode = np.arange(size)  # that each environment plays
     running, returns = episode < total, np.zeros(size)
-    begin = lambda rows: envs.reset(seeds[np.minimum(episode, total - 1)], rows)  # noqa: E731
+
+    def begin(rows):
+        return envs.reset(seeds[np.minimum(episode, total - 1)], rows)
+
     obs = begin(running) if total else None
     outcomes, frames = [None] * total, {i: [] for i in range(min(VIDEOS, total, size) if video_folder else 0)}
     started = len(outcomes[:size])

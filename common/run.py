@@ -594,7 +594,7 @@ class Run:
         self.write(scalars, step)
         if scalars.get("policy/first_ratio_error", 0.0) > 0.05 and not self._warned and self.rank == 0:
             self._warned = True
-            tqdm.write(
+            say(
                 f"warning: policy/first_ratio_error is {scalars['policy/first_ratio_error']:.3g}: the policy "
                 "that is trained is not the one that acted; see --recompute-logprobs."
             )
