@@ -1,9 +1,11 @@
 """OpenVLA and OpenVLA-OFT: against the published code's outputs (where its tiny checkpoints are at hand) and,
 with small random checkpoints, against transformers' own towers and Llama, PIL, peft and scalar loops."""
 
+import copy
 import http.server
 import json
 import math
+import os
 import shutil
 import tarfile
 import threading
@@ -939,10 +941,10 @@ def test_statistics_are_found_by_name(checkpoints, tmp_path):
     assert load(checkpoints, "openvla", unnorm_key="none").statistics is None
     file = tmp_path / "other.json"
     file.write_text(
-        json.dumps({"libero_10_no_noops": STATISTICS | {"action": STATISTICS["action"] | {"q01": [9] * 7}}})
+        json.dumps({"libero_10_no_noops": STATISTICS | {"action": STATISTICS["action"] | {"q01": [-9] * 7}}})
     )
     model = load(checkpoints, "oft", unnorm_key="libero_10", statistics=str(file))
-    assert model.statistics["action"]["q01"] == [9] * 7
+    assert model.statistics["action"]["q01"] == [-9] * 7
     assert build_backbone(**model.config).statistics == model.statistics
 
 
@@ -1036,6 +1038,296 @@ def test_errors_are_one_sentence(checkpoints, tmp_path, monkeypatch, family, spo
     assert "\n" not in str(caught.value)
 
 
+# --- damaged folders, by what is done to them
+
+
+def text(**values):
+    """In config.json's text_config"""
+
+    def spoil(folder):
+        old = json.loads((folder / "config.json").read_text())["text_config"]
+        change(folder, text_config=old | values)
+
+    return spoil
+
+
+def statistics(**values):
+    """In the statistics of actions of the data set that is chosen, by name; to ..., for none"""
+
+    def spoil(folder):
+        own = folder / "dataset_statistics.json"
+        config = json.loads((folder / "config.json").read_text())
+        stats = config["norm_stats"]["fractal"]
+        for name, value in values.items():
+            part, _, key = name.partition("_")
+            inner = {k: x for k, x in (stats[part] | {key: value}).items() if x is not ...}
+            stats = stats | {part: inner if key else value}
+        stats = {k: x for k, x in stats.items() if x is not ...}
+        change(folder, norm_stats=config["norm_stats"] | {"fractal": stats})
+        if own.exists():
+            own.write_text(json.dumps({"libero_goal_no_noops": stats}))
+
+    return spoil
+
+
+def preprocessor(**values):
+    def spoil(folder):
+        found = dict(means=[[0.5] * 3] * 2, stds=[[0.5] * 3] * 2, input_sizes=[[3, 28, 28]] * 2) | values
+        found = {name: value for name, value in found.items() if value is not ...}
+        (folder / "preprocessor_config.json").write_text(json.dumps(found))
+
+    return spoil
+
+
+def index(**values):
+    def spoil(folder):
+        file = folder / "model.safetensors.index.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+    return spoil
+
+
+def tensor(name, function):
+    """A tensor of the shards, changed"""
+
+    def spoil(folder):
+        for file in folder.glob("*.safetensors"):
+            state = load_file(file)
+            if name in state:
+                save_file(state | {name: function(state[name]).contiguous()}, file)
+
+    return spoil
+
+
+def extra(pattern, function):
+    """What OFT's file of this name holds, changed"""
+
+    def spoil(folder):
+        (file,) = folder.glob(pattern)
+        torch.save(function(torch.load(file)), file)
+
+    return spoil
+
+
+def written(name, content):
+    """Bytes in place of a file; None for a folder, ... for a pipe that nobody writes to"""
+
+    def spoil(folder):
+        (folder / name).unlink(missing_ok=True)
+        if content is None:
+            (folder / name).mkdir()
+        elif content is ...:
+            os.mkfifo(folder / name)
+        else:
+            (folder / name).write_bytes(content)
+
+    return spoil
+
+
+def spoil_tokenizer(**values):
+    def spoil(folder):
+        file = folder / "tokenizer.json"
+        found = json.loads(file.read_text())
+        file.write_text(json.dumps(found | {"model": found["model"] | values}))
+
+    return spoil
+
+
+def with_nan(x):
+    x = x.clone()
+    x.view(-1)[-1] = float("nan")
+    return x
+
+
+EYE, LLAMA = "vision_backbone.featurizer.", "language_model.model."
+BIG = ["tokenizer.json", "config.json", "model.safetensors.index.json", "dataset_statistics.json"]
+DAMAGES = {
+    "config: a list": written("config.json", b"[1, 2]"),
+    "config: text_config a list": lambda f: change(f, text_config=[1]),
+    "config: text_config a text": lambda f: change(f, text_config="llama"),
+    "config: text_config empty": lambda f: change(f, text_config={}),
+    "config: hidden_size a text": text(hidden_size="32"),
+    "config: hidden_size negative": text(hidden_size=-32),
+    "config: hidden_size zero": text(hidden_size=0),
+    "config: hidden_size another": text(hidden_size=64),
+    "config: no heads": text(num_attention_heads=0),
+    "config: heads that do not divide": text(num_attention_heads=5),
+    "config: heads a text": text(num_attention_heads="four"),
+    "config: more heads of keys than there are": text(num_key_value_heads=8),
+    "config: layers missing": text(num_hidden_layers=1),
+    "config: layers beyond any": text(num_hidden_layers=10**9),
+    "config: layers negative": text(num_hidden_layers=-1),
+    "config: vocabulary another": text(vocab_size=32000),
+    "config: vocabulary null": text(vocab_size=None),
+    "config: pad beyond the vocabulary": text(pad_token_id=10**6),
+    "config: pad a text": text(pad_token_id="<pad>"),
+    "config: eps a text": text(rms_norm_eps="small"),
+    "config: eps nan": text(rms_norm_eps=float("nan")),
+    "config: eps null": text(rms_norm_eps=None),
+    "config: activation unknown": text(hidden_act="nonsense"),
+    "config: rope a text": text(rope_theta="x"),
+    "config: rope unknown": text(rope_scaling={"rope_type": "nonsense"}),
+    "config: rope zero": text(rope_theta=0),
+    "config: rope negative": text(rope_theta=-1.0),
+    "config: padding negative": lambda f: change(f, pad_to_multiple_of=-64),
+    "config: padding beyond the vocabulary": lambda f: change(f, pad_to_multiple_of=10**6),
+    "config: padding a text": lambda f: change(f, pad_to_multiple_of="64"),
+    "config: padding missing": lambda f: change(f, pad_to_multiple_of=...),
+    "config: family a number": lambda f: change(f, family=7),
+    "config: family a list": lambda f: change(f, family=["openvla"]),
+    "config: bins a text": lambda f: change(f, n_action_bins="256"),
+    "config: statistics a list": lambda f: change(f, norm_stats=[1]),
+    "config: statistics null": lambda f: change(f, norm_stats=None),
+    "config: statistics a text": lambda f: change(f, norm_stats={"fractal": "text"}),
+    "config: statistics a number": lambda f: change(f, norm_stats={"fractal": 7}),
+    "statistics: equal quantiles": statistics(action_q99=[-0.5, 1, 3, 0.1, 1, 2, 1]),
+    "statistics: crossed quantiles": statistics(action_q99=[0.5, -7, 3, 0.1, 1, 2, 1]),
+    "statistics: nan": statistics(action_q01=[float("nan")] * 7),
+    "statistics: infinite": statistics(action_q99=[float("inf")] * 7),
+    "statistics: texts": statistics(action_q01=["a"] * 7),
+    "statistics: null": statistics(action_q01=None),
+    "statistics: too short": statistics(action_q01=[-1] * 3),
+    "statistics: all too short": statistics(action_q01=[-1] * 3, action_q99=[1] * 3, action_mask=[True] * 3),
+    "statistics: nested": statistics(action_q01=[[-1] * 7]),
+    "statistics: without q99": statistics(action_q99=...),
+    "statistics: without action": statistics(action=...),
+    "statistics: action a list": statistics(action=[1]),
+    "statistics: mask too short": statistics(action_mask=[True]),
+    "statistics: mask of numbers": statistics(action_mask=[0.5] * 7),
+    "statistics: mask a text": statistics(action_mask="yes"),
+    "statistics: mask null": statistics(action_mask=None),
+    "preprocessor: a list": written("preprocessor_config.json", b"[]"),
+    "preprocessor: without means": preprocessor(means=...),
+    "preprocessor: two colours": preprocessor(means=[[0.5] * 2] * 2),
+    "preprocessor: one tower": preprocessor(means=[[0.5] * 3], stds=[[0.5] * 3]),
+    "preprocessor: texts": preprocessor(means=[["a"] * 3] * 2),
+    "preprocessor: std zero": preprocessor(stds=[[0.0] * 3] * 2),
+    "preprocessor: std negative": preprocessor(stds=[[-1.0] * 3] * 2),
+    "preprocessor: nan": preprocessor(means=[[float("nan")] * 3] * 2),
+    "preprocessor: pictures of another size": preprocessor(input_sizes=[[3, 224, 224]] * 2),
+    "preprocessor: a folder": written("preprocessor_config.json", None),
+    "preprocessor: a pipe": written("preprocessor_config.json", ...),
+    "index: a list": written("model.safetensors.index.json", b"[]"),
+    "index: without its map": written("model.safetensors.index.json", b"{}"),
+    "index: a map that is none": index(weight_map=[1]),
+    "index: files that are numbers": index(weight_map={"a": 7}),
+    "index: files that are lists": index(weight_map={"a": ["b"]}),
+    "index: no files": index(weight_map={}),
+    "index: a file that is not there": index(weight_map={"a": "model-00003-of-00003.safetensors"}),
+    "index: the folder": index(weight_map={"a": ""}),
+    "index: the half": index(weight_map={"a": "model-00001-of-00002.safetensors"}),
+    "shard: a pipe": written("model-00001-of-00002.safetensors", ...),
+    "shard: a folder": written("model-00001-of-00002.safetensors", None),
+    "shard: empty": written("model-00001-of-00002.safetensors", b""),
+    "shard: no safetensors": written("model-00001-of-00002.safetensors", b"\xff" * 999),
+    "tensor: integers": tensor("projector.fc1.weight", lambda x: x.to(torch.int8)),
+    "tensor: bools": tensor("projector.fc1.bias", lambda x: x > 0),
+    "tensor: transposed": tensor("projector.fc1.weight", lambda x: x.T),
+    "tensor: nan": tensor("projector.fc2.weight", with_nan),
+    "tensor: nan in the tower": tensor(EYE + "blocks.1.attn.qkv.weight", with_nan),
+    "tensor: infinite": tensor(LLAMA + "embed_tokens.weight", lambda x: x / 0),
+    "tensor: a picture that is no square": tensor(EYE + "pos_embed", lambda x: x[:, :3]),
+    "tensor: another patch": tensor(EYE + "patch_embed.proj.weight", lambda x: x[..., :7, :7]),
+    "tensor: a scalar": tensor(EYE + "patch_embed.proj.weight", lambda x: x.sum()),
+    "tensor: patches of one side": tensor(EYE + "patch_embed.proj.weight", lambda x: x[..., :7]),
+    "tokenizer: a list": written("tokenizer.json", b"[]"),
+    "tokenizer: without a model": written("tokenizer.json", b'{"version": "1.0"}'),
+    "tokenizer: words beyond the vocabulary": spoil_tokenizer(vocab={"<unk>": 0, "lift": 10**6}),
+    "tokenizer: no word for what is unknown": spoil_tokenizer(vocab={"lift": 5}),
+    **{f"{name}: not UTF-8": written(name, b'{"a": "\xff\xfe"}') for name in BIG},
+    **{f"{name}: deep": written(name, b'{"a":' * 9999 + b"1" + b"}" * 9999) for name in BIG},
+    **{f"{name}: a folder": written(name, None) for name in BIG},
+    **{f"{name}: a pipe": written(name, ...) for name in BIG},
+}
+L1_DAMAGES = {
+    "proprioception: without statistics": statistics(proprio=...),
+    "proprioception: crossed quantiles": statistics(proprio_q01=[3.0] * 8),
+    "proprioception: too short": statistics(proprio_q01=[-1.0] * 3, proprio_q99=[2.0] * 3),
+    "projector: no dict": extra("proprio*", lambda state: [1]),
+    "projector: no tensors": extra("proprio*", lambda state: dict.fromkeys(state, 7)),
+    "projector: integers": extra("proprio*", lambda state: {k: x.int() for k, x in state.items()}),
+    "projector: nan": extra("proprio*", lambda state: {k: x.float() / 0 for k, x in state.items()}),
+    "projector: keys that are numbers": extra("proprio*", lambda state: {1: torch.ones(2)}),
+    "projector: another width": extra("proprio*", lambda state: {k: x[..., :2] for k, x in state.items()}),
+    "projector: a folder": written("proprio_projector--150_checkpoint.pt", None),
+    "projector: a pipe": written("proprio_projector--150_checkpoint.pt", ...),
+    "head: empty": extra("action_head*", lambda state: {}),
+    "code: a folder": written("code.py", None),
+    "code: a pipe": written("code.py", ...),
+}
+NO_DAMAGE = {"code: a folder", "code: a pipe"}  # what is looked through, and need not be there
+
+
+@pytest.mark.parametrize("family", ["oft", "l1"])
+def test_a_damaged_folder_is_one_sentence(checkpoints, tmp_path, monkeypatch, family):
+    """Of small folders, in every way of the tables, at the speed of one process."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    wrong = {}
+    for i, (name, spoil) in enumerate((DAMAGES if family == "oft" else L1_DAMAGES).items()):
+        folder = tmp_path / f"case{i}"
+        shutil.copytree(checkpoints[family], folder)
+        spoil(folder)
+        try:
+            load({family: folder}, family)
+            found = None if name in NO_DAMAGE else "accepted"
+        except UserError as error:
+            said = str(error)
+            found = None if "\n" not in said and folder.name in said and len(said) < 700 else said
+        except Exception as error:
+            found = repr(error)
+        wrong |= {name: found} if found else {}
+        shutil.rmtree(folder)
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_damaged_adapter_is_one_sentence(checkpoints, tmp_path, name):
+    base = load(checkpoints, "oft")
+    model = copy.deepcopy(base)
+    add_lora(model, 2)
+    save_adapter(model, tmp_path / "whole")
+    settings = json.loads((tmp_path / "whole" / "adapter_config.json").read_text())
+    state = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    first = next(iter(state))
+
+    def config(**values):
+        return lambda f: (f / name).write_text(json.dumps(settings | values))
+
+    def tensors(function):
+        return lambda f: save_file(function(state), f / name)
+
+    if name == "adapter_config.json":
+        damages = [config(r=r) for r in (0, -1, "two", None, 1.5, 10**9)]
+        damages += [config(lora_alpha=alpha) for alpha in ("two", None, float("nan"))]
+        damages += [config(target_modules=modules) for modules in (7, [], "(", [1], None, {"a": 1})]
+        damages += [config(rank_pattern=7), config(alpha_pattern="x"), config(bias="nonsense")]
+        damages += [config(peft_type="IA3"), config(peft_type="nonsense"), config(exclude_modules=7)]
+        damages += [written(name, content) for content in (b"[]", b"{}", b"\xff", None, ...)]
+    else:
+        damages = [
+            tensors(lambda state: state | {first: state[first].int()}),
+            tensors(lambda state: state | {first: with_nan(state[first])}),
+            tensors(lambda state: state | {first: state[first].T.contiguous()}),
+            tensors(lambda state: {k: x for k, x in state.items() if k != first}),
+            tensors(lambda state: {}),
+            *(written(name, content) for content in (b"", b"\xff" * 99, None, ...)),
+        ]
+    wrong = {}
+    for i, spoil in enumerate(damages):
+        folder = tmp_path / f"case{i}"
+        shutil.copytree(tmp_path / "whole", folder)
+        spoil(folder)
+        try:
+            load_adapter(copy.deepcopy(base), folder)
+            wrong[i] = "accepted"
+        except UserError as error:
+            if "\n" in str(error) or folder.name not in str(error):
+                wrong[i] = str(error)
+        except Exception as error:
+            wrong[i] = repr(error)
+    assert not wrong
+
+
 def test_hub_and_paths_that_are_not_there(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="hf download openvla/openvla-7b"):
@@ -1115,12 +1407,25 @@ def test_too_little_memory_is_said_before_loading(checkpoints, monkeypatch):
     layer, gradients = 8 * 4096 + 4 * 11008, 4096 + 2 * 11008
     trained, activations = openvla.update_memory(model, 16, lora_rank=32)
     assert trained == 18 * 79_953_920 and activations == 16 * 348 * 2 * (32 * layer + gradients)
-    trained, activations = openvla.update_memory(model, 16, True, lora_rank=0, cameras=2)
+    full = dict(lora_rank=0, cameras=2)
+    trained, activations = openvla.update_memory(model, 16, True, **full, train_vision=False)
     assert trained == pytest.approx(12 * (7_541_237_184 - 303_230_976 - 427.68e6), rel=1e-5)
     assert activations == 16 * 604 * 2 * (31 * 4096 + layer + gradients)
+    # bc_warmup.py freezes no tower: those have a gradient, and keep what it needs
+    whole, more = openvla.update_memory(model, 16, True, **full)
+    assert whole == 12 * 7_541_237_184 and more > activations
+    # PPO freezes them with their adapters, unless told
+    model.config["lora_modules"] = ("language_model", "vision")
+    frozen = openvla.update_memory(model, 16, lora_rank=32, train_vision=False)
+    assert frozen == (18 * 79_953_920, 16 * 348 * 2 * (32 * layer + gradients))
+    for train_vision in (True, None):
+        eye = openvla.update_memory(model, 16, lora_rank=32, train_vision=train_vision)
+        assert sum(frozen) == pytest.approx(29.1e9, rel=1e-2) and sum(eye) > 36e9
+    model.config["lora_modules"] = ("language_model",)
 
     less = r"a smaller --micro-batch-size \(bc_warmup.py: --batch-size\), --gradient-checkpointing, "
-    adapters, full = dict(micro_batch_size=16, lora_rank=32), dict(micro_batch_size=1, lora_rank=0)
+    adapters = dict(micro_batch_size=16, lora_rank=32)
+    full = dict(micro_batch_size=1, lora_rank=0, train_vision=False)
     small = dict(micro_batch_size=1, lora_rank=32, checkpointing=True, load_in_4bit=True)
     cases = [
         ("cpu", 15, {}, "15.1 GB for its weights", ""),

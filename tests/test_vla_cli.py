@@ -18,7 +18,7 @@ from test_cli import (
     scalars,
     stopped_by,
 )
-from test_openvla import checkpoints, write_checkpoint  # noqa: F401 (a fixture)
+from test_openvla import DAMAGES, checkpoints, write_checkpoint  # noqa: F401 (a fixture)
 
 import bc_warmup
 import grpo_vla
@@ -192,3 +192,21 @@ def test_the_projects_cover_command_says_what_is_missing(tmp_path, monkeypatch):
         done = call(ppo_vla, flags)
         assert done.code == 2 and done.err.count("\n") == 1 and re.search(wanted, done.err), done
     assert not (tmp_path / "cover").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage", "flags", "message"),
+    [
+        ("oft", "config: layers beyond any", "", "another depth or vocabulary than the tensors"),
+        ("oft", "statistics: equal quantiles", "--unnorm-key fractal", "its action are not below q99"),
+        ("oft", "tensor: nan", "", "numbers in projector.fc2.weight that are not finite"),
+        ("l1", None, "--action-history 2 --head gaussian", "of 8 numbers, and here there are 22"),
+    ],
+)
+def test_damaged_folders_on_the_command_line(tmp_path, checkpoints, kind, damage, flags, message):  # noqa: F811
+    folder = shutil.copytree(checkpoints[kind], tmp_path / "oft-folder")
+    if damage:
+        DAMAGES[damage](folder)
+    done = call(ppo_vla, PPO, f"--backbone {folder} --output-dir {tmp_path} --run-name r", flags)
+    assert done.code == 2 and re.fullmatch(f"error: [^\n]*{message}[^\n]*\n", done.err), done
+    assert not (tmp_path / "r").exists()

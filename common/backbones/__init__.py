@@ -7,7 +7,7 @@ A family is one file and one line in `BACKBONES`. The file has
 - `Args`, a dataclass of its own flags (`LoraArgs` where it takes adapters), in which `FIXED` marks what is
   part of the weights; it may have `check(self)`, which raises UserError for values that cannot work together;
 - `FROM_SCRATCH`: whether it starts at random weights; optionally `own_options(args, device, cameras,
-  micro_batch_size)`, what `build` takes that is the run's affair and not the weights'.
+  micro_batch_size, train_vision)`, what `build` takes that is the run's affair and not the weights'.
 A backbone is an `nn.Module` with
     preprocess(obs, instructions) -> batch          of arrays or tensors, a dict of tensors on its device
     encode_vision(batch) -> vision, attention       what may be cached while the vision part is frozen
@@ -31,6 +31,7 @@ there is one, is new adapters' (else twice the rank). To copy: `mlp.py`, `tiny.p
 
 import contextlib
 import importlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,7 +131,7 @@ def load_backbone(args, envs, run, micro_batch_size=0, train_vision=None):
         args.lora_rank = old_rank  # what this run's own checkpoints hold
         keep_alpha(args, config["lora"]["lora_alpha"])
     if hasattr(module, "own_options"):
-        config |= module.own_options(args, run.device, shape["cameras"], micro_batch_size)
+        config |= module.own_options(args, run.device, shape["cameras"], micro_batch_size, train_vision)
     if train_vision and "vision" not in config.get("lora_modules", ("vision",)):
         config["lora_modules"] = (*config["lora_modules"], "vision")
     with readable(run.source):
@@ -280,6 +281,14 @@ def load_adapter(backbone, folder):
         state = {n.removeprefix("base_model.model."): stored.get_tensor(n) for n in stored.keys()}  # noqa: SIM118
     with intact(settings):
         config = peft().LoraConfig.from_pretrained(folder)
+        largest = max((tensor.shape[0] for name, tensor in state.items() if "lora_A" in name), default=0)
+        if max(config.r, *config.rank_pattern.values(), 0) > largest:  # before it is allocated
+            raise ValueError(f"no tensor has its rank {config.r}")
+        if not math.isfinite(config.lora_alpha + sum(config.alpha_pattern.values())):
+            raise ValueError("its alpha is not finite")
+    with intact(file):
+        if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in state.values()):
+            raise ValueError("its numbers are not finite, or no floats")
     wrong = UserError(
         f"The adapter {folder} belongs to another base ({config.base_model_name_or_path}), not to "
         f"{backbone.config.get('path')}; load its own, or drop it where the weights hold it already."
@@ -294,7 +303,7 @@ def load_adapter(backbone, folder):
         config.exclude_modules = rf"({'|'.join(apart)})\..*"  # no part of the class that PEFT saw
     try:
         inject_lora(backbone, config)
-    except ValueError as error:  # no module of the names that it has
+    except Exception as error:  # no module of the names that it has, or settings of any type
         raise wrong from error
     mine = {n.replace(".default", ""): p for n, p in backbone.named_parameters() if "lora_" in n}
     if {n: p.shape for n, p in mine.items()} != {n: tensor.shape for n, tensor in state.items()}:

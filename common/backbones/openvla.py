@@ -48,6 +48,8 @@ from common.memory import available_memory
 
 BOS, STOP, SPACE = 1, 2, 29871  # SPACE: the lone word start that training put between "Out:" and the actions
 BINS = 256
+TOWERS = ("featurizer", "fused_featurizer")
+FLOATS = ("F32", "F16", "BF16", "F64")  # safetensors' names
 CACHE = "cache" if "cache" in inspect.signature(LlamaDecoderLayer.forward).parameters else "past_key_values"
 FROM_SCRATCH = False
 PROMPT = 35  # tokens of a prompt, about: memory is estimated before there is one
@@ -305,7 +307,7 @@ class OpenVLA(nn.Module):
         self.autoregressive = config["family"] == "openvla"
         text = LlamaConfig(**sizes["text"], attn_implementation="sdpa")
         width = self.hidden_size = text.hidden_size
-        towers = {name: Tower(**sizes[name]) for name in ("featurizer", "fused_featurizer")}
+        towers = {name: Tower(**sizes[name]) for name in TOWERS}
         self.vision_backbone = nn.ModuleDict(towers)
         self.projector = Projector(sum(sizes[name]["dim"] for name in towers), width)
         self.language_model = LlamaForCausalLM(text)
@@ -589,18 +591,35 @@ def find_checkpoint(path):
         raise UserError(f"{path} cannot be had from the hub ({reason}); check name and disk.") from error
 
 
+def read_json(file):
+    """-> the dict that a JSON file holds. UserError for what is none: a pipe would be waited for."""
+    with intact(file):
+        if not file.is_file():
+            raise FileNotFoundError("it does not exist, or is no file")
+        found = json.loads(file.read_text())
+        if not isinstance(found, dict):
+            raise TypeError(f"it holds a {type(found).__name__}, no object")
+    return found
+
+
 def read_headers(folder):
-    """-> {name: (shard, shape)} of all tensors. UserError for missing or truncated shards."""
+    """-> {name: (shard, shape)} of all tensors. UserError for missing or truncated shards, and for numbers
+    that are no floats."""
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
-    if index.is_file():
+    if index.exists():
+        published = read_json(index)
         with intact(index):
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    if missing := [name for name in names if not (folder / name).is_file()]:
+            names = sorted({str(folder / name) for name in published["weight_map"].values()})
+    if missing := [Path(name).name for name in names if not (folder / name).is_file()]:
         raise UserError(f"{folder} lacks {', '.join(missing)}: finish its download.")
     found = {}
     for file in (folder / name for name in names):
         with intact(file), safe_open(file, "pt") as shard:
-            found |= {name: (file, shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
+            for name in shard.keys():  # noqa: SIM118
+                part = shard.get_slice(name)
+                if part.get_dtype() not in FLOATS:
+                    raise TypeError(f"{name} is of {part.get_dtype()}, no {', '.join(FLOATS)}")
+                found[name] = file, part.get_shape()
     return found
 
 
@@ -615,17 +634,30 @@ def read_extras(folder):
     for name, prefix in EXTRAS.items():
         if file := find_extra(folder, name):
             with intact(file):
+                if not file.is_file():
+                    raise FileNotFoundError("it is no file")
                 state = torch.load(file, weights_only=True, map_location="cpu")
                 found[name] = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+                if not all(tensor.is_floating_point() for tensor in state.values()):
+                    raise TypeError("it holds other numbers than floats")
     return found
 
 
 def infer_sizes(shapes, published, extras):
-    """As `SIZES` for openvla-7b: text from the config, the rest from the tensors' shapes. KeyError."""
+    """As `SIZES` for openvla-7b: text from the config, the rest from the tensors' shapes. Whatever is missing
+    or of a wrong type raises its own exception, and what contradicts itself ValueError."""
     sizes = dict(
         text=published["text_config"], padding=published["pad_to_multiple_of"], proprio=0, action_head=0
     )
-    for name, head_dim in (("featurizer", 64), ("fused_featurizer", 72)):
+    text, llama = LlamaConfig(**sizes["text"]), "language_model.model."
+    depth = len({key.split(".")[3] for key in shapes if key.startswith(llama + "layers.")})
+    if text.num_hidden_layers != depth or text.vocab_size != shapes[llama + "embed_tokens.weight"][0]:
+        raise ValueError("text_config has another depth or vocabulary than the tensors")
+    if type(sizes["padding"]) is not int or not 0 <= sizes["padding"] < text.vocab_size - BINS:
+        raise ValueError(f"pad_to_multiple_of is {sizes['padding']!r}")
+    if type(text.pad_token_id) is not int or not 0 <= text.pad_token_id < text.vocab_size:
+        raise ValueError(f"pad_token_id is {text.pad_token_id!r}")
+    for name, head_dim in zip(TOWERS, (64, 72), strict=True):
         prefix = f"vision_backbone.{name}."
         dim, _, patch, _ = shapes[prefix + "patch_embed.proj.weight"]
         sizes[name] = dict(
@@ -633,6 +665,10 @@ def infer_sizes(shapes, published, extras):
             hidden=shapes[prefix + "blocks.0.mlp.fc1.weight"][0], head_dim=head_dim, patch=patch,
             patches=shapes[prefix + "pos_embed"][1], registers=shapes.get(prefix + "reg_token", (0, -1))[1],
         )  # fmt: skip
+    sides = {math.isqrt(sizes[name]["patches"]) * sizes[name]["patch"] for name in TOWERS}
+    counts = {sizes[name]["patches"] for name in TOWERS}
+    if len(sides | counts) > 2 or len(counts) > 1 or any(math.isqrt(n) ** 2 != n for n in counts):
+        raise ValueError("the towers' patches are of no square picture that both see")
     if "proprio_projector" in extras:
         sizes["proprio"] = extras["proprio_projector"]["fc1.weight"].shape[1]
     if "action_head" in extras:
@@ -646,11 +682,13 @@ def read_statistics(path, folder, published, key, file):
         return None
     own = folder / "dataset_statistics.json"
     try:
-        if file and not Path(file).is_file():  # a pipe would be waited for
+        if (file or own.exists()) and not Path(file or own).is_file():  # a pipe would be waited for
             raise FileNotFoundError("it does not exist, or is no file")
-        text = Path(file or own).read_text() if file or own.is_file() else "null"
-        found = json.loads(text) or published.get("norm_stats", {})
-    except (OSError, ValueError) as error:
+        text = Path(file or own).read_text() if file or own.exists() else "null"
+        found = json.loads(text) or published.get("norm_stats") or {}
+        if not isinstance(found, dict):
+            raise TypeError(f"a {type(found).__name__}, no object by data set")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"The statistics {file or own} cannot be read ({error}).") from error
     key = next(iter(found)) if key is None and len(found) == 1 else key
     suite = str(key).removesuffix("_no_noops")
@@ -673,12 +711,45 @@ def read_statistics(path, folder, published, key, file):
     )
 
 
-def from_flags(args, chunk, action_dim, dataset, **_):
+def check_statistics(stats, proprio, action_dim):
+    """ValueError, or what a wrong type raises, where statistics cannot scale actions of action_dim numbers,
+    or, unless it is 0, a proprioception of `proprio`."""
+    for name, what, size in (("action", "actions", action_dim), ("proprio", "a proprioception", proprio)):
+        if not size:
+            continue
+        q01, q99 = (np.asarray(stats[name][q], float) for q in ("q01", "q99"))
+        mask = stats[name].get("mask", [True] * (size - 1) + [False]) if name == "action" else [True] * size
+        if not q01.shape == q99.shape == (len(mask),) or not {type(x) for x in mask} <= {bool}:
+            raise ValueError(f"the q01, q99 or mask of its {name} are no lists of one length")
+        if not np.isfinite([q01, q99]).all():
+            raise ValueError(f"the q01 or q99 of its {name} are not finite")
+        # of proprioception a number may be constant, and stays so; such an action could not move anything
+        if ((q01 > q99) | ((q01 == q99) & (name == "action")))[mask].any():
+            raise ValueError(f"the q01 of its {name} are not below q99")
+        if len(q01) != size:
+            raise ValueError(f"they are not for {what} of {size} numbers")
+
+
+def check_preprocessor(found, size):
+    """-> means, stds (2, 3), one row a tower. ValueError, or what a wrong type raises, for others, and where
+    the pictures are not of `size`."""
+    means, stds = (np.asarray(found[name], float) for name in ("means", "stds"))
+    if means.shape != (2, 3) or stds.shape != (2, 3):
+        raise ValueError("means and stds are not of 2 towers and 3 colours")
+    if not np.isfinite([means, stds]).all() or (stds <= 0).any():
+        raise ValueError("means or stds are not finite, or no stds")
+    if found.get("input_sizes", [[3, size, size]] * 2) != [[3, size, size]] * 2:
+        raise ValueError(f"its input_sizes are {found['input_sizes']}, and the towers' pictures {size}")
+    return means, stds
+
+
+def from_flags(args, chunk, action_dim, dataset, proprio_dim, **_):
     """The config that `build` takes, of weights that are not a run's. `--backbone openvla` is the published
     checkpoint of the world's data set."""
     config = dict(
         family=None if args.family == "auto" else args.family, chunk=chunk, head=args.head,
-        action_dim=action_dim, unnorm_key=args.unnorm_key or dataset, statistics=args.statistics,
+        action_dim=action_dim, proprio_dim=proprio_dim, unnorm_key=args.unnorm_key or dataset,
+        statistics=args.statistics,
         libero=bool(dataset and dataset.startswith("libero")), lora_modules=args.lora_modules,
     )  # fmt: skip
     if args.backbone == "openvla":
@@ -688,11 +759,12 @@ def from_flags(args, chunk, action_dim, dataset, **_):
     return config
 
 
-def own_options(args, device, cameras, micro_batch_size):
+def own_options(args, device, cameras, micro_batch_size, train_vision):
     """What `build` takes that is the run's affair and not the weights'."""
     adapters_only = args.lora_rank or args.adapter or args.evaluate
     return dict(
         load_in_4bit=args.load_in_4bit, checkpointing=args.gradient_checkpointing, cameras=cameras,
+        train_vision=train_vision,
         lora_rank=None if args.adapter else args.lora_rank,
         micro_batch_size=0 if args.evaluate else micro_batch_size,
         # Adapters stay in float32; to train every weight in 16 bits would lose Adam's small steps.
@@ -703,7 +775,8 @@ def own_options(args, device, cameras, micro_batch_size):
 def build(
     *, path, family=None, chunk=None, action_dim=7, head=None, unnorm_key=None, statistics=None, libero=False,
     lora_modules=("language_model",), dtype="bfloat16", load_in_4bit=False, sizes=None, device="cpu",
-    micro_batch_size=0, checkpointing=False, lora_rank=None, cameras=1, **_,
+    micro_batch_size=0, checkpointing=False, lora_rank=None, cameras=1, train_vision=None, proprio_dim=None,
+    **_,
 ):  # fmt: skip
     """Load a checkpoint straight onto `device`. path: a folder, a hub id, a suite of `LIBERO_CHECKPOINTS`, or
     "random" for random weights.
@@ -716,6 +789,7 @@ def build(
     else the published processor. lora_modules: of language_model, projector, vision. dtype: bfloat16,
     float32. sizes: for "random", what differs from `SIZES`. device "meta" loads nothing.
 
+    proprio_dim: numbers of the world's, None for any. train_vision: False where the towers are frozen.
     checkpointing: recompute each block in the backward pass. With a micro_batch_size, memory must do for an
     update, too: of all weights (lora_rank 0), of adapters, or without what trains (None); see
     `update_memory`. These are the run's affair, and not in `config`. Raises UserError.
@@ -723,7 +797,7 @@ def build(
     device, loaded, extras, path = torch.device(device), {}, {}, LIBERO_CHECKPOINTS.get(path, path)
     needs = dict(
         load_in_4bit=load_in_4bit, micro_batch_size=micro_batch_size, checkpointing=checkpointing,
-        lora_rank=lora_rank, cameras=cameras,
+        lora_rank=lora_rank, cameras=cameras, train_vision=train_vision,
     )  # fmt: skip
     means, stds = [[0.485, 0.456, 0.406], [0.5] * 3], [[0.229, 0.224, 0.225], [0.5] * 3]
     if path == "random":
@@ -736,37 +810,45 @@ def build(
             same = build(path="random", chunk=chunk, lora_modules=lora_modules, dtype=dtype, device="meta")
             check_memory(path, same, device, **needs)
         folder = find_checkpoint(path)
-        with intact(file := folder / "config.json"):
-            published = dict(json.loads(file.read_text()))
+        published = read_json(folder / "config.json")
         known = dict(model_type="openvla", image_resize_strategy="resize-naive", n_action_bins=BINS)
         for name, value in known.items():
             if published.get(name) != value:
                 raise UserError(f"{path} has the {name} {published.get(name)!r}; only {value!r} loads here.")
+        if (found := published.get("family", "openvla")) not in ("openvla", "openvla-oft"):
+            raise UserError(f"{path} has the family {found!r}; known are openvla and openvla-oft.")
         for part, what in (("vision_backbone", "FiLM"), ("noisy_action_projector", "a diffusion head")):
             if any(folder.glob(f"{part}--*.pt")):
                 raise UserError(f"{path} uses {what}, which is not built here; give one without.")
         loaded, extras = read_headers(folder), read_extras(folder)
         try:
             sizes = infer_sizes({name: shape for name, (_, shape) in loaded.items()}, published, extras)
-        except (LookupError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is incomplete, or not laid out as openvla-7b: {error!r}.") from error
+        except Exception as error:  # a config of anything: transformers has exceptions of its own
+            reason = " ".join(repr(error).split())[:200]
+            raise UserError(f"{path} is incomplete, or not laid out as openvla-7b: {reason}.") from error
         stats = read_statistics(path, folder, published, unnorm_key, statistics)
-        with intact(file := folder / "tokenizer.json"):
-            tokenizer = Tokenizer.from_file(str(file))
-        if (file := folder / "preprocessor_config.json").is_file():
-            with intact(file):
-                means, stds = (json.loads(file.read_text())[name] for name in ("means", "stds"))
 
         def tokenize(text):
             return tokenizer.encode(text, add_special_tokens=False).ids
 
+        read_json(file := folder / "tokenizer.json")
+        with intact(file):
+            tokenizer = Tokenizer.from_file(str(file))
+            largest = max(*tokenizer.get_vocab().values(), *tokenize("In: lift it?\nOut:"))
+            if largest >= (size := LlamaConfig(**sizes["text"]).vocab_size):
+                raise ValueError(f"it has the token {largest}, and the model {size} of them")
+        if (file := folder / "preprocessor_config.json").exists():
+            found, picture = read_json(file), sizes["featurizer"]
+            with intact(file):
+                means, stds = check_preprocessor(found, math.isqrt(picture["patches"]) * picture["patch"])
+
         # The families share one config.json, but where `save_merged` wrote it. OFT shows in its heads, in the
         # code beside it, or in the name.
-        code = any(b"NUM_ACTIONS_CHUNK" in file.read_bytes() for file in folder.glob("*.py"))
-        oft = bool(extras) or code or "oft" in published.get("family", Path(path).name.lower())
+        texts = [file.read_bytes() for file in folder.glob("*.py") if file.is_file()]
+        code = any(b"NUM_ACTIONS_CHUNK" in text for text in texts)
+        oft = bool(extras) or code or "oft" in str(published.get("family", Path(path).name.lower()))
     family = family or ("openvla-oft" if oft else "openvla")
     chunk = chunk or (8 if family == "openvla-oft" else 1)
-    dims = [sizes["action_head"], len(stats["action"]["q01"]) if stats else 0]
     for wrong, sentence in (
         (family == "openvla" and oft, "is of OpenVLA-OFT: noise under a causal mask; use openvla-oft."),
         (family == "openvla" and (chunk > 1 or head == "gaussian"),
@@ -775,7 +857,10 @@ def build(
         (head == "tokens" and "action_head" in extras,
          "was trained with an L1 head: its tokens were not, and decode to noise (0 % success); use --head "
          f"gaussian, or a token-trained checkpoint such as {LIBERO_CHECKPOINTS['libero_spatial']}."),
-        (any(dim not in (0, action_dim) for dim in dims), f"is not for actions of {action_dim} numbers."),
+        (sizes["action_head"] not in (0, action_dim), f"is not for actions of {action_dim} numbers."),
+        (proprio_dim and sizes["proprio"] not in (0, proprio_dim),
+         f"takes a proprioception of {sizes['proprio']} numbers, and here there are {proprio_dim}; drop "
+         "--action-history, or give another."),
         (load_in_4bit and not importlib.util.find_spec("bitsandbytes"),
          "cannot be loaded in 4 bits without bitsandbytes; pip install it, or load 16 bits."),
         (load_in_4bit and device.type == "cpu",  # there its layers lose their gradients after an evaluation
@@ -783,12 +868,21 @@ def build(
     ):  # fmt: skip
         if wrong:
             raise UserError(f"{path} {sentence}")
+    if stats:
+        try:
+            check_statistics(stats, sizes["proprio"], action_dim)
+        except Exception as error:
+            reason = " ".join(f"{error}".split()) if type(error) is ValueError else repr(error)
+            raise UserError(
+                f"The statistics {statistics or unnorm_key or ''} of {path} cannot be used ({reason}); "
+                "choose others as --unnorm-key or --statistics."
+            ) from error
     config = dict(
         name="openvla", path=str(path), family=family, chunk=chunk, action_dim=action_dim,
         unnorm_key=unnorm_key, statistics=statistics, libero=libero, lora_modules=tuple(lora_modules),
         dtype=dtype, load_in_4bit=load_in_4bit, sizes=sizes if path == "random" else None,
     )  # fmt: skip
-    with torch.device("meta"):
+    with torch.device("meta"), intact(path):
         model = OpenVLA(config, sizes, tokenize, stats)
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, state in extras.items():
@@ -819,7 +913,7 @@ def memory_needed(shapes, dtype, load_in_4bit):
     )
 
 
-def update_memory(model, micro_batch_size, checkpointing=False, lora_rank=None, cameras=1):
+def update_memory(model, micro_batch_size, checkpointing=False, lora_rank=None, cameras=1, train_vision=None):
     """About how many bytes an update of `model`, on whatever device, holds beside the weights
     -> of what trains, of a micro-batch's activations.
 
@@ -828,11 +922,13 @@ def update_memory(model, micro_batch_size, checkpointing=False, lora_rank=None, 
     outputs, q, k, v, attention's output, the sum with it) and of its MLP's width Llama four (gate, SiLU, up,
     their product), a tower's block two. Beside that there are gradients, of one layer at a time: one of its
     width, and half as many of its MLP's. With checkpointing there is every layer's input, and the rest of
-    one layer at a time.
+    one layer at a time. train_vision: False where the towers are frozen, adapters and all.
     """
-    llama, vision, trained = model.language_model.config, "vision" in model.config["lora_modules"], 0
+    llama, trained = model.language_model.config, 0
+    vision = train_vision is not False and (lora_rank == 0 or "vision" in model.config["lora_modules"])
     if lora_rank:
-        tuned = (m.weight.shape for n, m in model.named_modules() if re.fullmatch(model.lora_targets, n))
+        tuned = [m.weight.shape for n, m in model.named_modules() if re.fullmatch(model.lora_targets, n)
+                 and (vision or not n.startswith("vision_backbone."))]  # fmt: skip
         trained = 18 * lora_rank * sum(map(sum, tuned))
     elif lora_rank == 0:
         frozen = () if vision else model.vision_parameters()
@@ -849,13 +945,15 @@ def update_memory(model, micro_batch_size, checkpointing=False, lora_rank=None, 
     return trained, getattr(torch, model.config["dtype"]).itemsize * micro_batch_size * (kept + moment)
 
 
-def check_memory(path, model, device, load_in_4bit, micro_batch_size, checkpointing, lora_rank, cameras):
+def check_memory(
+    path, model, device, load_in_4bit, micro_batch_size, checkpointing, lora_rank, cameras, train_vision=None
+):
     """UserError if `device` has too little free memory for the weights of `model`, which is on the meta
     device, or, where micro_batch_size is not 0, for its update."""
     shapes, update = {name: tensor.shape for name, tensor in model.state_dict().items()}, 0
     weights = memory_needed(shapes, getattr(torch, model.config["dtype"]), load_in_4bit)
     if micro_batch_size:
-        update = sum(update_memory(model, micro_batch_size, checkpointing, lora_rank, cameras))
+        update = sum(update_memory(model, micro_batch_size, checkpointing, lora_rank, cameras, train_vision))
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     if weights + update <= free:
         return
@@ -891,6 +989,8 @@ def fill(model, shapes, loaded, device):
         elif not loaded:
             source.fill_(float(leaf != "bias"))
         tensor = source.to(device, dtype, copy=device.type == "cpu")  # a copy has no tie to the file
+        if loaded and not tensor.isfinite().all():
+            raise UserError(f"{path} has numbers in {name} that are not finite; download it again.")
         digest.update(tensor.flatten()[:8].float().cpu().bfloat16().view(torch.int16).numpy().tobytes())
         module, parameter = model.get_submodule(parent), nn.Parameter(tensor)
         if four and quantized(name, tensor.shape):
@@ -917,6 +1017,8 @@ def check_attention(model):
     with model._autocast():
         x = model.language_model.model.embed_tokens(ids)
         x = model._decode(x, None, torch.arange(3, device=ids.device)[None])
+    if not x.isfinite().all():
+        raise UserError(f"{model.config['path']} computes what is not finite; its config.json is damaged.")
     if x[0, 0].equal(x[1, 0]) != model.autoregressive:
         raise UserError(
             f"This transformers gives {model.config['family']} the wrong attention mask; install the version "
