@@ -614,6 +614,46 @@ def test_what_a_policy_cannot_learn_from_is_refused(envs, num_workers, key, valu
             e.reset()
 
 
+RETURNS = [
+    (lambda found: found[:3], "3 values instead of reward, terminated, truncated, info"),
+    (lambda found: (*found, 7), "5 values instead of reward, terminated, truncated, info"),
+    (lambda found: None, "a NoneType instead of reward, terminated, truncated, info"),
+    (lambda found: (*found[:3], None), "info as a NoneType instead of a dict"),
+    (lambda found: (0.0, "no", False, {}), "an end that is 'no' instead of a bool"),
+    (lambda found: (0.0, False, np.zeros(2, bool), {}), r"an end that is array\(.*\) instead of a bool"),
+]
+
+
+@pytest.mark.parametrize(("change", "what"), RETURNS)
+def test_a_step_of_other_values_is_refused(envs, monkeypatch, change, what):
+    advance = FakeEnv.advance
+    monkeypatch.setattr(FakeEnv, "advance", lambda self, action: change(advance(self, action)))
+    e = envs(num_envs=1, num_workers=0, chunk=2)
+    e.reset()
+    with pytest.raises(UserError, match=f"^environment 'fake' gave {what} at step 1 of an episode; "):
+        e.step(actions(e))
+
+
+@pytest.mark.parametrize("limit", [0, 5])  # with one, a wrapper of Gymnasium's unpacks
+@pytest.mark.parametrize("count", [None, 1, 4, 6])
+def test_a_gymnasium_environment_of_other_values_is_refused(monkeypatch, count, limit):
+    from gymnasium.envs.classic_control import PendulumEnv
+
+    env = make_gymnasium("Pendulum-v1", max_episode_steps=limit)
+    monkeypatch.setattr(
+        PendulumEnv, "reset", lambda self, **_: count and (np.zeros(3), {}, 1, 2, 3, 4)[:count]
+    )
+    with pytest.raises(UserError, match="^environment 'Pendulum-v1' does not return obs, info [(]"):
+        env.reset()
+    monkeypatch.undo()
+    env.reset()
+    parts = (np.zeros(3), 0.0, False, False, {}, 7)
+    monkeypatch.setattr(PendulumEnv, "step", lambda self, action: count and parts[:count])
+    with pytest.raises(UserError, match="^environment 'Pendulum-v1' does not return obs, reward, .* mended"):
+        env.step(np.zeros(1))
+    env.close()
+
+
 def test_the_same_kind_in_another_width_is_taken(envs):
     e = envs(spoil={1: {"proprio": np.array([0.1, 2, 3]), "task": np.int32(0)}})
     e.reset()

@@ -1,6 +1,7 @@
 """Gymnasium environments with vector observations (CartPole-v1, Hopper-v5) in the protocol of `common.envs`:
 obs `{"proprio": float32 (P,)}`, one empty instruction, continuous actions in [-1, 1]."""
 
+import contextlib
 import os
 import sys
 from dataclasses import dataclass
@@ -75,7 +76,8 @@ class GymnasiumEnv(gymnasium.Env):
         self._obs = None  # what the simulator said last; `advance` computes it anyway
 
     def reset(self, *, seed=None, options=None):
-        obs, info = self.env.reset(seed=seed, options=options)
+        with self._values("obs, info"):
+            obs, info = self.env.reset(seed=seed, options=options)
         self._obs = _float32(obs)
         return self.observe(), info
 
@@ -88,9 +90,23 @@ class GymnasiumEnv(gymnasium.Env):
             unit = (np.clip(np.asarray(action, np.float64), -1.0, 1.0) + 1.0) / 2.0
             low, high = space.low.astype(np.float64), space.high.astype(np.float64)
             action = np.clip(low + unit * (high - low), low, high).astype(space.dtype)
-        obs, reward, terminated, truncated, info = self.env.step(action)
+        with self._values("obs, reward, terminated, truncated, info"):
+            obs, reward, terminated, truncated, info = self.env.step(action)
         self._obs = _float32(obs)
-        return reward, bool(terminated), bool(truncated), info
+        return reward, terminated, truncated, info
+
+    @contextlib.contextmanager
+    def _values(self, wanted):
+        """UserError where the environment, or a wrapper of it, unpacks another number of values."""
+        try:
+            yield
+        except (TypeError, ValueError) as error:
+            if "unpack" not in str(error):
+                raise
+            raise UserError(
+                f"environment {self.env.spec.id!r} does not return {wanted} ({error}); it has to be mended "
+                "there."
+            ) from error
 
     def observe(self):
         return {"proprio": self._obs.copy()}

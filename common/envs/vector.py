@@ -141,6 +141,15 @@ class _Slice:
         when = f"at step {step} of an episode" if step else "at an episode's reset"
         raise UserError(f"environment {self.name!r} gave {what} {when}; it has to be mended there.")
 
+    def _parts(self, found, wanted, step):
+        """What a world returned, as many values as `wanted` names."""
+        if not isinstance(found, (tuple, list)) or len(found) != len(wanted.split(", ")):
+            has = f"{len(found)} values" if isinstance(found, (tuple, list)) else f"a {type(found).__name__}"
+            self._refuse(f"{has} instead of {wanted}", step)
+        if not isinstance(found[-1], dict):
+            self._refuse(f"info as a {type(found[-1]).__name__} instead of a dict", step)
+        return found
+
     def _write(self, j, obs):
         """Shows the parent an observation, once it is what the space says, and finite: assigned to the shared
         arrays, any shape and type would fit, and a NaN would end up in weights and replays."""
@@ -165,7 +174,7 @@ class _Slice:
             self.shared[f"obs/{key}"][self.rows[j]] = value
 
     def _begin(self, j, seed):
-        obs, _ = self.envs[j].reset(seed=seed)
+        obs, _ = self._parts(self.envs[j].reset(seed=seed), "obs, info", 0)
         self.history[j][:], self.returns[j], self.lengths[j], self.started[j] = 0.0, 0.0, 0, True
         self._write(j, obs)
 
@@ -185,8 +194,13 @@ class _Slice:
             env, history = self.envs[j], self.history[j]
             for chosen in shared["actions"][row].copy():
                 action = int(chosen) if self.discrete else chosen
-                step_reward, terminated, truncated, info = env.advance(action)
-                steps += 1
+                found, steps = env.advance(action), steps + 1
+                step_reward, terminated, truncated, info = self._parts(
+                    found, "reward, terminated, truncated, info", self.lengths[j] + steps
+                )
+                for end in (terminated, truncated):
+                    if np.ndim(end) or end not in (0, 1):
+                        self._refuse(f"an end that is {end!r} instead of a bool", self.lengths[j] + steps)
                 try:
                     reward += float(step_reward)
                 except (TypeError, ValueError):
