@@ -27,7 +27,7 @@ from common.backbones import export, load_backbone, load_weights, stored_weights
 from common.datasets import chunk_targets, training_demonstrations, training_scenes
 from common.envs import make_envs
 from common.evaluation import evaluate
-from common.flags import FIXED, KEPT, NonNegative, NonNegativeInt, Only, Positive, PositiveInt
+from common.flags import FIXED, KEPT, NonNegative, NonNegativeInt, Only, Positive, PositiveInt, Unless
 from common.optim import load_optimizer
 from common.run import VLAArgs, main
 
@@ -39,15 +39,15 @@ class Args(VLAArgs):
     task); default: the world's scripted expert makes them"""
     num_demos: PositiveInt = 600
     """demonstrations: scripted ones to make, or the first of each file of --demos"""
-    demo_noise: NonNegative = 0.3
+    demo_noise: Annotated[NonNegative, Unless("demos")] = 0.3
     """standard deviation of the noise on the scripted expert's executed actions; its labels stay clean"""
     head: Annotated[Literal["tokens", "gaussian"], FIXED] = "tokens"
     """256-bin action tokens by cross-entropy, or a continuous chunk by its L1 distance (OpenVLA-OFT)"""
-    grounding_scenes: NonNegativeInt = 6000
+    grounding_scenes: Annotated[NonNegativeInt, Unless("demos")] = 6000
     """random pictures for the grounding stage (scripted demonstrations only)"""
-    grounding_steps: NonNegativeInt = 300
+    grounding_steps: Annotated[NonNegativeInt, Unless("demos")] = 300
     """gradient steps of the grounding stage"""
-    grounding_coef: NonNegative = 0.1
+    grounding_coef: Annotated[NonNegative, Unless("demos")] = 0.1
     """weight of the grounding loss beside the imitation loss"""
     gradient_steps: PositiveInt = 1000
     """gradient steps of imitation"""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from common import UserError
 from common.datasets import load_dataset, transition_tensors
 from common.evaluation import evaluate, evaluation_world
-from common.flags import FIXED, NonNegative, NonNegativeInt, PositiveInt, Share
+from common.flags import FIXED, Layers, NonNegative, NonNegativeInt, PositiveInt, Share
 from common.optim import compile_update, load_optimizer, minimize
 from common.run import OfflineArgs, main
 
@@ -60,9 +60,9 @@ class Args(OfflineArgs):
     """and add this to them"""
     width: Annotated[PositiveInt, FIXED] = 256
     """units of a hidden layer"""
-    depth: Annotated[PositiveInt, FIXED] = 3
+    depth: Annotated[PositiveInt, FIXED, Layers("width")] = 3
     """hidden layers"""
-    critic_depth: Annotated[PositiveInt, FIXED] = 3
+    critic_depth: Annotated[PositiveInt, FIXED, Layers("width")] = 3
     """hidden layers of the critics"""
 
     def check(self):

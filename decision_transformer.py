@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from common import UserError
 from common.datasets import load_dataset, unit_actions
 from common.evaluation import evaluation_world, run_episodes, score, summarize
-from common.flags import FIXED, NonNegative, NonNegativeInt, Positive, PositiveInt, Share
+from common.flags import FIXED, Layers, NonNegative, NonNegativeInt, Positive, PositiveInt, Share
 from common.optim import compile_update, load_optimizer, minimize
 from common.run import OfflineArgs, main
 
@@ -34,7 +34,7 @@ class Args(OfflineArgs):
     """pieces of episodes per update"""
     context_length: Annotated[PositiveInt, FIXED] = 20
     """time steps that the policy sees, of three tokens each"""
-    n_layer: Annotated[PositiveInt, FIXED] = 3
+    n_layer: Annotated[PositiveInt, FIXED, Layers("embed_dim")] = 3
     """blocks of the transformer"""
     n_head: Annotated[PositiveInt, FIXED] = 1
     """heads of an attention"""

@@ -42,7 +42,7 @@ from common.flags import (
     Share,
 )
 from common.optim import load_optimizer
-from common.run import VLAArgs, main, mean_metrics, reserve
+from common.run import VLAArgs, check_decisions, main, mean_metrics, reserve
 
 
 @dataclass
@@ -495,6 +495,22 @@ class Groups:
         self.ready = []  # complete groups that wait to be used
         self.finished = self.computed = 0  # groups and chunks since the last update
 
+    def check(self):
+        """ValueError, or what a wrong type raises, where a checkpoint's content is none of this."""
+        numbers = [self.next_group, self.finished, self.computed, *self.jobs, *self.incomplete]
+        for episode in filter(None, self.playing):
+            numbers += [episode["group"], *episode["steps"]]
+            check_decisions(episode["chunks"], ("actions", "log_probs"))
+            if not len(episode["chunks"]) == len(episode["rewards"]) == len(episode["steps"]):
+                raise ValueError("an episode of parts of different lengths")
+            math.isfinite(sum(episode["rewards"]))
+        for member in sum([*self.incomplete.values(), *self.ready], []):
+            check_decisions([member["chunks"]], ("actions", "log_probs"), len(member["returns"]))
+            math.isfinite(sum(member["returns"]))
+            numbers.append(member["success"])
+        if not {type(number) for number in numbers} <= {int, bool}:
+            raise ValueError("groups that are none")
+
     def start(self, seed, group_size, stride):
         """The next member of a group starts in each idle environment -> seeds (N,), who is idle (N,)."""
         idle = np.array([episode is None for episode in self.playing])
@@ -610,6 +626,9 @@ def train(args, run):
         if args.kl_coef > 0:
             reference = [x.view_as(p) for x, p in zip(reference, trained, strict=True)]
         vars(groups).update({name: playing[name] for name in vars(groups)})
+        groups.check()
+        if len(groups.playing) != envs.num_envs:
+            raise ValueError("groups of other environments")
         recent, obs = saved["recent"], envs.set_state(saved["envs"])
 
     def save(name):

@@ -17,7 +17,7 @@ import torch.nn as nn
 
 from common.datasets import load_dataset, transition_tensors
 from common.evaluation import evaluate, evaluation_world
-from common.flags import FIXED, NonNegative, Positive, PositiveInt, Share
+from common.flags import FIXED, Layers, NonNegative, Positive, PositiveInt, Share
 from common.optim import compile_update, load_optimizer, minimize
 from common.run import OfflineArgs, main
 
@@ -52,7 +52,7 @@ class Args(OfflineArgs):
     """and add this to them"""
     width: Annotated[PositiveInt, FIXED] = 256
     """units of a hidden layer"""
-    depth: Annotated[PositiveInt, FIXED] = 2
+    depth: Annotated[PositiveInt, FIXED, Layers("width")] = 2
     """hidden layers"""
 
 

@@ -41,7 +41,7 @@ from common.flags import (
     Share,
 )
 from common.optim import load_optimizer
-from common.run import VLAArgs, main, mean_metrics, reserve
+from common.run import VLAArgs, check_decisions, main, mean_metrics, reserve
 
 
 @dataclass
@@ -506,6 +506,8 @@ def train(args, run):
             reference = [x.view_as(p) for x, p in zip(reference, trained.values(), strict=True)]
         envs.set_state(saved["envs"])
         obs = {key: np.asarray(x) for key, x in saved["envs"]["obs"].items()}  # of lost episodes too
+        columns = backbone.preprocess(obs, envs.instructions).keys() - {"image"}
+        check_decisions(rollout, columns | {"actions", "log_probs", "values", "rewards"}, envs.num_envs)
     else:
         obs = envs.reset()
 

@@ -25,7 +25,7 @@ from common import UserError
 from common.datasets import check_append, reference_scores, write_transitions
 from common.envs import make_envs
 from common.evaluation import evaluate, finished_episodes, rollout_metrics
-from common.flags import FIXED, FREE, NonNegative, NonNegativeInt, PositiveInt, Share
+from common.flags import FIXED, FREE, Layers, NonNegative, NonNegativeInt, PositiveInt, Share
 from common.optim import compile_update, load_optimizer, minimize
 from common.run import StateArgs, main
 
@@ -68,7 +68,7 @@ class Args(StateArgs):
     """the temperature; auto tunes it to the target entropy -A"""
     width: Annotated[PositiveInt, FIXED] = 256
     """units of a hidden layer"""
-    depth: Annotated[PositiveInt, FIXED] = 2
+    depth: Annotated[PositiveInt, FIXED, Layers("width")] = 2
     """hidden layers"""
 
     def check(self):

@@ -16,7 +16,7 @@ import torch.nn as nn
 
 from common.datasets import load_dataset, transition_tensors
 from common.evaluation import evaluate, evaluation_world
-from common.flags import FIXED, NonNegative, PositiveInt, Share
+from common.flags import FIXED, Layers, NonNegative, PositiveInt, Share
 from common.optim import compile_update, load_optimizer, minimize
 from common.run import OfflineArgs, main
 
@@ -51,7 +51,7 @@ class Args(OfflineArgs):
     """and add this to them"""
     width: Annotated[PositiveInt, FIXED] = 256
     """units of a hidden layer"""
-    depth: Annotated[PositiveInt, FIXED] = 2
+    depth: Annotated[PositiveInt, FIXED, Layers("width")] = 2
     """hidden layers"""
 
 

@@ -797,6 +797,7 @@ def snapshot(folder):
 def child(case, folder):
     """The script in this process, as if it had been started: never returns."""
     os.setsid()
+    resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, 6 * 2**30))  # no case takes the machine's memory
     atexit._clear()  # what the parent does at its end
     tqdm._instances.clear()
     code = 1

@@ -262,9 +262,10 @@ def check_free(folder: Path) -> None:
         )
 
 
-def claim(folder: Path, args: dict | None = None):
-    """Lock a run's folder, with `args` a new one's, which become its args.json -> the file that holds the
-    lock until it is closed or this process ends, however. CheckpointError if another process has it.
+def claim(folder: Path, args: dict, new=False):
+    """Lock a run's folder, whose args.json has its `args`, written where it is `new` or has lost them -> the
+    file that holds the lock until it is closed or this process ends, however. CheckpointError if another
+    process has it.
 
     A lock of fcntl's kind is this process's alone: workers that outlive it for a moment do not keep it.
     """
@@ -279,8 +280,9 @@ def claim(folder: Path, args: dict | None = None):
             ) from error
         except OSError:  # a file system without locks
             pass
-        if args is not None:
+        if new:
             check_free(folder)
+        if new or not os.fstat(file.fileno()).st_size:
             file.truncate()
             json.dump(args, file, indent=2)
             file.flush()

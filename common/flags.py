@@ -19,10 +19,20 @@ class Only:
 
 
 class Unless:
-    """Has no effect where another flag has this value: given there, it is an error."""
+    """Has no effect where another flag has this value, or, without one, any: given there, it is an error."""
 
-    def __init__(self, flag, value):
+    def __init__(self, flag, value=None):
         self.flag, self.value = flag, value
+
+    def forbids(self, found):
+        return found is not None if self.value is None else found == self.value
+
+
+class Layers:
+    """So many layers, each as wide as another flag says: an error where memory cannot hold them."""
+
+    def __init__(self, width):
+        self.width = width
 
 
 POSITIVE, NONNEGATIVE, SHARE = "positive", "nonnegative", "share"

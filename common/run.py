@@ -33,6 +33,7 @@ import re
 import shlex
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,19 @@ from common.checkpoint import (
 from common.datasets import d4rl_name
 from common.envs import WORLDS, world_module
 from common.evaluation import assured, score
-from common.flags import FIXED, FREE, KEPT, LIMITS, NonNegative, NonNegativeInt, Only, PositiveInt, Unless
+from common.flags import (
+    FIXED,
+    FREE,
+    KEPT,
+    LIMITS,
+    Layers,
+    NonNegative,
+    NonNegativeInt,
+    Only,
+    PositiveInt,
+    Unless,
+)
+from common.memory import available_memory
 
 # --- flags
 
@@ -224,8 +237,16 @@ def check_values(args, given):
             if isinstance(mark, Only) and name in given and getattr(args, mark.flag) not in mark.values:
                 other = f"{flag(mark.flag)} {' or '.join(map(str, mark.values))}"
                 raise UserError(f"{flag(name)} does nothing without {other}; drop it.")
-            if isinstance(mark, Unless) and name in given and getattr(args, mark.flag) == mark.value:
-                raise UserError(f"{flag(name)} does nothing with {flag(mark.flag)} {mark.value}; drop it.")
+            if isinstance(mark, Unless) and name in given and mark.forbids(found := getattr(args, mark.flag)):
+                raise UserError(f"{flag(name)} does nothing with {flag(mark.flag)} {found}; drop it.")
+            if isinstance(mark, Layers):
+                # of a number, its gradient and Adam's two moments; and what a layer has beside its numbers
+                width, free = getattr(args, mark.width), available_memory()
+                if (needs := value * (16 * width**2 + 10_000)) > free:
+                    raise UserError(
+                        f"{flag(name)} {value} with {flag(mark.width)} {width} needs {needs / 1e9:.0f} GB, "
+                        f"and there are {free / 1e9:.0f} GB; give smaller numbers."
+                    )
     for part in type(args).__mro__:
         if "check" in vars(part):
             part.check(args)
@@ -353,6 +374,17 @@ def reserve(batch, columns):
     return columns
 
 
+def check_decisions(decisions, columns, size=None):
+    """ValueError, or what a wrong type raises, unless a checkpoint's `decisions` are dicts of tensors that
+    can be stacked, with these columns among them, and of `size` rows each."""
+    kinds = [{name: (x.shape, x.dtype) for name, x in each.items()} for each in decisions]
+    for kind in kinds:
+        if kind != kinds[0] or not kind.keys() >= set(columns):
+            raise ValueError("decisions that do not fit each other")
+        if size is not None and any(shape[:1] != (size,) for shape, _ in kind.values()):
+            raise ValueError(f"decisions that are not of {size} environments")
+
+
 def mean_metrics(updates):
     """The means over a list of {name: () tensor}, one of an update."""
     return {name: torch.stack([each[name] for each in updates]).mean() for name in (updates or [{}])[0]}
@@ -452,7 +484,7 @@ class Run:
     def _claim(self, name):
         if name:
             run_folder(self.args.output_dir, name)
-        self.closing(claim(self.folder, dataclasses.asdict(self.args) if name else None))
+        self.closing(claim(self.folder, dataclasses.asdict(self.args), new=bool(name)))
         if not name and self._stamp() != self._read:
             raise CheckpointError(f"{self.folder} was still being written by its run; resume it once more.")
 
@@ -613,15 +645,21 @@ class Run:
             self._lose_log(error)
 
     def _open_log(self, purge_step=None):
+        # TensorBoard's thread keeps its error for the next call here to raise, and shows it, too
+        threading.excepthook = lambda said: (
+            None if issubclass(said.exc_type, OSError) else threading.__excepthook__(said)
+        )
         try:
             self._writer = SummaryWriter(self.folder, purge_step=purge_step)
         except OSError as error:
             self._lose_log(error)
 
     def _close_log(self):
-        with contextlib.suppress(OSError):
+        try:
             if self._writer:
                 self._writer.close()
+        except OSError as error:
+            self._lose_log(error)
 
     def _lose_log(self, error):
         self._writer = None
