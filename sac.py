@@ -13,6 +13,7 @@ policy. Expect Pendulum-v1 above -200 in 10 000 steps.
 import copy
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -80,6 +81,8 @@ class Args(StateArgs):
             raise UserError("--collect needs --save-dataset, the file to write.")
         if self.append and not self.save_dataset:
             raise UserError("--append needs --save-dataset, the file to add to.")
+        if self.save_dataset and Path(self.save_dataset).exists() and not Path(self.save_dataset).is_file():
+            raise UserError(f"--save-dataset {self.save_dataset} is there, and no file; name another.")
         if self.evaluate and self.save_dataset and not self.collect:
             raise UserError("--evaluate has no replay to save; add --collect and a number of steps.")
 

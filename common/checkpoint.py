@@ -1,6 +1,7 @@
 """Files of a run that survive a killed process or a full disk, and the random state for an exact resume."""
 
 import contextlib
+import errno
 import fcntl
 import importlib.metadata
 import json
@@ -58,6 +59,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     # the suffix stays: ffmpeg picks the format by it
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
+        if path.exists() and not path.is_file():  # a device or a pipe would be gone for good
+            raise FileExistsError(errno.EEXIST, "it is there, and no file")
         path.parent.mkdir(parents=True, exist_ok=True)
         for stale in path.parent.iterdir():  # of a predecessor that was killed while it wrote
             pid, _, name = stale.name[1:].partition(".")

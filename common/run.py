@@ -638,28 +638,29 @@ class Run:
 
     def write(self, scalars, step):
         """Numbers by name into the log, and no more. A full disk costs the log and not the run."""
+        writer = self._writer  # which its thread's end may take away
         try:
-            for name, value in scalars.items() if self._writer else ():
-                self._writer.add_scalar(name, value, step)
+            for name, value in scalars.items() if writer else ():
+                writer.add_scalar(name, value, step)
         except OSError as error:
             self._lose_log(error)
 
     def _open_log(self, purge_step=None):
-        # TensorBoard's thread keeps its error for the next call here to raise, and shows it, too
-        threading.excepthook = lambda said: (
-            None if issubclass(said.exc_type, OSError) else threading.__excepthook__(said)
-        )
+        def hook(said):  # of TensorBoard's thread, whose error would be shown with its traceback
+            if not isinstance(said.exc_value, OSError):
+                return threading.__excepthook__(said)
+            self._lose_log(said.exc_value)
+
+        threading.excepthook = hook
         try:
             self._writer = SummaryWriter(self.folder, purge_step=purge_step)
         except OSError as error:
             self._lose_log(error)
 
     def _close_log(self):
-        try:
+        with contextlib.suppress(OSError):
             if self._writer:
                 self._writer.close()
-        except OSError as error:
-            self._lose_log(error)
 
     def _lose_log(self, error):
         self._writer = None

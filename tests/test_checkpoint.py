@@ -250,6 +250,16 @@ def test_rng_continues_bit_for_bit(tmp_path):
     assert "shuffle" in one_sentence(error)
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_not_replaced(tmp_path, make):
+    """A device would be gone for all its users, with the rights to it."""
+    make(path := tmp_path / "checkpoint.pt")
+    before = path.lstat()
+    with pytest.raises(CheckpointError, match="cannot be written .*it is there, and no file") as error:
+        save_checkpoint(path, "iql", {"step": 1})
+    assert one_sentence(error) and path.lstat() == before and os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
 def test_results_are_json_and_atomic(tmp_path):
     path = tmp_path / "results.json"
     results = {

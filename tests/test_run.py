@@ -4,18 +4,22 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
 import torch
+from tensorboard.summary.writer import record_writer
 from test_cli import BC, PPO, ROOT, call, one_thread, results, run, scalars, shell, words  # noqa: F401
+from test_decision_transformer import write_pendulum
 
 import bc_warmup
 import common.run
@@ -440,6 +444,46 @@ def test_a_log_goes_on_once_there_is_room_for_a_checkpoint(tmp_path, monkeypatch
         handle.save("checkpoint.pt", {"agent": {}})
         handle.log({"loss": 1.0}, 20)
     assert scalars(tmp_path / "r")["loss"] == [(20, 1.0)]
+
+
+def test_a_full_disk_in_the_logs_thread_is_one_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr(record_writer.RecordWriter, "write", full)
+    hook = threading.excepthook
+    done = call(bc_warmup, BC, f"--output-dir {tmp_path} --run-name r")
+    monkeypatch.setattr(threading, "excepthook", hook)
+    assert done.code == 0 and results(tmp_path / "r")["gradient_steps"] == 9
+    assert re.fullmatch("warning: the log cannot be written .*; the run goes on.\n", done.err), done
+
+
+def test_a_folder_that_lost_its_args_gets_them_back(tmp_path):
+    small = "--width 8 --depth 1 --batch-size 8 --total-timesteps 2 --eval-episodes 0 --device cpu"
+    run(iql, small, f"--dataset {write_pendulum(tmp_path / 'd.hdf5')} --output-dir {tmp_path} --run-name r")
+    file = tmp_path / "r" / "args.json"
+    wanted = json.loads(file.read_text())
+    for lose in (file.unlink, lambda: file.write_text("")):
+        lose()
+        run(iql, f"--resume {tmp_path}/r")
+        assert json.loads(file.read_text()) == wanted | {"resume": f"{tmp_path}/r"}
+
+
+LAYERS = [(script, name) for script in (sac, iql, td3_bc, cql) for name in ("depth", "width")]
+LAYERS += [(cql, "critic_depth"), (decision_transformer, "n_layer"), (decision_transformer, "embed_dim")]
+
+
+@pytest.mark.parametrize(("script", "name"), LAYERS)
+def test_layers_that_no_memory_holds_are_refused_before_any_is_made(monkeypatch, script, name):
+    monkeypatch.setattr(torch.nn.Linear, "__init__", lambda *_, **__: pytest.fail("a layer was made"))
+    done = call(script, f"--device cpu --{name} {10**9}")
+    assert re.fullmatch(
+        r"error: --[a-z-]+ \d+ with --\w+ \d+ needs \d+ GB, and .* smaller numbers.\n", done.err
+    )
+    assert done.code == 2
+
+
+@pytest.mark.parametrize("name", ["grounding-scenes", "grounding-steps", "grounding-coef", "demo-noise"])
+def test_what_only_a_scripted_expert_has_is_refused_beside_demos(name):
+    done = call(bc_warmup, f"--demos d.hdf5 --{name} 3")
+    assert (done.code, done.err) == (2, f"error: --{name} does nothing with --demos d.hdf5; drop it.\n")
 
 
 def test_words_that_nobody_can_read_cost_no_run(tmp_path, monkeypatch):
