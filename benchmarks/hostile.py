@@ -5,7 +5,7 @@ python benchmarks/hostile.py --only 'worlds.*sac'
 
 A case is a command line, what is prepared for it in a folder of its own, and what has to happen:
 
-    refused    exit code 2 and one sentence on stderr; what was prepared is as it was, and nothing is left behind
+    refused    exit code 2 and one sentence on stderr; what was prepared is as it was, and nothing is left
     fine       exit code 0, no traceback
     raises     a world's own exception: it ends with its author's traceback, and nothing prepared is touched
 
@@ -29,9 +29,9 @@ import random
 import re
 import resource
 import runpy
+import shlex
 import shutil
 import signal
-import shlex
 import socket
 import sys
 import tempfile
@@ -59,6 +59,7 @@ from common.envs import WORLDS, tabletop  # noqa: E402
 from common.flags import NONNEGATIVE, POSITIVE, SHARE  # noqa: E402
 from common.run import compose, flag, read_source  # noqa: E402
 
+ONLINE_RL = ("ppo_vla", "grpo_vla")
 VLA = ("ppo_vla", "grpo_vla", "bc_warmup")
 OFFLINE = ("iql", "cql", "td3_bc", "decision_transformer")
 SCRIPTS = (*VLA, *OFFLINE, "sac")
@@ -112,7 +113,7 @@ def make(split, defect):
 
 
 class Hostile(gymnasium.Env):
-    """Four numbers, maybe a picture, an episode of 8 steps; `defect` strikes at the third step, or at once."""
+    """Four numbers, maybe a picture, 8 steps an episode; `defect` strikes at the third step, or at once."""
 
     has_success, instructions, render_mode = False, ["do it"], "rgb_array"
     metadata = {"render_modes": ["rgb_array"]}
@@ -127,9 +128,11 @@ class Hostile(gymnasium.Env):
             picture, task = box(0, 255, (1, 64, 64, 3), np.uint8), box(0, 0, (), np.int64)
             self.observation_space = gymnasium.spaces.Dict(proprio=vector, image=picture, task=task)
         spaces = {
-            "dict space": gymnasium.spaces.Dict(a=vector), "discrete space": gymnasium.spaces.Discrete(4),
-            "picture space": box(0, 255, (8, 8, 3), np.uint8), "tuple space": gymnasium.spaces.Tuple([vector]),
-        }  # fmt: skip
+            "dict space": gymnasium.spaces.Dict(a=vector),
+            "discrete space": gymnasium.spaces.Discrete(4),
+            "picture space": box(0, 255, (8, 8, 3), np.uint8),
+            "tuple space": gymnasium.spaces.Tuple([vector]),
+        }
         if defect in spaces:
             self.observation_space = spaces[defect]
         if defect == "unbounded actions":
@@ -144,10 +147,18 @@ class Hostile(gymnasium.Env):
     def observation(self):
         value = np.zeros(4, np.float32)
         strange = {
-            "nan": value * np.nan, "infinite": value + np.inf, "short": value[:2], "long": np.zeros(9, np.float32),
-            "text": "nothing", "none": None, "ragged": [[1.0], [1.0, 2.0]], "complex": value * 1j,
-            "objects": np.array([None] * 4), "huge": np.full(4, 1e300), "scalar": 0.0,
-        }  # fmt: skip
+            "nan": value * np.nan,
+            "infinite": value + np.inf,
+            "short": value[:2],
+            "long": np.zeros(9, np.float32),
+            "text": "nothing",
+            "none": None,
+            "ragged": [[1.0], [1.0, 2.0]],
+            "complex": value * 1j,
+            "objects": np.array([None] * 4),
+            "huge": np.full(4, 1e300),
+            "scalar": 0.0,
+        }
         kind = self.defect.removesuffix(" observation")
         if kind != self.defect and self.steps >= 3:
             value = strange[kind]
@@ -157,7 +168,9 @@ class Hostile(gymnasium.Env):
             return value
         picture = np.zeros((1, 64, 64, 3), np.uint8)
         if self.steps >= 3:
-            picture = {"float picture": picture / 1.0, "small picture": picture[:, :8]}.get(self.defect, picture)
+            picture = {"float picture": picture / 1.0, "small picture": picture[:, :8]}.get(
+                self.defect, picture
+            )
         return {"proprio": value, "image": picture, "task": np.int64(0)}
 
     def reset(self, *, seed=None, options=None):
@@ -174,8 +187,13 @@ class Hostile(gymnasium.Env):
         reward, ended, info, defect = -1.0, False, {}, self.defect
         self.steps += 1
         if self.steps >= 3:
-            reward = {"nan reward": np.nan, "infinite reward": np.inf, "reward of text": "a", "no reward": None,
-                      "reward of two": [1, 2]}.get(defect, reward)  # fmt: skip
+            reward = {
+                "nan reward": np.nan,
+                "infinite reward": np.inf,
+                "reward of text": "a",
+                "no reward": None,
+                "reward of two": [1, 2],
+            }.get(defect, reward)
             if defect == "raises":
                 raise KeyError("the robot fell apart")
             if defect == "dies":
@@ -199,20 +217,47 @@ class Hostile(gymnasium.Env):
     def render(self):
         if self.defect == "raises in a picture":
             raise KeyError("no light")
-        return np.zeros((8, 8), np.float32) if self.defect == "flat picture" else np.zeros((64, 64, 3), np.uint8)
+        return (
+            np.zeros((8, 8), np.float32) if self.defect == "flat picture" else np.zeros((64, 64, 3), np.uint8)
+        )
 
 
 DEFECTS = [  # of every world; what happens
-    *[(f"{kind} observation", "refused", "which|that is|instead of|observations") for kind in
-      ("nan", "infinite", "short", "long", "text", "none", "ragged", "complex", "objects", "huge", "scalar")],
+    *[
+        (f"{kind} observation", "refused", "which|that is|instead of|observations")
+        for kind in (
+            "nan",
+            "infinite",
+            "short",
+            "long",
+            "text",
+            "none",
+            "ragged",
+            "complex",
+            "objects",
+            "huge",
+            "scalar",
+        )
+    ],
     *[(f"{kind} reward", "refused", "a reward that is NaN or infinite") for kind in ("nan", "infinite")],
     *[(kind, "refused", "a reward of type") for kind in ("reward of text", "no reward", "reward of two")],
-    *[(kind, "refused", "") for kind in ("nan at reset", "four values", "six values", "nothing",
-                                         "reset of one value", "wants a display", "unbounded actions",
-                                         "binary actions")],
-    ("raises", "raises", "KeyError"), ("raises at reset", "raises", "KeyError"),
+    *[
+        (kind, "refused", "")
+        for kind in (
+            "nan at reset",
+            "four values",
+            "six values",
+            "nothing",
+            "reset of one value",
+            "wants a display",
+            "unbounded actions",
+            "binary actions",
+        )
+    ],
+    ("raises", "raises", "KeyError"),
+    ("raises at reset", "raises", "KeyError"),
     ("raises when made", "raises", "KeyError"),
-]  # fmt: skip
+]
 SPACES = ("dict space", "discrete space", "picture space", "tuple space")  # of Gymnasium's worlds
 PICTURES = ("float picture", "small picture")  # of the contract's
 for name in {name for name, _, _ in DEFECTS} | {*SPACES, "none", "dies", "hangs", "endless"}:
@@ -258,15 +303,16 @@ def flag_cases(modules):
     for script, module in modules.items():
         seen, _ = read_source(BASE[script].split(), module.Args, script)
         Full, *_ = compose(module.Args, module.PRESETS, seen, {})
-        turn = 0
-        for field in dataclasses.fields(Full):
-            hint = next(c.__annotations__[field.name] for c in Full.__mro__
-                        if field.name in c.__dict__.get("__annotations__", {}))  # fmt: skip
+        for turn, field in enumerate(dataclasses.fields(Full)):
+            hint = next(
+                c.__annotations__[field.name]
+                for c in Full.__mro__
+                if field.name in c.__dict__.get("__annotations__", {})
+            )
             hint, said = plain(hint)
             values = list(bad_values(field.name, hint, said))
             limits = [value for value in values if value in ("0", "-1", "-0.1", "1.1")]
             others = [value for value in values if value not in limits]
-            turn += 1
             others = [others[turn % len(others)]] if others else []
             for value in limits[:1] + others:
                 words = [*BASE[script].split(), f"{flag(field.name)}={value}"]
@@ -282,43 +328,148 @@ def special(script, *flags):
 
 
 SPECIAL_FLAGS = [  # contradictions, what has no effect, and what no machine can hold
-    *special("ppo_vla", "--env nonsense", "--env NoSuch-v9", "--backbone nonsense", "--backbone {case}",
-             "--backbone tiny", "--head gaussian", "--init-std 0.1", "--evaluate", "--dual-clip 0.5",
-             "--num-envs 1000000000", "--num-steps 1000000000000", "--chunk 1000000000", "--suite libero_goal",
-             "--lora-rank 4", "--worker-timeout 5", "--env Blackjack-v1", "--env FrozenLake-v1",
-             "--resume {case}", "--resume {home}/ppo_vla --checkpoint {home}/ppo_vla", "--train-vision",
-             "--num-workers -2", "--action-history 3", "--seed -1", "--seed 9223372036854775808",
-             "--run-name ../out", "--run-name /out", "--output-dir {home}/demos.hdf5",
-             "--track", "--checkpoint {home}/ppo_vla --chunk 3", "--checkpoint {home}/ppo_vla --head tokens",
-             "--checkpoint {home}/iql", "--checkpoint {home}/pendulum.hdf5", "--max-episode-steps -1"),
-    *special("grpo_vla", "--group-size 1", "--group-size 0", "--group-size -2", "--num-envs 3",
-             "--accuracy-low 0.9 --accuracy-high 0.1", "--constant-length 5", "--env nonsense",
-             "--num-envs 1000000000", "--chunk 1000000000", "--group-size 1000000000", "--evaluate",
-             "--env Pendulum-v1 --head discrete", "--dual-clip 1", "--verifier-gamma 2", "--init-std 1",
-             "--num-groups 1000000000 --num-envs 1000000000", "--leave-one-out --group-size 1"),
-    *special("bc_warmup", "--env CartPole-v1", "--backbone mlp", "--init-std 0.1",
-             "--head gaussian --label-sigma 2", "--demos {home}/demos.hdf5 --grounding-scenes 5",
-             "--demos {home}/demos.hdf5 --grounding-steps 5", "--demos {home}/demos.hdf5 --grounding-coef 1",
-             "--demos {home}/demos.hdf5 --demo-noise 0.1", "--num-demos 1000000000", "--batch-size 100000000000",
-             "--grounding-scenes 1000000000000", "--chunk 1000000000", "--evaluate", "--tasks nonsense",
-             "--reward nonsense", "--checkpoint {home}/sac", "--lora-rank 1000000000"),
-    *[case for script in ("iql", "td3_bc", "cql", "sac") for case in special(
-        script, "--width 1000000000", "--depth 1000000000", "--width 1000000 --depth 1000000",
-        "--batch-size 1000000000000", "--evaluate", "--eval-episodes 0 --evaluate --checkpoint {home}/iql",
-        "--env CartPole-v1", "--env tabletop", "--checkpoint {home}/decision_transformer")],
-    *special("iql", "--dataset nonsense", "--dataset hopper", "--env nonsense", "--checkpoint {home}/cql",
-             "--expectile 2", "--dropout 1.5", "--resume {home}/cql", "--seed 1.5", "--bf16 maybe"),
-    *special("cql", "--cql-samples 1000000000000", "--critic-depth 1000000000", "--alpha nonsense",
-             "--target-gap 1 --cql-alpha 0", "--min-penalty 1", "--alpha -1"),
+    *special(
+        "ppo_vla",
+        "--env nonsense",
+        "--env NoSuch-v9",
+        "--backbone nonsense",
+        "--backbone {case}",
+        "--backbone tiny",
+        "--head gaussian",
+        "--init-std 0.1",
+        "--evaluate",
+        "--dual-clip 0.5",
+        "--num-envs 1000000000",
+        "--num-steps 1000000000000",
+        "--chunk 1000000000",
+        "--suite libero_goal",
+        "--lora-rank 4",
+        "--worker-timeout 5",
+        "--env Blackjack-v1",
+        "--env FrozenLake-v1",
+        "--resume {case}",
+        "--resume {home}/ppo_vla --checkpoint {home}/ppo_vla",
+        "--train-vision",
+        "--num-workers -2",
+        "--action-history 3",
+        "--seed -1",
+        "--seed 9223372036854775808",
+        "--run-name ../out",
+        "--run-name /out",
+        "--output-dir {home}/demos.hdf5",
+        "--track",
+        "--checkpoint {home}/ppo_vla --chunk 3",
+        "--checkpoint {home}/ppo_vla --head tokens",
+        "--checkpoint {home}/iql",
+        "--checkpoint {home}/pendulum.hdf5",
+        "--max-episode-steps -1",
+    ),
+    *special(
+        "grpo_vla",
+        "--group-size 1",
+        "--group-size 0",
+        "--group-size -2",
+        "--num-envs 3",
+        "--accuracy-low 0.9 --accuracy-high 0.1",
+        "--constant-length 5",
+        "--env nonsense",
+        "--num-envs 1000000000",
+        "--chunk 1000000000",
+        "--group-size 1000000000",
+        "--evaluate",
+        "--env Pendulum-v1 --head discrete",
+        "--dual-clip 1",
+        "--verifier-gamma 2",
+        "--init-std 1",
+        "--num-groups 1000000000 --num-envs 1000000000",
+        "--leave-one-out --group-size 1",
+    ),
+    *special(
+        "bc_warmup",
+        "--env CartPole-v1",
+        "--backbone mlp",
+        "--init-std 0.1",
+        "--head gaussian --label-sigma 2",
+        "--demos {home}/demos.hdf5 --grounding-scenes 5",
+        "--demos {home}/demos.hdf5 --grounding-steps 5",
+        "--demos {home}/demos.hdf5 --grounding-coef 1",
+        "--demos {home}/demos.hdf5 --demo-noise 0.1",
+        "--num-demos 1000000000",
+        "--batch-size 100000000000",
+        "--grounding-scenes 1000000000000",
+        "--chunk 1000000000",
+        "--evaluate",
+        "--tasks nonsense",
+        "--reward nonsense",
+        "--checkpoint {home}/sac",
+        "--lora-rank 1000000000",
+    ),
+    *[
+        case
+        for script in ("iql", "td3_bc", "cql", "sac")
+        for case in special(
+            script,
+            "--width 1000000000",
+            "--depth 1000000000",
+            "--width 1000000 --depth 1000000",
+            "--batch-size 1000000000000",
+            "--evaluate",
+            "--eval-episodes 0 --evaluate --checkpoint {home}/iql",
+            "--env CartPole-v1",
+            "--env tabletop",
+            "--checkpoint {home}/decision_transformer",
+        )
+    ],
+    *special(
+        "iql",
+        "--dataset nonsense",
+        "--dataset hopper",
+        "--env nonsense",
+        "--checkpoint {home}/cql",
+        "--expectile 2",
+        "--dropout 1.5",
+        "--resume {home}/cql",
+        "--seed 1.5",
+        "--bf16 maybe",
+    ),
+    *special(
+        "cql",
+        "--cql-samples 1000000000000",
+        "--critic-depth 1000000000",
+        "--alpha nonsense",
+        "--target-gap 1 --cql-alpha 0",
+        "--min-penalty 1",
+        "--alpha -1",
+    ),
     *special("td3_bc", "--policy-delay 0", "--alpha -1", "--noise-clip -1", "--dataset {case}"),
-    *special("decision_transformer", "--embed-dim 1000000000", "--n-layer 1000000000", "--n-head 3",
-             "--context-length 1000000000", "--max-timesteps 1000000000000", "--target-returns nan",
-             "--target-returns", "--return-scale 0", "--n-head 1000000000", "--checkpoint {home}/iql"),
-    *special("sac", "--buffer-size 1000000000000000", "--alpha -1", "--alpha nonsense", "--append",
-             "--save-dataset {case}/d.hdf5 --append", "--collect 5", "--utd-ratio nan",
-             "--num-envs 1000000000", "--env tabletop", "--save-dataset {home}/sac",
-             "--save-dataset {home}/demos.hdf5/d.hdf5"),
-]  # fmt: skip
+    *special(
+        "decision_transformer",
+        "--embed-dim 1000000000",
+        "--n-layer 1000000000",
+        "--n-head 3",
+        "--context-length 1000000000",
+        "--max-timesteps 1000000000000",
+        "--target-returns nan",
+        "--target-returns",
+        "--return-scale 0",
+        "--n-head 1000000000",
+        "--checkpoint {home}/iql",
+    ),
+    *special(
+        "sac",
+        "--buffer-size 1000000000000000",
+        "--alpha -1",
+        "--alpha nonsense",
+        "--append",
+        "--save-dataset {case}/d.hdf5 --append",
+        "--collect 5",
+        "--utd-ratio nan",
+        "--num-envs 1000000000",
+        "--env tabletop",
+        "--save-dataset {home}/sac",
+        "--save-dataset {home}/demos.hdf5/d.hdf5",
+    ),
+]
 
 
 # --- cases: files
@@ -377,26 +528,43 @@ def nobody():
 def file_damages(name):
     """What can stand where a file is expected, of any kind: description, prepare."""
     yield from [
-        ("is not there", None), ("is empty", raw(name, lambda b: b"")), ("is a half", raw(name, lambda b: b[: len(b) // 2])),
-        ("is of noise", raw(name, lambda b: random.Random(1).randbytes(9999))), ("lacks its end", raw(name, lambda b: b[:-99])),
-        ("is a text", raw(name, lambda b: b"hello\n")), ("is a pipe", pipe(name)), ("is a socket", unix_socket(name)),
-        ("is a folder", lambda case: (case / name).mkdir()), ("is a loop", loop(name)),
+        ("is not there", None),
+        ("is empty", raw(name, lambda b: b"")),
+        ("is a half", raw(name, lambda b: b[: len(b) // 2])),
+        ("is of noise", raw(name, lambda b: random.Random(1).randbytes(9999))),
+        ("lacks its end", raw(name, lambda b: b[:-99])),
+        ("is a text", raw(name, lambda b: b"hello\n")),
+        ("is a pipe", pipe(name)),
+        ("is a socket", unix_socket(name)),
+        ("is a folder", lambda case: (case / name).mkdir()),
+        ("is a loop", loop(name)),
         ("is a device", lambda case: (case / name).symlink_to("/dev/zero")),
         ("begins with noise", raw(name, lambda b: b"\xff" * 64 + b[64:])),
-    ]  # fmt: skip
+    ]
 
 
 DATASETS = [  # of pendulum.hdf5
-    *[(f"{key} are not there", lambda file, key=key: file.__delitem__(key))
-      for key in ("observations", "actions", "rewards", "terminals")],
-    *[(f"{key} are NaN", replaced(key, lambda x: x * np.nan)) for key in ("observations", "actions", "rewards")],
+    *[
+        (f"{key} are not there", lambda file, key=key: file.__delitem__(key))
+        for key in ("observations", "actions", "rewards", "terminals")
+    ],
+    *[
+        (f"{key} are NaN", replaced(key, lambda x: x * np.nan))
+        for key in ("observations", "actions", "rewards")
+    ],
     *[(f"{key} are infinite", replaced(key, lambda x: x + np.inf)) for key in ("observations", "rewards")],
-    *[(f"{key} are texts", replaced(key, lambda x: np.array([b"a"] * len(x))))
-      for key in ("observations", "actions", "rewards", "terminals")],
+    *[
+        (f"{key} are texts", replaced(key, lambda x: np.array([b"a"] * len(x))))
+        for key in ("observations", "actions", "rewards", "terminals")
+    ],
     *[(f"{key} are too few", replaced(key, lambda x: x[:-7])) for key in ("actions", "rewards", "terminals")],
     *[(f"{key} are none", replaced(key, lambda x: x[:0])) for key in ("observations", "actions")],
-    ("all are none", lambda file: [replaced(key, lambda x: x[:0])(file) for key in list(file) if
-                                   isinstance(file[key], h5py.Dataset)]),
+    (
+        "all are none",
+        lambda file: [
+            replaced(key, lambda x: x[:0])(file) for key in list(file) if isinstance(file[key], h5py.Dataset)
+        ],
+    ),
     ("observations are flat", replaced("observations", lambda x: x[:, 0])),
     ("observations are wider", replaced("observations", lambda x: np.tile(x, 3))),
     ("observations are pictures", replaced("observations", lambda x: np.zeros((len(x), 8, 8, 3)))),
@@ -406,29 +574,52 @@ DATASETS = [  # of pendulum.hdf5
     ("actions are wider", replaced("actions", lambda x: np.tile(x, 3))),
     ("rewards are a matrix", replaced("rewards", lambda x: np.stack([x, x], 1))),
     ("there is nothing", lambda file: [file.__delitem__(key) for key in list(file)]),
-]  # fmt: skip
+]
 DEMOS = [  # of demos.hdf5
-    *[(f"{key} are not there", lambda file, key=key: file.__delitem__(f"data/demo_0/{key}"))
-      for key in ("actions", "obs", "obs/proprio", "obs/agentview_rgb")],
-    *[(f"{key} are NaN", replaced(f"data/demo_1/{key}", lambda x: x * np.nan)) for key in ("actions", "obs/proprio")],
-    *[(f"{key} are texts", replaced(f"data/demo_1/{key}", lambda x: np.array([b"a"] * len(x))))
-      for key in ("actions", "obs/proprio", "obs/agentview_rgb")],
-    *[(f"{key} are too few", replaced(f"data/demo_1/{key}", lambda x: x[:-1]))
-      for key in ("actions", "obs/proprio", "obs/agentview_rgb")],
-    *[(f"{key} are none", replaced(f"data/demo_0/{key}", lambda x: x[:0])) for key in ("actions", "obs/agentview_rgb")],
+    *[
+        (f"{key} are not there", lambda file, key=key: file.__delitem__(f"data/demo_0/{key}"))
+        for key in ("actions", "obs", "obs/proprio", "obs/agentview_rgb")
+    ],
+    *[
+        (f"{key} are NaN", replaced(f"data/demo_1/{key}", lambda x: x * np.nan))
+        for key in ("actions", "obs/proprio")
+    ],
+    *[
+        (f"{key} are texts", replaced(f"data/demo_1/{key}", lambda x: np.array([b"a"] * len(x))))
+        for key in ("actions", "obs/proprio", "obs/agentview_rgb")
+    ],
+    *[
+        (f"{key} are too few", replaced(f"data/demo_1/{key}", lambda x: x[:-1]))
+        for key in ("actions", "obs/proprio", "obs/agentview_rgb")
+    ],
+    *[
+        (f"{key} are none", replaced(f"data/demo_0/{key}", lambda x: x[:0]))
+        for key in ("actions", "obs/agentview_rgb")
+    ],
     ("actions are beyond 1", replaced("data/demo_0/actions", lambda x: x + 7)),
     ("actions are of two numbers", replaced("data/demo_0/actions", lambda x: x[:, :2])),
     ("pictures are floats", replaced("data/demo_0/obs/agentview_rgb", lambda x: x / 255)),
     ("pictures are grey", replaced("data/demo_0/obs/agentview_rgb", lambda x: x[..., :1])),
     ("pictures are small", replaced("data/demo_0/obs/agentview_rgb", lambda x: x[:, :8, :8])),
     ("proprio is wider", replaced("data/demo_1/obs/proprio", lambda x: np.tile(x, 2))),
-    ("the instruction is unknown", lambda file: file["data/demo_0"].attrs.__setitem__("language_instruction", "fly")),
-    ("the instruction is a number", lambda file: file["data/demo_0"].attrs.__setitem__("language_instruction", 7)),
-    ("there is no demonstration", lambda file: [file.__delitem__(f"data/{key}") for key in list(file["data"])]),
+    (
+        "the instruction is unknown",
+        lambda file: file["data/demo_0"].attrs.__setitem__("language_instruction", "fly"),
+    ),
+    (
+        "the instruction is a number",
+        lambda file: file["data/demo_0"].attrs.__setitem__("language_instruction", 7),
+    ),
+    (
+        "there is no demonstration",
+        lambda file: [file.__delitem__(f"data/{key}") for key in list(file["data"])],
+    ),
     ("there is nothing", lambda file: file.__delitem__("data")),
-    ("a demonstration is an array", lambda file: (file.__delitem__("data/demo_0"),
-                                                  file.__setitem__("data/demo_0", np.ones(3)))),
-]  # fmt: skip
+    (
+        "a demonstration is an array",
+        lambda file: (file.__delitem__("data/demo_0"), file.__setitem__("data/demo_0", np.ones(3))),
+    ),
+]
 
 
 def file_cases():
@@ -442,7 +633,9 @@ def file_cases():
             if i % 2 == turn % 2:
                 yield Case("files", script, f"data set: {what}", base, prepare)
         yield Case("files", script, "data set: unreadable", base, secret("pendulum.hdf5"), within=nobody)
-    base = f"{BASE['bc_warmup']} --demos {{case}}/demos.hdf5".replace("--grounding-scenes 4 --grounding-steps 1 ", "")
+    base = f"{BASE['bc_warmup']} --demos {{case}}/demos.hdf5".replace(
+        "--grounding-scenes 4 --grounding-steps 1 ", ""
+    )
     damages = [*file_damages("demos.hdf5"), *((what, hdf5("demos.hdf5", change)) for what, change in DEMOS)]
     for what, prepare in damages:
         say = "" if what != "is a folder" else "holds no .hdf5"
@@ -566,10 +759,15 @@ def nan_like(x):
 
 
 CHECKPOINTS = [  # what is done to a run's checkpoint before it is resumed
-    ("not there", bits(lambda b, s: None)), ("empty", bits(lambda b, s: b"")), ("half", bits(lambda b, s: b[: len(b) // 2])),
-    ("without its end", bits(lambda b, s: b[:-1])), ("a text", bits(lambda b, s: b"weights\n")),
-    ("noise", bits(lambda b, s: random.Random(2).randbytes(5000))), ("code", bits(evil)),
-    ("a pickle", bits(lambda b, s: pickle.dumps({"agent": 1}))), ("zeros within", bits(lambda b, s: b[:3000] + bytes(2000) + b[5000:])),
+    ("not there", bits(lambda b, s: None)),
+    ("empty", bits(lambda b, s: b"")),
+    ("half", bits(lambda b, s: b[: len(b) // 2])),
+    ("without its end", bits(lambda b, s: b[:-1])),
+    ("a text", bits(lambda b, s: b"weights\n")),
+    ("noise", bits(lambda b, s: random.Random(2).randbytes(5000))),
+    ("code", bits(evil)),
+    ("a pickle", bits(lambda b, s: pickle.dumps({"agent": 1}))),
+    ("zeros within", bits(lambda b, s: b[:3000] + bytes(2000) + b[5000:])),
     *[(f"a flipped byte {i}", flipped(i)) for i in range(2)],
     ("version 1", content(lambda c, s: c)),  # below
     ("of another script", content(lambda c, s: c | {"script": "sac" if s != "sac" else "iql"})),
@@ -578,9 +776,15 @@ CHECKPOINTS = [  # what is done to a run's checkpoint before it is resumed
     ("with an agent of nothing", content(lambda c, s: c | {"agent": {}})),
     ("with an agent of text", content(lambda c, s: c | {"agent": dict.fromkeys(c["agent"], "text")})),
     ("with NaN", content(lambda c, s: c | {"agent": first_tensor(c["agent"], nan_like)})),
-    ("with another shape", content(lambda c, s: c | {"agent": first_tensor(c["agent"], lambda x: torch.cat([x, x]))})),
+    (
+        "with another shape",
+        content(lambda c, s: c | {"agent": first_tensor(c["agent"], lambda x: torch.cat([x, x]))}),
+    ),
     ("with complex weights", content(lambda c, s: c | {"agent": first_tensor(c["agent"], lambda x: x + 1j)})),
-    ("with a weight too many", content(lambda c, s: c | {"agent": c["agent"] | {"head.extra": torch.ones(2)}})),
+    (
+        "with a weight too many",
+        content(lambda c, s: c | {"agent": c["agent"] | {"head.extra": torch.ones(2)}}),
+    ),
     ("with a weight too few", content(lambda c, s: c | {"agent": dict(list(c["agent"].items())[1:])})),
     ("with arguments of text", content(lambda c, s: c | {"args": "text"})),
     ("with an unknown argument", content(lambda c, s: c | {"args": c["args"] | {"new": 1}})),
@@ -589,10 +793,17 @@ CHECKPOINTS = [  # what is done to a run's checkpoint before it is resumed
     ("without processes", content(lambda c, s: c | {"processes": []})),
     ("with two processes", content(lambda c, s: c | {"processes": c["processes"] * 2})),
     ("with a process of nothing", content(lambda c, s: c | {"processes": [{}]})),
-    ("with a deep optimizer", content(lambda c, s: {k: (first_tensor(x, lambda t: torch.ones(3, 1, 4)) if "optim" in k else x)
-                                                    for k, x in c.items()})),
+    (
+        "with a deep optimizer",
+        content(
+            lambda c, s: {
+                k: (first_tensor(x, lambda t: torch.ones(3, 1, 4)) if "optim" in k else x)
+                for k, x in c.items()
+            }
+        ),
+    ),
     *[(f"with junk {i}", deep(i)) for i in range(8)],
-]  # fmt: skip
+]
 
 
 def old_version(case, script):
@@ -605,19 +816,41 @@ def checkpoint_cases():
     for script in SCRIPTS:
         for what, prepare in CHECKPOINTS:
             prepare = old_version if what == "version 1" else prepare
-            yield Case("checkpoints", script, f"resume: {what}", "--resume {case}/run",
-                       lambda case, prepare=prepare, script=script: prepare(case, script))  # fmt: skip
+            yield Case(
+                "checkpoints",
+                script,
+                f"resume: {what}",
+                "--resume {case}/run",
+                lambda case, prepare=prepare, script=script: prepare(case, script),
+            )
         for what in ("is a pipe", "is a folder", "is a loop", "is a device", "is a socket"):
             prepare = dict(file_damages("checkpoint.pt"))[what]
-            yield Case("checkpoints", script, f"weights: the file {what}",
-                       f"{BASE[script]} --checkpoint {{case}}/checkpoint.pt", prepare)  # fmt: skip
-        yield Case("checkpoints", script, "resume: weights alone", "--resume {case}/run/best.pt",
-                   lambda case, script=script: shutil.copytree(HOME / script, case / "run"))  # fmt: skip
-        yield Case("checkpoints", script, "resume: untouched", "--resume {case}/run", whole_run(script),
-                   expect="fine")  # fmt: skip
+            yield Case(
+                "checkpoints",
+                script,
+                f"weights: the file {what}",
+                f"{BASE[script]} --checkpoint {{case}}/checkpoint.pt",
+                prepare,
+            )
+        yield Case(
+            "checkpoints",
+            script,
+            "resume: weights alone",
+            "--resume {case}/run/best.pt",
+            lambda case, script=script: shutil.copytree(HOME / script, case / "run"),
+        )
+        yield Case(
+            "checkpoints",
+            script,
+            "resume: untouched",
+            "--resume {case}/run",
+            whole_run(script),
+            expect="fine",
+        )
         other = "iql" if script in (*VLA, "sac") else "sac"
-        yield Case("checkpoints", script, "weights of another kind",
-                   f"{BASE[script]} --checkpoint {{home}}/{other}")  # fmt: skip
+        yield Case(
+            "checkpoints", script, "weights of another kind", f"{BASE[script]} --checkpoint {{home}}/{other}"
+        )
 
 
 # --- cases: run folders
@@ -634,7 +867,11 @@ def whole_run(script, function=lambda folder: None):
 def has_args(case):
     """args.json is the run's, after all"""
     found = json.loads((case / "run" / "args.json").read_text())
-    return None if found == load_checkpoint(case / "run")["args"] | {"device": found["device"]} else "another args.json"
+    return (
+        None
+        if found == load_checkpoint(case / "run")["args"] | {"device": found["device"]}
+        else "another args.json"
+    )
 
 
 def locked(name):
@@ -667,31 +904,83 @@ def folder_cases():
             return lambda folder: (folder / "args.json").write_bytes(content)
 
         def no_results(folder):
-            (folder / "results.json").unlink()
+            (folder / "results.json").unlink(missing_ok=True)
             (folder / "results.json").mkdir()
 
         def pipe_args(folder):
             (folder / "args.json").unlink()
             os.mkfifo(folder / "args.json")
 
-        yield Case("folders", script, "without args.json", resume, whole_run(script, unlink), expect="fine", after=has_args)
-        yield Case("folders", script, "args.json is broken", resume, whole_run(script, text(b'{"seed": ')), expect="fine")
-        yield Case("folders", script, "args.json is not UTF-8", resume, whole_run(script, text(b"\xff\xfe")), expect="fine")
-        yield Case("folders", script, "args.json is empty", resume, whole_run(script, text(b"")), expect="fine", after=has_args)
+        yield Case(
+            "folders",
+            script,
+            "without args.json",
+            resume,
+            whole_run(script, unlink),
+            expect="fine",
+            after=has_args,
+        )
+        yield Case(
+            "folders",
+            script,
+            "args.json is broken",
+            resume,
+            whole_run(script, text(b'{"seed": ')),
+            expect="fine",
+        )
+        yield Case(
+            "folders",
+            script,
+            "args.json is not UTF-8",
+            resume,
+            whole_run(script, text(b"\xff\xfe")),
+            expect="fine",
+        )
+        yield Case(
+            "folders",
+            script,
+            "args.json is empty",
+            resume,
+            whole_run(script, text(b"")),
+            expect="fine",
+            after=has_args,
+        )
         yield Case("folders", script, "args.json is a pipe", resume, whole_run(script, pipe_args))
-        yield Case("folders", script, "results.json is a folder", resume, whole_run(script, no_results), leaves=True)
+        yield Case(
+            "folders", script, "results.json is a folder", resume, whole_run(script, no_results), leaves=True
+        )
         yield Case("folders", script, "does not exist", resume)
         yield Case("folders", script, "is empty", resume, lambda case: (case / "run").mkdir())
         yield Case("folders", script, "is a loop", resume, loop("run"))
         yield Case("folders", script, "is a file", resume, lambda case: (case / "run").write_text("x"))
         yield Case("folders", script, "is in use", resume, whole_run(script), within=locked("run/args.json"))
-        yield Case("folders", script, "has a checkpoint already", base.replace("{case}/runs", "{home}").replace(
-            "--run-name r ", f"--run-name {script} "))
-        yield Case("folders", script, "its place is a file", base, lambda case: (case / "runs").write_text("x"))
+        yield Case(
+            "folders",
+            script,
+            "has a checkpoint already",
+            base.replace("{case}/runs", "{home}").replace("--run-name r ", f"--run-name {script} "),
+        )
+        yield Case(
+            "folders", script, "its place is a file", base, lambda case: (case / "runs").write_text("x")
+        )
         yield Case("folders", script, "its place is a loop", base, loop("runs"))
-        yield Case("folders", script, "its place is not ours", base, lambda case: (case / "runs").mkdir(0o755), within=nobody)
-        yield Case("folders", script, "the disk is full for the log", base, within=full_log, expect="fine",
-                   say="warning: the log cannot be written")  # fmt: skip
+        yield Case(
+            "folders",
+            script,
+            "its place is not ours",
+            base,
+            lambda case: (case / "runs").mkdir(0o755),
+            within=nobody,
+        )
+        yield Case(
+            "folders",
+            script,
+            "the disk is full for the log",
+            base,
+            within=full_log,
+            expect="fine",
+            say="warning: the log cannot be written",
+        )
         yield Case("folders", script, "the disk is full", base, within=full_disk, leaves=True)
 
 
@@ -717,7 +1006,9 @@ WORLD_BASE = {
     "grpo_vla": BASE["grpo_vla"].replace("--env CartPole-v1", "--head gaussian --env {env}"),
     "bc_warmup": f"{ONLINE} --env hostile --demos {{home}}/demos.hdf5 --gradient-steps 2 --batch-size 4",
     "sac": BASE["sac"].replace("Pendulum-v1", "{env}").replace("300", "6").replace("310", "20"),
-} | {script: f"{BASE[script]} --env {{env}}".replace("{home}/pendulum", "{home}/hostile") for script in OFFLINE}
+} | {
+    script: f"{BASE[script]} --env {{env}}".replace("{home}/pendulum", "{home}/hostile") for script in OFFLINE
+}
 
 
 def world_cases():
@@ -725,17 +1016,35 @@ def world_cases():
         if script == "bc_warmup":
             continue
         for defect, expect, say in DEFECTS:
-            yield Case("worlds", script, defect, base.replace("{env}", gym_id(defect)), expect=expect, say=say,
-                       leaves=True)  # fmt: skip
+            yield Case(
+                "worlds",
+                script,
+                defect,
+                base.replace("{env}", gym_id(defect)),
+                expect=expect,
+                say=say,
+                leaves=True,
+            )
         for defect in SPACES:
             yield Case("worlds", script, defect, base.replace("{env}", gym_id(defect)))
         yield Case("worlds", script, "nothing is wrong", base.replace("{env}", gym_id("none")), expect="fine")
     for script in ("ppo_vla", "grpo_vla"):
         pictures = WORLD_BASE[script].replace("{env}", "hostile --chunk 2 --backbone tiny --head tokens")
         workers = pictures.replace("--num-workers 0", "--num-workers 1")
-        for defect in (*PICTURES, "nan observation", "nan reward", "four values", "none observation", "nothing"):
-            yield Case("worlds", script, f"of pictures: {defect}", f"{pictures} --defect '{defect}'", leaves=True)
-            yield Case("worlds", script, f"in a worker: {defect}", f"{workers} --defect '{defect}'", leaves=True)
+        for defect in (
+            *PICTURES,
+            "nan observation",
+            "nan reward",
+            "four values",
+            "none observation",
+            "nothing",
+        ):
+            yield Case(
+                "worlds", script, f"of pictures: {defect}", f"{pictures} --defect '{defect}'", leaves=True
+            )
+            yield Case(
+                "worlds", script, f"in a worker: {defect}", f"{workers} --defect '{defect}'", leaves=True
+            )
         yield Case("worlds", script, "of pictures: nothing is wrong", pictures, expect="fine")
         yield Case("worlds", script, "in a worker: raises", f"{workers} --defect raises", expect="raises")
         yield Case("worlds", script, "in a worker: dies", f"{workers} --defect dies", expect="raises")
@@ -751,7 +1060,22 @@ def world_cases():
 HOME = Path(tempfile.gettempdir())  # replaced by `main`
 
 
-def write_home(modules, jobs):
+def stop_early():
+    """In the child: a signal amid the collection, whose decisions the checkpoint then holds."""
+    from common.envs.vector import Envs
+
+    step, calls = Envs.step, []
+
+    def counted(self, *args, **kwargs):
+        calls.extend([1] * (self.num_envs > 1))  # not the evaluation's
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args, **kwargs)
+
+    Envs.step = counted
+
+
+def write_home(jobs):
     """The data sets, demonstrations and runs that the cases damage."""
     rng = np.random.default_rng(0)
     for name, width, actions in (("pendulum", 3, 1), ("hostile", 4, 2)):
@@ -764,15 +1088,22 @@ def write_home(modules, jobs):
     starts = [*found["episode_starts"], len(found["task"])]
     instructions = tabletop.make(split="train").instructions
     episodes = [
-        {key: found[key][a:b] for key in ("image", "proprio", "actions")} | {"instruction": instructions[found["task"][a]]}
+        {key: found[key][a:b] for key in ("image", "proprio", "actions")}
+        | {"instruction": instructions[found["task"][a]]}
         for a, b in itertools.pairwise(starts)
     ]
     save_demonstrations(HOME / "demos.hdf5", episodes, (tabletop.DEMO_KEYS["agentview"],))
     cases = [
-        Case("home", script, "a run", words.replace("{case}/runs", "{home}").replace("--run-name r ", f"--run-name {script} "),
-             expect="fine")
+        Case(
+            "home",
+            script,
+            "a run",
+            words.replace("{case}/runs", "{home}").replace("--run-name r ", f"--run-name {script} "),
+            within=stop_early if script in ONLINE_RL else None,
+            expect="stopped" if script in ONLINE_RL else "fine",
+        )
         for script, words in BASE.items()
-    ]  # fmt: skip
+    ]
     for case, verdict, said in execute(cases, jobs, 300, "prepare"):
         if verdict != "ok":
             sys.exit(f"{case.script} fails without any damage: {verdict}\n{said}")
@@ -804,7 +1135,10 @@ def child(case, folder):
         for number, name in enumerate(("/dev/null", ".out", ".err")):
             os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | (os.O_TRUNC if number else 0)), number)
         words = case.words if isinstance(case.words, list) else shlex.split(case.words)
-        sys.argv = [f"{case.script}.py", *(w.replace("{case}", str(folder)).replace("{home}", str(HOME)) for w in words)]
+        sys.argv = [
+            f"{case.script}.py",
+            *(w.replace("{case}", str(folder)).replace("{home}", str(HOME)) for w in words),
+        ]
         if case.within:
             case.within()
         try:
@@ -836,6 +1170,8 @@ def judge(case, folder, before, code):
         return "traceback", err
     if case.expect == "raises":
         return ("ok" if code == 1 and "Traceback" in err and re.search(case.say, err) else "silent"), err
+    if case.expect == "stopped":
+        return "ok" if code == 128 + signal.SIGINT else "wrong exit", err
     if case.expect == "fine":
         if code:
             return "wrong exit", err
@@ -918,7 +1254,7 @@ def main():
         HOME = Path(folder) / "home"
         HOME.mkdir()
         Path(folder).chmod(0o755)
-        write_home(modules, args.jobs)
+        write_home(args.jobs)
         protected = snapshot(HOME)
         makers = (flag_cases(modules), file_cases(), checkpoint_cases(), folder_cases(), world_cases())
         cases = [case for maker in makers for case in maker]
@@ -929,7 +1265,9 @@ def main():
         for case, verdict, said in execute(cases, args.jobs, args.timeout, "cases"):
             table[case.kind, case.script, verdict == "ok"] += 1
             if verdict != "ok":
-                failures.append(f"{case.kind} | {case.script} | {case.what} | {verdict} | {said.strip()[-1500:]}")
+                failures.append(
+                    f"{case.kind} | {case.script} | {case.what} | {verdict} | {said.strip()[-1500:]}"
+                )
         touched = [k for k, x in snapshot(HOME).items() if protected.get(k) != x]
     kinds = list(dict.fromkeys(kind for kind, _, _ in table))
     width = max(map(len, SCRIPTS))
@@ -948,7 +1286,9 @@ def main():
         print("\nFAILED", failure)
     if touched:
         print("\nFAILED: protected files changed:", ", ".join(touched))
-    print(f"\n{len(cases)} cases in {(time.monotonic() - start) / 60:.1f} minutes, {len(failures)} not as declared")
+    print(
+        f"\n{len(cases)} cases in {(time.monotonic() - start) / 60:.1f} minutes, {len(failures)} not as declared"
+    )
     sys.exit(bool(failures or touched))
 
 
