@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from common import UserError
 from common.datasets import load_dataset, transition_tensors
 from common.evaluation import evaluate, evaluation_world
-from common.flags import FIXED, Layers, NonNegative, NonNegativeInt, PositiveInt, Share
+from common.flags import FIXED, Layers, NonNegative, NonNegativeInt, PositiveInt, Share, Unless
 from common.optim import compile_update, load_optimizer, minimize
 from common.run import OfflineArgs, main
 
@@ -42,9 +42,9 @@ class Args(OfflineArgs):
     """weight of the penalty"""
     cql_samples: PositiveInt = 10
     """actions per observation from each of: uniform, policy, policy at the next observation"""
-    target_gap: float | None = None
+    target_gap: Annotated[float | None, Unless("cql_alpha", 0)] = None
     """tune the penalty's weight so that it stays about this (Lagrange); --cql-alpha multiplies it"""
-    min_penalty: float | None = None
+    min_penalty: Annotated[float | None, Unless("cql_alpha", 0)] = None
     """the penalty of a transition is clipped from below to this"""
     max_backup: bool = False
     """bootstrap from the best of --cql-samples actions of the policy instead of one"""

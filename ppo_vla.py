@@ -40,6 +40,7 @@ from common.flags import (
     PositiveInt,
     Share,
 )
+from common.memory import available_memory
 from common.optim import load_optimizer
 from common.run import VLAArgs, check_decisions, main, mean_metrics, reserve
 
@@ -113,6 +114,11 @@ class Args(VLAArgs):
     """gaussian head: train the standard deviation, one per action dimension"""
 
     def check(self):
+        if self.num_steps * self.num_envs * 100 > (free := available_memory()):  # the smallest takes more
+            raise UserError(
+                f"--num-steps {self.num_steps} of {self.num_envs} environments do not fit into "
+                f"{free / 1e9:.0f} GB; give fewer of them."
+            )
         if 0 < self.dual_clip <= 1:
             raise UserError(f"--dual-clip must be above 1, or 0 for none, not {self.dual_clip}.")
 

@@ -122,6 +122,18 @@ def readable(path):
         ) from error
 
 
+def check_kinds(weights, own):
+    """UserError where a checkpoint's `weights` are numbers of another kind than the module's `own`: to load
+    them would round them or drop what is imaginary."""
+    for name in weights.keys() & own.keys():
+        kinds = [(x.is_floating_point(), x.is_complex()) for x in (weights[name], own[name])]
+        if kinds[0] != kinds[1]:
+            raise UserError(
+                f"The checkpoint's {name} is of {weights[name].dtype} instead of {own[name].dtype}; give "
+                "another checkpoint."
+            )
+
+
 def save_checkpoint(path: str | os.PathLike, script: str, state: dict) -> None:
     """Write `state` atomically, so that `load_checkpoint` gives it back bit for bit.
 

@@ -50,6 +50,7 @@ from common.backbones import BACKBONES, family_of, model_module
 from common.checkpoint import (
     CheckpointError,
     check_free,
+    check_kinds,
     claim,
     hardware,
     load_checkpoint,
@@ -223,6 +224,8 @@ def check_values(args, given):
     command line has."""
     for name, said in marks(type(args)).items():
         value = getattr(args, name)
+        if value == ():
+            raise UserError(f"{flag(name)} is empty; give it a value or drop it.")
         for number in value if isinstance(value, tuple) else (value,):
             if number == "":
                 raise UserError(f"{flag(name)} is empty; give it a value or drop it.")
@@ -446,7 +449,7 @@ class Run:
         if isinstance(args, StateArgs):
             keep_freed_memory()
         self.initial = self.best = self.latest = self.videos = self._writer = self._bar = None
-        self._warned = False
+        self._warned = self._made = False
         self._generators, self._signals, self.laps, self._before = {}, [], {}, 0.0
         self._log_lost = False
         self._start = self._tick = time.perf_counter()
@@ -463,6 +466,9 @@ class Run:
 
     def __exit__(self, kind, error, trace):
         self._stack.close()
+        if error and self._made and os.listdir(self.folder) == ["args.json"]:  # it did not get to anything
+            (self.folder / "args.json").unlink()
+            self.folder.rmdir()
         if self._restoring and error:  # the script's own lines that put a checkpoint's content in its place
             with readable(self.source):
                 raise error
@@ -483,6 +489,7 @@ class Run:
 
     def _claim(self, name):
         if name:
+            self._made = not self.folder.exists()
             run_folder(self.args.output_dir, name)
         self.closing(claim(self.folder, dataclasses.asdict(self.args), new=bool(name)))
         if not name and self._stamp() != self._read:
@@ -540,6 +547,7 @@ class Run:
         if self.saved:
             with readable(self.source):
                 weights = dict(self.saved["agent"])
+                check_kinds(weights, agent.state_dict())
             try:
                 agent.load_state_dict(weights)
             except RuntimeError as error:

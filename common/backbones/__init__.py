@@ -40,7 +40,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from common import UserError, say
-from common.checkpoint import atomic_path, readable
+from common.checkpoint import atomic_path, check_kinds, readable
 from common.flags import NonNegativeInt
 
 BACKBONES = {
@@ -161,6 +161,7 @@ def load_weights(agent, args, run, new=(), train_vision=None):
         parts = {name for name, _ in agent.named_children()}
         with readable(run.source):
             weights = {name: x for name, x in saved["agent"].items() if name.partition(".")[0] in parts}
+            check_kinds(weights, agent.state_dict())
             missing, unexpected = agent.load_state_dict(weights, strict=False)
         missing = [name for name in missing if name.partition(".")[0] not in new]
         if backbone.has_files and backbone.config.get("lora"):  # the base is in its own files

@@ -182,7 +182,8 @@ class GymnasiumEnv(gymnasium.Env):
 def _float32(obs):
     """Any kind of real numbers; others stay as they are, and are refused by `vector.py`."""
     obs = as_array(obs)
-    return obs.astype(np.float32, order="C") if obs.dtype.kind in "biuf" else obs
+    with np.errstate(over="ignore"):  # what is too large is infinite then, and refused there
+        return obs.astype(np.float32, order="C") if obs.dtype.kind in "biuf" else obs
 
 
 def _pack(value):
