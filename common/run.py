@@ -224,7 +224,7 @@ def check_values(args, given):
     command line has."""
     for name, said in marks(type(args)).items():
         value = getattr(args, name)
-        if value == ():
+        if value == () and name in given:
             raise UserError(f"{flag(name)} is empty; give it a value or drop it.")
         for number in value if isinstance(value, tuple) else (value,):
             if number == "":
