@@ -50,6 +50,9 @@ def load_optimizer(optimizer, saved):
     """Put what `state_dict` of such an Adam or AdamW gave back into `optimizer`. ValueError where it is of
     others: torch compares neither shapes nor names, and would fail, or learn something else, later."""
     fresh = [dict(group) for group in optimizer.param_groups]
+    numbers = [[group["params"] for group in x["param_groups"]] for x in (saved, optimizer.state_dict())]
+    if numbers[0] != numbers[1]:
+        raise ValueError("an optimizer of other parameters")
     optimizer.load_state_dict(saved)
     for old, new in zip(fresh, optimizer.param_groups, strict=True):
         kinds = [{k: type(x) for k, x in group.items() if k != "lr"} for group in (old, new)]

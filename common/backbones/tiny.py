@@ -69,6 +69,8 @@ class TinyVLA(nn.Module):
                 f"{image_size}; for vector observations use --backbone mlp."
             )
         words = words or sorted({word for text in instructions for word in text.lower().split()})
+        if not {type(word) for word in words} <= {str}:  # of a checkpoint
+            raise TypeError("words that are no texts")
         self.config = dict(
             name="tiny", chunk=chunk, action_dim=action_dim, proprio_dim=proprio_dim, cameras=cameras,
             image_size=image_size, words=words, width=width, layers=layers, queries=queries,

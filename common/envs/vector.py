@@ -689,10 +689,15 @@ class Envs(gymnasium.vector.VectorEnv):
         replies = self._ask("set_state", lambda w: (state["envs"][w.start : w.stop],))
         restored = np.array(list(itertools.chain(*replies)))
         self.lost_episodes = int(state["lost_episodes"])
-        for name in ("restarts", "fresh", "ended", "lost", "rebuilt"):
-            getattr(self, f"_{name}")[:] = np.asarray(state[name])
-        for key in self._obs_keys:
-            self._shared[f"obs/{key}"][:] = np.asarray(state["obs"][key])
+        places = {name: (getattr(self, f"_{name}"), state[name]) for name in
+                  ("restarts", "fresh", "ended", "lost", "rebuilt")}  # fmt: skip
+        places |= {key: (self._shared[f"obs/{key}"], state["obs"][key]) for key in self._obs_keys}
+        for name, (place, saved) in places.items():
+            saved = np.asarray(saved)
+            if (saved.shape, saved.dtype) != (place.shape, place.dtype):
+                kind = f"{saved.dtype} {saved.shape}, not {place.dtype} {place.shape}"
+                raise ValueError(f"the state's {name} is {kind}")
+            place[:] = saved
         self._restarts += ~restored & ~self._fresh
         self._fresh |= ~restored
         gone = ~restored & ~self._ended
