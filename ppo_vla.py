@@ -42,7 +42,7 @@ from common.flags import (
 )
 from common.memory import available_memory
 from common.optim import load_optimizer
-from common.run import VLAArgs, check_decisions, main, mean_metrics, reserve
+from common.run import VLAArgs, check_decisions, check_episodes, main, mean_metrics, reserve
 
 
 @dataclass
@@ -514,6 +514,9 @@ def train(args, run):
         obs = {key: np.asarray(x) for key, x in saved["envs"]["obs"].items()}  # of lost episodes too
         columns = backbone.preprocess(obs, envs.instructions).keys() - {"image"}
         check_decisions(rollout, columns | {"actions", "log_probs", "values", "rewards"}, envs.num_envs)
+        check_episodes(episodes)
+        if type(num_steps) is not int:
+            raise ValueError("a number of steps that is none")
     else:
         obs = envs.reset()
 

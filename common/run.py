@@ -388,6 +388,13 @@ def check_decisions(decisions, columns, size=None):
             raise ValueError(f"decisions that are not of {size} environments")
 
 
+def check_episodes(episodes):
+    """ValueError, or what a wrong type raises, unless a checkpoint's `episodes` are what
+    `finished_episodes` gives."""
+    if len(episodes) and np.asarray(episodes, float).shape != (len(episodes), 3):
+        raise ValueError("episodes that are none")
+
+
 def mean_metrics(updates):
     """The means over a list of {name: () tensor}, one of an update."""
     return {name: torch.stack([each[name] for each in updates]).mean() for name in (updates or [{}])[0]}
@@ -572,11 +579,10 @@ class Run:
         if "envs" in own["state"]:  # arrays again, as the worlds gave them
             own["state"]["envs"] = map_tensors(lambda x: x.numpy(), own["state"]["envs"])
         saved |= own["state"]
-        counters, recent = saved.get("counters", [saved.get("step")]), saved.get("recent", [])
+        counters = saved.get("counters", [saved.get("step")])
         if not all(type(count) is int and count >= 0 for count in counters):
             raise ValueError("counters that are none")
-        if len(recent) and np.asarray(recent, float).shape != (len(recent), 3):
-            raise ValueError("recent episodes that are none")
+        check_episodes(saved.get("recent", []))
         return saved
 
     # --- while it trains

@@ -3,20 +3,22 @@
 import contextlib
 import copy
 import random
+import sys
 
 import pytest
 import torch
-from test_cli import BC, PPO, call, one_thread, run  # noqa: F401
+from test_cli import BC, PPO, call, one_thread, run, stopped_by  # noqa: F401
 from test_decision_transformer import write_pendulum
 from test_offline_cli import OFFLINE, SAC, SMALL
 
 import bc_warmup
+import grpo_vla
 import iql
 import ppo_vla
 import sac
 from common import UserError
 from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from common.run import read_flags
+from common.run import Run, read_flags
 
 SCRIPTS = (bc_warmup, ppo_vla, iql, sac)
 OTHERS = (None, "text", 7, [], {"x": 1}, torch.ones(2))
@@ -118,6 +120,74 @@ def test_weights_and_moments_of_other_shapes(tmp_path, stored):
                 name = next(name for name, x in weights.items() if x.ndim)
                 weights[name] = torch.cat([weights[name], weights[name]])
             assert refused(script, tmp_path, state) is None, (script, part)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
+def test_weights_of_another_kind_are_not_rounded(tmp_path, stored, script, dtype):
+    state = copy.deepcopy(stored[script])
+    name = next(name for name, x in state["agent"].items() if x.is_floating_point())
+    state["agent"][name] = state["agent"][name].to(dtype)
+    save_checkpoint(tmp_path / "checkpoint.pt", script.__name__, state)
+    done = call(script, "--resume", tmp_path)
+    assert done.code == 2 and done.err.startswith(f"error: The checkpoint's {name} is of {dtype} instead of")
+
+
+@pytest.mark.parametrize("script", [bc_warmup, ppo_vla], ids=lambda script: script.__name__)
+def test_words_that_are_no_texts(tmp_path, stored, script):
+    state = copy.deepcopy(stored[script])
+    state["backbone"]["words"][1] = torch.ones(2)
+    assert refused(script, tmp_path, state) is None
+
+
+STOPPED = {  # runs that a signal stopped amid their collection
+    ppo_vla: "--num-envs 2 --num-steps 4 --total-timesteps 16",
+    grpo_vla: "--num-envs 4 --group-size 2 --num-groups 1 --total-timesteps 200",
+}
+STOPPED_FLAGS = """--env CartPole-v1 --minibatch-size 4 --micro-batch-size 4 --update-epochs 1
+    --eval-episodes 1 --eval-envs 1 --num-workers 0 --save-freq 1 --device cpu"""
+JUNK = ({"x": 1}, "text", [[]], torch.ones(2, 3, 5))
+
+
+def spots(value, path=()):
+    """The paths of all that is within nested dicts and lists."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield (*path, key)
+        yield from spots(item, (*path, key))
+
+
+def put(value, path, junk):
+    """A copy with `junk` at the path"""
+    if not path:
+        return junk
+    value = copy.copy(value)
+    value[path[0]] = put(value[path[0]], path[1:], junk)
+    return value
+
+
+@pytest.mark.parametrize("script", STOPPED, ids=lambda script: script.__name__)
+def test_junk_amid_what_was_collected_shows_before_the_run_begins(tmp_path, monkeypatch, script):
+    """Nothing learns from it, and no log was opened: the folder is as it was."""
+    stopped_by(monkeypatch, script, "finished_episodes", 5 if script is grpo_vla else 3)
+    done = call(script, STOPPED_FLAGS, STOPPED[script], f"--output-dir {tmp_path} --run-name r")
+    assert done.code == 130, done
+    monkeypatch.undo()
+    state, folder, accepted = load_checkpoint(tmp_path / "r"), tmp_path / "r", []
+    own, name = state["processes"][0], "groups" if script is grpo_vla else "rollout"
+    before, found = sorted(folder.iterdir()), list(spots(own["state"][name]))
+    assert len(found) > 15 and any("actions" in path for path in found)
+    for i, path in enumerate(random.Random(1).sample(found, 16)):
+        junk = JUNK[i % len(JUNK)]
+        changed = own | {"state": put(own["state"], (name, *path), junk)}
+        with pytest.MonkeyPatch.context() as patch:  # a file each would take a minute
+            content = state | {"processes": [changed]}
+            patch.setattr("common.run.load_checkpoint", lambda _, content=content: copy.deepcopy(content))
+            patch.setattr(Run, "begin", lambda *_: sys.exit(0))
+            done = call(script, "--resume", folder)
+        if done.code != 2 or done.err.count("\n") != 1:
+            accepted.append((path, junk, done))
+    assert not accepted and sorted(folder.iterdir()) == before
 
 
 def test_flipped_bits_and_truncated_files(tmp_path, stored):

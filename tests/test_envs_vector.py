@@ -614,6 +614,27 @@ def test_what_a_policy_cannot_learn_from_is_refused(envs, num_workers, key, valu
             e.reset()
 
 
+def test_numbers_beyond_float32_are_refused_without_a_warning(monkeypatch, recwarn):
+    from gymnasium.envs.classic_control import PendulumEnv
+
+    monkeypatch.setattr(PendulumEnv, "reset", lambda self, **_: (np.full(3, 1e300), {}))
+    e = vectorize(("Pendulum-v1", common.envs.GYMNASIUM, {"id": "Pendulum-v1"}), 1, seed=0, num_workers=0)
+    with pytest.raises(UserError, match="gave 'proprio' that is NaN or infinite at an episode's reset"):
+        e.reset()
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("name", ["restarts", "fresh", "ended", "lost", "rebuilt", "obs"])
+@pytest.mark.parametrize("junk", [{"x": 1}, "text", 1.5, np.ones(1), None])
+def test_a_state_of_other_kinds_is_refused(envs, name, junk):
+    e = envs(num_envs=2, num_workers=0)
+    e.reset()
+    state = e.get_state()
+    junk = state["obs"] | {"proprio": junk} if name == "obs" else junk
+    with pytest.raises(ValueError, match="^the state's [a-z]+ is .*, not "):
+        e.set_state(state | {name: junk})
+
+
 RETURNS = [
     (lambda found: found[:3], "3 values instead of reward, terminated, truncated, info"),
     (lambda found: (*found, 7), "5 values instead of reward, terminated, truncated, info"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common import UserError
-from common.optim import compile_update, minimize
+from common.optim import compile_update, load_optimizer, minimize
 
 OPTIMIZERS = {
     "adam": lambda groups: torch.optim.Adam(groups, lr=0.01, betas=(0.8, 0.95), eps=1e-3),
@@ -106,3 +106,12 @@ def test_without_a_compiler(monkeypatch, tmp_path):
     with monkeypatch.context() as patch, pytest.raises(UserError, match=f"and {tmp_path}/Python.h"):
         patch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
         compile_update(lambda x: x, agent, [])
+
+
+@pytest.mark.parametrize("numbers", [[0], [1, 0], [0, 7], [0, "text"], [0, torch.ones(3)]])
+def test_an_optimizer_of_other_parameters_is_refused(numbers):
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(n)) for n in (2, 3)])
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["params"] = numbers
+    with pytest.raises((ValueError, RuntimeError)):
+        load_optimizer(optimizer, saved)

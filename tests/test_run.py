@@ -480,6 +480,31 @@ def test_layers_that_no_memory_holds_are_refused_before_any_is_made(monkeypatch,
     assert done.code == 2
 
 
+@pytest.mark.parametrize(
+    ("script", "flags", "said"),
+    [
+        (decision_transformer, "--target-returns", "--target-returns is empty; give it a value or drop it."),
+        (cql, "--cql-alpha 0 --target-gap 1", "--target-gap does nothing with --cql-alpha 0.0; drop it."),
+        (cql, "--cql-alpha 0 --min-penalty 1", "--min-penalty does nothing with --cql-alpha 0.0; drop it."),
+        (ppo_vla, f"--num-steps {10**12}", f"--num-steps {10**12} of 64 environments do not fit into"),
+        (sac, "--env Pendulum-v1 --save-dataset {pipe}", "--save-dataset .* is there, and no file; "),
+    ],
+)
+def test_what_cannot_work_shows_at_the_start(tmp_path, script, flags, said):
+    os.mkfifo(tmp_path / "pipe")
+    done = call(script, flags.format(pipe=tmp_path / "pipe"), f"--device cpu --output-dir {tmp_path}")
+    assert done.code == 2 and re.match(f"error: {said}", done.err) and done.err.count("\n") == 1, done
+
+
+def test_a_run_that_got_to_nothing_leaves_no_folder(tmp_path):
+    flags = f"--env Pendulum-v1 --eval-episodes 0 --device cpu --output-dir {tmp_path} --run-name r"
+    done = call(sac, flags, f"--buffer-size {10**15}")
+    assert done.code == 2 and not list(tmp_path.iterdir()), done
+    (tmp_path / "r").mkdir()  # somebody's
+    done = call(sac, flags, f"--buffer-size {10**15}")
+    assert done.code == 2 and (tmp_path / "r").is_dir()
+
+
 @pytest.mark.parametrize("name", ["grounding-scenes", "grounding-steps", "grounding-coef", "demo-noise"])
 def test_what_only_a_scripted_expert_has_is_refused_beside_demos(name):
     done = call(bc_warmup, f"--demos d.hdf5 --{name} 3")
