@@ -81,8 +81,11 @@ class Args(StateArgs):
             raise UserError("--collect needs --save-dataset, the file to write.")
         if self.append and not self.save_dataset:
             raise UserError("--append needs --save-dataset, the file to add to.")
-        if self.save_dataset and Path(self.save_dataset).exists() and not Path(self.save_dataset).is_file():
-            raise UserError(f"--save-dataset {self.save_dataset} is there, and no file; name another.")
+        if path := self.save_dataset and Path(self.save_dataset):  # now, and not after the training
+            if (path.is_symlink() or path.exists()) and not path.is_file():
+                raise UserError(f"--save-dataset {path} is there, and no file; name another.")
+            if any(parent.is_file() for parent in path.parents):
+                raise UserError(f"--save-dataset {path} leads through a file; name another.")
         if self.evaluate and self.save_dataset and not self.collect:
             raise UserError("--evaluate has no replay to save; add --collect and a number of steps.")
 

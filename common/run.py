@@ -496,8 +496,9 @@ class Run:
 
     def _claim(self, name):
         if name:
-            self._made = not self.folder.exists()
+            there = os.path.lexists(self.folder)
             run_folder(self.args.output_dir, name)
+            self._made = not there
         self.closing(claim(self.folder, dataclasses.asdict(self.args), new=bool(name)))
         if not name and self._stamp() != self._read:
             raise CheckpointError(f"{self.folder} was still being written by its run; resume it once more.")

@@ -500,6 +500,9 @@ def test_a_run_that_got_to_nothing_leaves_no_folder(tmp_path):
     flags = f"--env Pendulum-v1 --eval-episodes 0 --device cpu --output-dir {tmp_path} --run-name r"
     done = call(sac, flags, f"--buffer-size {10**15}")
     assert done.code == 2 and not list(tmp_path.iterdir()), done
+    (tmp_path / "file").touch()  # no place at all
+    done = call(sac, flags.replace(str(tmp_path), f"{tmp_path}/file"))
+    assert done.code == 2 and done.err.count("\n") == 1 and "cannot be written" in done.err, done
     (tmp_path / "r").mkdir()  # somebody's
     done = call(sac, flags, f"--buffer-size {10**15}")
     assert done.code == 2 and (tmp_path / "r").is_dir()
