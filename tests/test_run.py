@@ -488,11 +488,19 @@ def test_layers_that_no_memory_holds_are_refused_before_any_is_made(monkeypatch,
         (cql, "--cql-alpha 0 --min-penalty 1", "--min-penalty does nothing with --cql-alpha 0.0; drop it."),
         (ppo_vla, f"--num-steps {10**12}", f"--num-steps {10**12} of 64 environments do not fit into"),
         (sac, "--env Pendulum-v1 --save-dataset {pipe}", "--save-dataset .* is there, and no file; "),
+        (sac, "--env Pendulum-v1 --save-dataset {pipe}/../d/e", "--save-dataset .* leads through a file; "),
+        (sac, "--env Pendulum-v1 --append --save-dataset {pipe}/../loop", "--save-dataset .*, and no file; "),
     ],
 )
 def test_what_cannot_work_shows_at_the_start(tmp_path, script, flags, said):
     os.mkfifo(tmp_path / "pipe")
-    done = call(script, flags.format(pipe=tmp_path / "pipe"), f"--device cpu --output-dir {tmp_path}")
+    (tmp_path / "d").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    done = call(
+        script,
+        flags.replace("{pipe}/..", str(tmp_path)).format(pipe=tmp_path / "pipe"),
+        f"--device cpu --output-dir {tmp_path}",
+    )
     assert done.code == 2 and re.match(f"error: {said}", done.err) and done.err.count("\n") == 1, done
 
 
