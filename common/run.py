@@ -62,7 +62,7 @@ from common.checkpoint import (
     write_results,
 )
 from common.datasets import d4rl_name
-from common.envs import WORLDS, world_module
+from common.envs import WORLDS, prepare_workers, world_module
 from common.evaluation import assured, score
 from common.flags import FIXED, FREE, KEPT, LIMITS, NonNegative, NonNegativeInt, Only, PositiveInt, Unless
 
@@ -372,6 +372,8 @@ def main(train, Args, presets, parallel=False):
     script = Path(inspect.getfile(train))
     try:
         args, saved = read_flags(sys.argv[1:], Args, presets, script.stem)
+        if args.num_workers != 0:
+            prepare_workers(args.env)  # they get ready while the run does
         with Run(args, saved, script, parallel) as run:
             train(args, run)
     except (UserError, CheckpointError) as error:
