@@ -3,6 +3,7 @@
 import ast
 import os
 import signal
+import sys
 import time
 from dataclasses import dataclass
 
@@ -86,7 +87,9 @@ class FakeEnv(gymnasium.Env):
 
     def get_state(self):
         rng = repr(self.np_random.bit_generator.state)
-        return {"numbers": [self.count, self.total, self.start, self.renders], "rng": rng}
+        inherited = sorted({"torch", "only_in_the_test"} & sys.modules.keys())
+        numbers = [self.count, self.total, self.start, self.renders]
+        return {"numbers": numbers, "rng": rng, "inherited": inherited}
 
     def set_state(self, state):
         self.count, self.total, self.start, self.renders = state["numbers"]

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +13,11 @@ import gymnasium
 import numpy as np
 import pytest
 from conftest import live_workers
+from gymnasium.envs.classic_control import PendulumEnv
 
 import common.envs
 from common import UserError, distributed
-from common.envs import vector
+from common.envs import forkserver, vector
 from common.envs.gymnasium_env import make as make_gymnasium
 from common.envs.vector import vectorize
 
@@ -36,6 +38,7 @@ def envs():
         made.append(vectorize(world, num_envs, **own))
         return made[-1]
 
+    build.made = made
     yield build
     for each in made:
         each.close()
@@ -337,16 +340,17 @@ def test_workers_that_hang_together_are_waited_for_together(envs, tmp_path):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_world_that_always_hangs_ends_in_one_sentence(envs, tmp_path):
     (tmp_path / "marker").touch()
+    envs(num_workers=1)  # the fork server is up
     options = dict(num_envs=1, num_workers=1, marker=str(tmp_path / "marker"), once=False, timeout=0.3)
     e = envs(die="stop", length=50, **options)
     e.reset()
     with pytest.raises(UserError, match="'fake' died 4 times: no answer for 0.3 s") as caught:
         for _ in range(8):
             e.step(actions(e))
-    assert "\n" not in str(caught.value) and e.closed and not live_workers()
+    assert "\n" not in str(caught.value) and e.closed and len(live_workers()) == 1
     with pytest.raises(UserError, match="'fake' could not start: no answer for 0.3 s") as caught:
         envs(slow=60, **options)
-    assert "\n" not in str(caught.value) and not live_workers()
+    assert "\n" not in str(caught.value) and len(live_workers()) == 1
 
 
 def test_a_worker_that_is_stopped_amid_its_answer_is_restarted(envs):
@@ -424,33 +428,110 @@ os._exit(0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
-def test_no_worker_outlives_a_killed_parent_in_the_middle_of_a_step(tmp_path):
+@pytest.mark.parametrize("die", ["sleep", "stop"])
+def test_no_worker_outlives_a_killed_parent_in_the_middle_of_a_step(tmp_path, die):
     code = f"""
-import pathlib
+import pathlib, psutil
 from common.envs.vector import vectorize
 marker = pathlib.Path({str(tmp_path)!r}, "marker")
-e = vectorize(("fake", "fake_world", dict(die="sleep", marker=str(marker))), 1, seed=0, num_workers=1)
+e = vectorize(("fake", "fake_world", dict(die={die!r}, marker=str(marker))), 1, seed=0, num_workers=1)
 e.reset()
 e.step([[[0.0, 0.0]]])
 marker.touch()
 e.step_async([[[0.0, 0.0]]])
 while marker.exists():
     pass
-print(e._workers[0].process.pid, flush=True)
+print(*[p.pid for p in psutil.Process().children(recursive=True)], flush=True)
 e.step_wait()
 """
     root = Path(common.envs.__file__).parents[2]
     path = os.pathsep.join([str(root), str(root / "tests")])
     env = os.environ | {"PYTHONPATH": path}
     parent = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
-    pid = int(parent.stdout.readline())
-    assert running(pid)
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(pids) == 2 and all(map(running, pids))  # the fork server and the worker
     parent.kill()
     parent.wait()
     deadline = time.time() + 5
-    while running(pid) and time.time() < deadline:
+    while any(map(running, pids)) and time.time() < deadline:
         time.sleep(0.05)
-    assert not running(pid)
+    assert not any(map(running, pids))
+
+
+def test_workers_have_nothing_of_this_process(envs, monkeypatch):
+    """As CUDA's state, without which alone NVIDIA's EGL makes a context: first ones and restarted ones."""
+    monkeypatch.setitem(sys.modules, "only_in_the_test", distributed)
+
+    def inherited(e):
+        return [each["env"]["inherited"] for each in e.get_state()["envs"]]
+
+    local, e = envs(), envs(num_workers=2)
+    local.reset()
+    e.reset()
+    assert inherited(local) == [["only_in_the_test", "torch"]] * 2  # which tests that it is seen
+    assert inherited(e) == [[], []]
+    for worker in live_workers():
+        worker.kill()
+    with pytest.warns(RuntimeWarning, match="SIGKILL"):
+        e.step(actions(e))
+    assert e.lost_episodes == 2 and inherited(e) == [[], []]
+
+
+def test_workers_outlive_a_signal_to_the_whole_group_and_the_thread_that_made_them(envs):
+    forkserver._stop()
+    thread = threading.Thread(target=lambda: envs(num_workers=2))
+    thread.start()
+    thread.join()
+    (e,) = envs.made
+    e.reset()
+    server = forkserver._server.pid
+    for pid in (server, *[worker.pid for worker in live_workers()]):
+        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGINT)
+    assert not e.step(actions(e))[4]["lost"].any() and forkserver._server.poll() is None
+    forkserver._stop()  # and one that the main thread started gets them before it can ignore them
+    e = envs(num_workers=1)
+    assert forkserver._server.pid != server
+    os.kill(forkserver._server.pid, signal.SIGTERM)
+    e.reset()
+
+
+def test_the_death_of_the_fork_server_is_that_of_its_workers(envs):
+    e = envs(num_workers=2)
+    e.reset()
+    pids = [worker.pid for worker in live_workers()]
+    forkserver._server.kill()
+    deadline = time.time() + 5
+    while any(map(running, pids)) and time.time() < deadline:
+        time.sleep(0.05)
+    with pytest.warns(RuntimeWarning, match="killed by SIGKILL"):
+        assert e.step(actions(e))[4]["lost"].all()
+    assert not {worker.pid for worker in live_workers()} & {*pids} and len(live_workers()) == 2
+    assert not e.step(actions(e))[4]["lost"].any()
+
+
+def test_a_world_that_hangs_in_its_import_ends_in_one_sentence(envs, tmp_path, monkeypatch):
+    (tmp_path / "hanging_world.py").write_text("import time; time.sleep(60)")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="'hanging' could not start: no answer for 1 s") as caught:
+        vectorize(("hanging", "hanging_world", {}), 2, seed=0, num_workers=2, timeout=1)
+    assert "\n" not in str(caught.value)
+    assert envs(num_workers=1).reset()["task"].tolist() == [0, 0]
+
+
+def test_a_worker_has_the_environment_and_the_folder_of_now(envs, tmp_path, monkeypatch):
+    """Not those of the start of the fork server."""
+    envs(num_workers=1)
+    (tmp_path / "told_world.py").write_text(
+        "import os; from fake_world import FakeEnv\n"
+        "def make(): return FakeEnv(split=os.environ['TOLD'] + os.getcwd())"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TOLD", "here: ")
+    e = vectorize(("told", "told_world", {}), 1, seed=0, num_workers=1)
+    e.close()
+    assert e.instructions == [f"here: {tmp_path}"]
 
 
 def running(pid):
@@ -640,6 +721,20 @@ def test_make_envs_of_a_run(monkeypatch):
     assert e.instructions == [""] and e.autoreset and e.action_bounds[1] == [2.0]
     e.close()
     assert not live_workers()
+
+
+def test_workers_know_an_id_that_only_this_process_has_registered():
+    class Here(PendulumEnv):
+        pass
+
+    gymnasium.register("Here-v0", entry_point=Here, max_episode_steps=3)
+    run = dict(seed=4, chunk=1, action_history=0, worker_timeout=9.0, max_episode_steps=0)
+    for num_workers in (0, 1):
+        args = SimpleNamespace(env="Here-v0", num_workers=num_workers, **run)
+        e = common.envs.make_envs(args, "train", 1)
+        e.reset()
+        assert [bool(e.step(actions(e))[3]) for _ in range(3)] == [False, False, True]
+        e.close()
 
 
 @pytest.mark.parametrize("env", ["fake", "CartPole-v1"])

@@ -72,8 +72,9 @@ def make_envs(args, split, num_envs, autoreset=False, states=False):
         raise UserError(f"{num_envs} environments cannot be split evenly over {processes} processes.")
     if num_envs * 10_000 > (free := available_memory()):  # the smallest takes more
         raise UserError(f"{num_envs} environments do not fit into {free / 1e9:.0f} GB; give fewer of them.")
-    # an id that this process has registered is unknown to a worker: it gets the specification
-    named = {"split": split} if args.env in WORLDS else {"id": gymnasium.registry.get(args.env, args.env)}
+    named = {"split": split}
+    if args.env not in WORLDS:  # an id that this process has registered a worker does not know
+        named = {"id": args.env, "spec": gymnasium.registry.get(args.env)}
     envs = vectorize(
         (args.env, WORLDS.get(args.env, GYMNASIUM), world_flags(args) | named), num_envs // processes,
         seed=args.seed, first=rank * num_envs // processes, chunk=args.chunk, num_workers=args.num_workers,
