@@ -372,8 +372,8 @@ def main(train, Args, presets, parallel=False):
     script = Path(inspect.getfile(train))
     try:
         args, saved = read_flags(sys.argv[1:], Args, presets, script.stem)
-        if args.num_workers != 0:
-            prepare_workers(args.env)  # they get ready while the run does
+        if isinstance(args, VLAArgs) and args.num_workers != 0:
+            prepare_workers(args.env)  # gets ready while the model does
         with Run(args, saved, script, parallel) as run:
             train(args, run)
     except (UserError, CheckpointError) as error:

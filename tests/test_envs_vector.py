@@ -16,8 +16,8 @@ from conftest import live_workers
 from gymnasium.envs.classic_control import PendulumEnv
 
 import common.envs
-from common import UserError, distributed
-from common.envs import forkserver, vector
+from common import UserError, distributed, forkserver
+from common.envs import vector
 from common.envs.gymnasium_env import make as make_gymnasium
 from common.envs.vector import vectorize
 
@@ -478,7 +478,7 @@ def test_workers_have_nothing_of_this_process(envs, monkeypatch):
 
 
 def test_workers_outlive_a_signal_to_the_whole_group_and_the_thread_that_made_them(envs):
-    forkserver._stop()
+    forkserver.stop()
     thread = threading.Thread(target=lambda: envs(num_workers=2))
     thread.start()
     thread.join()
@@ -489,7 +489,7 @@ def test_workers_outlive_a_signal_to_the_whole_group_and_the_thread_that_made_th
         os.kill(pid, signal.SIGTERM)
         os.kill(pid, signal.SIGINT)
     assert not e.step(actions(e))[4]["lost"].any() and forkserver._server.poll() is None
-    forkserver._stop()  # and one that the main thread started gets them before it can ignore them
+    forkserver.stop()  # and one that the main thread started gets them before it can ignore them
     e = envs(num_workers=1)
     assert forkserver._server.pid != server
     os.kill(forkserver._server.pid, signal.SIGTERM)

@@ -35,8 +35,8 @@ import importlib
 
 import gymnasium
 
-from common import UserError
-from common.envs.vector import prepare, vectorize
+from common import UserError, forkserver
+from common.envs.vector import START_METHOD, vectorize
 from common.memory import available_memory
 
 WORLDS = {"tabletop": "common.envs.tabletop", "libero": "common.envs.libero"}
@@ -49,8 +49,10 @@ def world_module(env):
 
 
 def prepare_workers(env):
-    """Starts what the worker processes of the world `env` will be forked from, and returns at once."""
-    prepare(WORLDS.get(env, GYMNASIUM))
+    """Starts what the worker processes of the world `env` will be forked from, and returns at once: it
+    imports the world while this process does other things."""
+    if START_METHOD == "forkserver":
+        forkserver.start(WORLDS.get(env, GYMNASIUM))
 
 
 def world_flags(args):

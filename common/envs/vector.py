@@ -30,8 +30,7 @@ from multiprocessing import reduction
 import gymnasium
 import numpy as np
 
-from common import UserError
-from common.envs import forkserver
+from common import UserError, forkserver
 from common.memory import available_cores
 
 START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
@@ -62,12 +61,6 @@ def vectorize(
             raise UserError(f"{name} must be at least {low}, got {value}")
     workers = min(num_envs, available_cores() if num_workers is None else num_workers)
     return Envs(world, num_envs, (seed, first), chunk, workers, autoreset, action_history, timeout)
-
-
-def prepare(module):
-    """Has `module`, a world's, imported where worker processes will be forked from; returns at once."""
-    if START_METHOD == "forkserver":
-        forkserver.start(module)
 
 
 def _build(env_id, module, kwargs):

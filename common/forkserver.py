@@ -9,7 +9,7 @@ However the parent ends, the server ends too: it has PR_SET_PDEATHSIG, a socket 
 second whether the parent is there. Its workers have PR_SET_PDEATHSIG of the server: also one that is stopped
 or stuck in a step dies.
 
-The parent imports this file, the server runs it. Linux only; see `vector.py`.
+The parent imports this file, the server runs it. Linux only; see `common/envs/vector.py`.
 """
 
 import atexit
@@ -51,7 +51,7 @@ def _ask(request, *fds):
             _conn, theirs = Pipe()
             before = signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)  # until it ignores them
             try:
-                command = [sys.executable, __file__, str(theirs.fileno())]
+                command = [sys.executable, os.path.abspath(__file__), str(theirs.fileno())]
                 _server = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -74,9 +74,10 @@ def _folder():
 
 
 @atexit.register
-def _stop():
+def stop():
+    """Ends the server, and with it the workers that are left."""
     if _owner == os.getpid():
-        _conn.close()
+        _server.kill()
         _server.wait()
 
 
