@@ -186,9 +186,8 @@ def openvla(args):
     flags += " --tiny --batch-sizes 1 8" if args.small else " --batch-sizes 1 8 32 64"
     table = None
     for line in output("benchmarks/vla_speed.py", flags):
-        table = (
-            line.partition(" ")[0].strip(":,") if line.startswith(("Inference", "PPO", "Presets")) else table
-        )
+        if line.startswith(("Inference", "PPO", "Presets")):
+            table = line.split()[0]
         found = cells(line)
         if not found or found[0] in ("model", "GPU", "forward"):
             continue

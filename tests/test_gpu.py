@@ -43,7 +43,7 @@ def test_what_a_step_starts_ends_with_it(tmp_path):
 def test_every_row_of_the_tables_of_others_is_read(monkeypatch, capsys):
     """The columns of vla_speed.py and offline_speed.py, whose headers are taken from them."""
     printed = []
-    monkeypatch.setattr(gpu, "output", lambda *_, **__: printed)
+    monkeypatch.setattr(gpu, "output", lambda *_, **__: [f"{line}\n" for line in printed])
     args = SimpleNamespace(device="cuda", small=False)
 
     def rows(step):

@@ -354,7 +354,7 @@ def test_the_means_of_no_updates_are_none():
 @pytest.mark.parametrize(
     ("script", "flags", "world"),
     [
-        (ppo_vla, "--env CartPole-v1", "common.envs.gymnasium_env"),
+        (ppo_vla, "--env CartPole-v1 --num-workers 1", "common.envs.gymnasium_env"),
         (bc_warmup, "--num-workers 2", "common.envs.tabletop"),
         (grpo_vla, "--num-workers 0", None),
         (sac, "", None),
