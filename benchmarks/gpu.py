@@ -232,7 +232,8 @@ def run_step(words, limit, log):
             failure = f"stopped after {limit:.0f} s"
         with contextlib.suppress(ProcessLookupError):  # whatever it has started
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a hung driver may hold it beyond death
+            process.wait(10)
     lines = log.read_text(errors="replace").splitlines()
     rows = [json.loads(line.removeprefix(ROW)) for line in lines if line.startswith(ROW)]
     if failure:
