@@ -59,7 +59,7 @@ def vector(args, num_envs, num_workers, cameras, num_tasks):
         rate(args.seconds * num_tasks, work)
         steps.clear()
     seconds = rate(args.seconds * len(tasks), work)
-    memory = [process.memory_full_info() for process in psutil.Process().children()]
+    memory = [psutil.Process(worker.process.pid).memory_full_info() for worker in envs._workers]
     envs.close()
     mean = [np.mean([getattr(m, kind) for m in memory]) / 1e9 for kind in ("uss", "pss")]
     return began, np.mean(steps) / seconds, *mean
@@ -79,7 +79,7 @@ def main(args):
         print(f"| {num_envs} | {num_workers} | {', '.join(cameras)} | {which} | {numbers} |", flush=True)
     env = libero.make(suite=args.suite, tasks=(0,), split="eval", max_steps=10**9)
     rng, seeds = np.random.default_rng(0), itertools.count()
-    env.reset(seed=0)  # in this process only now: a worker must not inherit OpenGL
+    env.reset(seed=0)
     step = rate(args.seconds / 2, lambda: env.advance(rng.uniform(-0.3, 0.3, 7)))
     look = rate(args.seconds / 2, env.observe)
     reset = rate(args.seconds / 2, lambda: env.reset(seed=next(seeds)))

@@ -66,6 +66,8 @@ class Args:
     """random weights; with --no-random-init the published ones, from the hub or its cache"""
     tiny: bool = False
     """measure a tiny width instead of the full size"""
+    models: tuple[Literal["openvla-oft", "openvla"], ...] = ("openvla-oft", "openvla")
+    """whose inference and update are measured"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where it is measured"""
     batch_sizes: tuple[int, ...] = (1, 8, 32, 64)
@@ -404,7 +406,8 @@ def main(args):
         print(f"{update / 1e12:.3g} an update of them, vision features at hand (of a decision, {width})")
 
     def rows(kind, work):  # as they come: what is measured stays, whatever happens next
-        for name, chunk in MODELS.items():
+        for name in args.models:
+            chunk = MODELS[name]
             path = "random" if args.random_init else PUBLISHED[chunk]
             agent = make_agent(chunk, device, sizes, args.lora_rank, path, dtype=dtype)
             yield from kind(name, agent, flops[name][work], args, device)

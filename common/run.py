@@ -64,7 +64,7 @@ from common.checkpoint import (
     write_results,
 )
 from common.datasets import d4rl_name
-from common.envs import WORLDS, world_module
+from common.envs import WORLDS, prepare_workers, world_module
 from common.evaluation import assured, score
 from common.flags import (
     FIXED,
@@ -414,6 +414,8 @@ def main(train, Args, presets, parallel=False):
     script = Path(inspect.getfile(train))
     try:
         args, saved = read_flags(sys.argv[1:], Args, presets, script.stem)
+        if isinstance(args, VLAArgs) and args.num_workers != 0:
+            prepare_workers(args.env)  # gets ready while the model does
         with Run(args, saved, script, parallel) as run:
             train(args, run)
     except (UserError, CheckpointError) as error:

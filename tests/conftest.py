@@ -5,10 +5,29 @@ import os
 import tarfile
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 ARCHIVE = Path(__file__).resolve().parents[2] / "shared" / "data" / "libero_assets.tar.xz"
+
+
+def live_workers():
+    """This process's worker processes: what its fork server has forked and not yet buried."""
+    servers = [p for p in psutil.Process().children() if any("forkserver" in word for word in p.cmdline())]
+    return [worker for server in servers for worker in server.children()]
+
+
+def in_workers(monkeypatch, patch):
+    """Calls `patch` in each worker before it begins: a patch of this process does not reach it."""
+
+    def work(*args):
+        from common.envs.vector import _work
+
+        patch()
+        _work(*args)
+
+    monkeypatch.setattr("common.envs.vector._work", work)
 
 
 @pytest.fixture(scope="session")

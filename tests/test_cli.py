@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -19,9 +18,12 @@ from types import SimpleNamespace
 import gymnasium
 import h5py
 import imageio_ffmpeg
+import mujoco
 import numpy as np
 import pytest
 import torch
+from conftest import in_workers, live_workers
+from gymnasium.envs.classic_control import CartPoleEnv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import bc_warmup
@@ -407,7 +409,7 @@ def test_a_worker_that_dies_or_hangs_does_not_end_the_run(tmp_path, warmup, monk
     def murderous(*args):
         calls.append(1)
         if len(calls) == 2:
-            for child in multiprocessing.active_children():
+            for child in live_workers():
                 os.kill(child.pid, number)
         return gae(*args)
 
@@ -427,7 +429,7 @@ def test_a_signal_while_a_worker_hangs_still_saves(tmp_path, warmup, monkeypatch
     def stop(*args):
         calls.append(1)
         if len(calls) == 2:
-            for child in multiprocessing.active_children():
+            for child in live_workers():
                 os.kill(child.pid, signal.SIGSTOP)
             # while the next step is waited for
             threading.Timer(2.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
@@ -915,6 +917,7 @@ def test_no_opengl_ends_in_one_sentence(tmp_path, monkeypatch):
         raise RuntimeError("no display\nand no EGL")
 
     monkeypatch.setattr("mujoco.Renderer", refuse)
+    in_workers(monkeypatch, lambda: setattr(mujoco, "Renderer", refuse))
     for workers in (0, 1):
         done = call(ppo_vla, PPO, f"--renderer gl --num-workers {workers} --output-dir {tmp_path}")
         assert done.code == 2 and done.err.count("\n") == 1 and "--renderer ray needs none" in done.err
@@ -924,7 +927,8 @@ def test_a_video_without_its_package_ends_in_one_sentence_before_the_training(tm
     def refuse(self):
         raise gymnasium.error.DependencyNotInstalled("pygame is not installed")
 
-    monkeypatch.setattr("gymnasium.envs.classic_control.cartpole.CartPoleEnv.render", refuse)
+    monkeypatch.setattr(CartPoleEnv, "render", refuse)
+    in_workers(monkeypatch, lambda: setattr(CartPoleEnv, "render", refuse))
     for workers in (0, 1):
         flags = f"--capture-video --num-workers {workers} --output-dir {tmp_path} --run-name {workers}"
         done = call(ppo_vla, CARTPOLE, flags)

@@ -1,12 +1,10 @@
 """common.envs.vector: the chunk wrapper, the workers and exact resume, on a fake world and on Gymnasium's."""
 
-import ast
-import dataclasses
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,89 +12,14 @@ from types import SimpleNamespace
 import gymnasium
 import numpy as np
 import pytest
+from conftest import live_workers
+from gymnasium.envs.classic_control import PendulumEnv
 
 import common.envs
-from common import UserError, distributed
+from common import UserError, distributed, forkserver
 from common.envs import vector
 from common.envs.gymnasium_env import make as make_gymnasium
 from common.envs.vector import vectorize
-
-
-class FakeEnv(gymnasium.Env):
-    """Counts its steps in `proprio` [count, start, sum of actions]; every episode has `length` steps.
-
-    `die` (kill, raise, stop, sleep) strikes at count 2 while the file `marker` exists; with `once` it removes
-    the marker.
-    """
-
-    instructions = ("count",)
-    has_success = True
-    active_dims = np.array([True, False])
-
-    def __init__(self, length=5, end="terminated", die="", marker="", once=True, stateful=True, bad="",
-                 told="success", slow=0, frame=2, spoil=None):  # fmt: skip
-        if bad:
-            raise UserError(bad)
-        time.sleep(slow)
-        box = gymnasium.spaces.Box
-        images = {"image": box(0, 255, (1, 4, 4, 3), np.uint8), "task": box(0, 0, (), np.int64)}
-        self.observation_space = gymnasium.spaces.Dict(
-            {"proprio": box(-np.inf, np.inf, (3,), np.float32)} | images
-        )
-        self.action_space = box(-1.0, 1.0, (2,), np.float32)
-        self.length, self.end, self.die, self.marker, self.once = length, end, die, marker, once
-        self.renders, self.told, self.frame = 0, told, frame
-        self.spoil = spoil or {}  # step -> what observations (or "reward") have instead
-        if not stateful:
-            self.get_state = lambda: None
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.count, self.total, self.start = 0, 0.0, int(self.np_random.integers(1000))
-        return self.observe(), {}
-
-    def observe(self):
-        self.renders += 1
-        image = np.full((1, 4, 4, 3), self.renders, np.uint8)
-        proprio = np.array([self.count, self.start, self.total], np.float32)
-        obs = {"proprio": proprio, "image": image, "task": 0} | self.spoil.get(self.count, {})
-        return {key: x for key, x in obs.items() if x is not None and key != "reward"}
-
-    def advance(self, action):
-        self.count, self.total = self.count + 1, self.total + float(action[0])
-        if self.die and self.count == 2 and self.struck():
-            if self.die == "raise":
-                raise ArithmeticError("the gripper fell off")
-            if self.die == "sleep":
-                time.sleep(60)
-            os.kill(os.getpid(), signal.SIGSTOP if self.die == "stop" else signal.SIGKILL)
-        over = self.count >= self.length
-        reward = self.spoil.get(self.count, {}).get("reward", 1.0)
-        return reward, over and self.end != "truncated", over and self.end != "terminated", {self.told: over}
-
-    def struck(self):
-        if not self.once:
-            return os.path.exists(self.marker)
-        try:
-            os.remove(self.marker)  # by one of the two workers only
-        except FileNotFoundError:
-            return False
-        return True
-
-    def render(self):
-        return np.full((self.frame, self.frame, 3), self.count, np.uint8)
-
-    def get_state(self):
-        rng = repr(self.np_random.bit_generator.state)
-        return {"numbers": [self.count, self.total, self.start, self.renders], "rng": rng}
-
-    def set_state(self, state):
-        self.count, self.total, self.start, self.renders = state["numbers"]
-        self.np_random.bit_generator.state = ast.literal_eval(state["rng"])
-
-
-make = FakeEnv
-
 
 OWN = ("chunk", "num_workers", "autoreset", "action_history", "seed", "first", "timeout")  # of `vectorize`
 
@@ -109,12 +32,13 @@ def envs():
     def build(env_id="fake", num_envs=2, **kwargs):
         own = {"seed": 0, "num_workers": 0} | {key: x for key, x in kwargs.items() if key in OWN}
         kwargs = {key: x for key, x in kwargs.items() if key not in OWN}
-        world = ("fake", __name__, kwargs)
+        world = ("fake", "fake_world", kwargs)
         if env_id != "fake":
             world = (env_id, common.envs.GYMNASIUM, {"id": env_id} | kwargs)
         made.append(vectorize(world, num_envs, **own))
         return made[-1]
 
+    build.made = made
     yield build
     for each in made:
         each.close()
@@ -370,10 +294,10 @@ def test_dead_or_hung_worker_is_restarted(envs, tmp_path, die):
 def test_worker_killed_between_steps(envs):
     e = envs(num_envs=2, num_workers=2, autoreset=False, length=2)
     e.reset()
-    mine = multiprocessing.active_children()
+    mine = live_workers()
     e.step(actions(e), mask=np.array([True, False]))
     os.kill(mine[0].pid, signal.SIGKILL)
-    mine[0].join(5)
+    mine[0].wait(5)
     with pytest.warns(RuntimeWarning, match="SIGKILL"):
         state = e.get_state()  # the loss shows here, and is told by the next step
     assert e.lost_episodes == 1 and state["lost"].sum() == 1
@@ -416,23 +340,24 @@ def test_workers_that_hang_together_are_waited_for_together(envs, tmp_path):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_world_that_always_hangs_ends_in_one_sentence(envs, tmp_path):
     (tmp_path / "marker").touch()
+    envs(num_workers=1)  # the fork server is up
     options = dict(num_envs=1, num_workers=1, marker=str(tmp_path / "marker"), once=False, timeout=0.3)
     e = envs(die="stop", length=50, **options)
     e.reset()
     with pytest.raises(UserError, match="'fake' died 4 times: no answer for 0.3 s") as caught:
         for _ in range(8):
             e.step(actions(e))
-    assert "\n" not in str(caught.value) and e.closed and not multiprocessing.active_children()
+    assert "\n" not in str(caught.value) and e.closed and len(live_workers()) == 1
     with pytest.raises(UserError, match="'fake' could not start: no answer for 0.3 s") as caught:
         envs(slow=60, **options)
-    assert "\n" not in str(caught.value) and not multiprocessing.active_children()
+    assert "\n" not in str(caught.value) and len(live_workers()) == 1
 
 
 def test_a_worker_that_is_stopped_amid_its_answer_is_restarted(envs):
     e = envs(num_envs=1, num_workers=1, frame=2048, length=50, timeout=1)  # 12 MB, more than a pipe holds
     e.reset()
     e.step_async(actions(e), record=np.ones(1, bool))
-    (worker,) = multiprocessing.active_children()
+    (worker,) = live_workers()
     assert e._workers[0].conn.poll(10)  # it has begun to tell
     os.kill(worker.pid, signal.SIGSTOP)
     with pytest.warns(RuntimeWarning, match="no answer for 1 s"):
@@ -474,14 +399,14 @@ def test_spawn_start_method(envs, monkeypatch):
 
 def test_no_worker_outlives_a_killed_parent():
     code = """
-import os, time, multiprocessing
+import os, time
 from common.envs.vector import vectorize
 world = ("CartPole-v1", "common.envs.gymnasium_env", {"id": "CartPole-v1"})
 e = vectorize(world, 2, seed=0, num_workers=2)
 f = vectorize(world, 2, seed=0, num_workers=1)
 stranger = os.fork()  # holds the parent's ends of all pipes open
 if stranger:
-    print(stranger, *[p.pid for p in multiprocessing.active_children()], flush=True)
+    print(stranger, *[w.process.pid for w in e._workers + f._workers], flush=True)
 time.sleep(30)
 os._exit(0)
 """
@@ -503,33 +428,110 @@ os._exit(0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
-def test_no_worker_outlives_a_killed_parent_in_the_middle_of_a_step(tmp_path):
+@pytest.mark.parametrize("die", ["sleep", "stop"])
+def test_no_worker_outlives_a_killed_parent_in_the_middle_of_a_step(tmp_path, die):
     code = f"""
-import multiprocessing, pathlib
+import pathlib, psutil
 from common.envs.vector import vectorize
 marker = pathlib.Path({str(tmp_path)!r}, "marker")
-e = vectorize(("fake", "test_envs_vector", dict(die="sleep", marker=str(marker))), 1, seed=0, num_workers=1)
+e = vectorize(("fake", "fake_world", dict(die={die!r}, marker=str(marker))), 1, seed=0, num_workers=1)
 e.reset()
 e.step([[[0.0, 0.0]]])
 marker.touch()
 e.step_async([[[0.0, 0.0]]])
 while marker.exists():
     pass
-print(multiprocessing.active_children()[0].pid, flush=True)
+print(*[p.pid for p in psutil.Process().children(recursive=True)], flush=True)
 e.step_wait()
 """
     root = Path(common.envs.__file__).parents[2]
     path = os.pathsep.join([str(root), str(root / "tests")])
     env = os.environ | {"PYTHONPATH": path}
     parent = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
-    pid = int(parent.stdout.readline())
-    assert running(pid)
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(pids) == 2 and all(map(running, pids))  # the fork server and the worker
     parent.kill()
     parent.wait()
     deadline = time.time() + 5
-    while running(pid) and time.time() < deadline:
+    while any(map(running, pids)) and time.time() < deadline:
         time.sleep(0.05)
-    assert not running(pid)
+    assert not any(map(running, pids))
+
+
+def test_workers_have_nothing_of_this_process(envs, monkeypatch):
+    """As CUDA's state, without which alone NVIDIA's EGL makes a context: first ones and restarted ones."""
+    monkeypatch.setitem(sys.modules, "only_in_the_test", distributed)
+
+    def inherited(e):
+        return [each["env"]["inherited"] for each in e.get_state()["envs"]]
+
+    local, e = envs(), envs(num_workers=2)
+    local.reset()
+    e.reset()
+    assert inherited(local) == [["only_in_the_test", "torch"]] * 2  # which tests that it is seen
+    assert inherited(e) == [[], []]
+    for worker in live_workers():
+        worker.kill()
+    with pytest.warns(RuntimeWarning, match="SIGKILL"):
+        e.step(actions(e))
+    assert e.lost_episodes == 2 and inherited(e) == [[], []]
+
+
+def test_workers_outlive_a_signal_to_the_whole_group_and_the_thread_that_made_them(envs):
+    forkserver.stop()
+    thread = threading.Thread(target=lambda: envs(num_workers=2))
+    thread.start()
+    thread.join()
+    (e,) = envs.made
+    e.reset()
+    server = forkserver._server.pid
+    for pid in (server, *[worker.pid for worker in live_workers()]):
+        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGINT)
+    assert not e.step(actions(e))[4]["lost"].any() and forkserver._server.poll() is None
+    forkserver.stop()  # and one that the main thread started gets them before it can ignore them
+    e = envs(num_workers=1)
+    assert forkserver._server.pid != server
+    os.kill(forkserver._server.pid, signal.SIGTERM)
+    e.reset()
+
+
+def test_the_death_of_the_fork_server_is_that_of_its_workers(envs):
+    e = envs(num_workers=2)
+    e.reset()
+    pids = [worker.pid for worker in live_workers()]
+    forkserver._server.kill()
+    deadline = time.time() + 5
+    while any(map(running, pids)) and time.time() < deadline:
+        time.sleep(0.05)
+    with pytest.warns(RuntimeWarning, match="killed by SIGKILL"):
+        assert e.step(actions(e))[4]["lost"].all()
+    assert not {worker.pid for worker in live_workers()} & {*pids} and len(live_workers()) == 2
+    assert not e.step(actions(e))[4]["lost"].any()
+
+
+def test_a_world_that_hangs_in_its_import_ends_in_one_sentence(envs, tmp_path, monkeypatch):
+    (tmp_path / "hanging_world.py").write_text("import time; time.sleep(60)")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="'hanging' could not start: no answer for 1 s") as caught:
+        vectorize(("hanging", "hanging_world", {}), 2, seed=0, num_workers=2, timeout=1)
+    assert "\n" not in str(caught.value)
+    assert envs(num_workers=1).reset()["task"].tolist() == [0, 0]
+
+
+def test_a_worker_has_the_environment_and_the_folder_of_now(envs, tmp_path, monkeypatch):
+    """Not those of the start of the fork server."""
+    envs(num_workers=1)
+    (tmp_path / "told_world.py").write_text(
+        "import os; from fake_world import FakeEnv\n"
+        "def make(): return FakeEnv(split=os.environ['TOLD'] + os.getcwd())"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TOLD", "here: ")
+    e = vectorize(("told", "told_world", {}), 1, seed=0, num_workers=1)
+    e.close()
+    assert e.instructions == [f"here: {tmp_path}"]
 
 
 def running(pid):
@@ -759,24 +761,9 @@ def test_adapter_observes_what_it_restored():
     second.close()
 
 
-@dataclasses.dataclass
-class Args:
-    """The fake world's flags, and those of a run that `make_envs` reads."""
-
-    length: int = 5
-    end: str = "terminated"
-
-
-def make_split(split, **kwargs):
-    env = FakeEnv(**kwargs)
-    env.instructions = (split,)
-    return env
-
-
 def test_make_envs_of_a_run(monkeypatch):
     """A world gets its flags and the split; a Gymnasium id its flags; the rest is the run's."""
-    monkeypatch.setitem(common.envs.WORLDS, "fake", __name__)
-    monkeypatch.setattr(sys.modules[__name__], "make", make_split)
+    monkeypatch.setitem(common.envs.WORLDS, "fake", "fake_world")
     run = dict(seed=4, chunk=2, action_history=1, num_workers=0, worker_timeout=9.0, gamma=0.9)
     args = SimpleNamespace(env="fake", length=3, end="truncated", **run)
     assert common.envs.world_flags(args) == {"length": 3, "end": "truncated"}
@@ -794,18 +781,31 @@ def test_make_envs_of_a_run(monkeypatch):
     assert e.step(actions(e))[3].all()
     assert e.instructions == [""] and e.autoreset and e.action_bounds[1] == [2.0]
     e.close()
-    assert not multiprocessing.active_children()
+    assert not live_workers()
+
+
+def test_workers_know_an_id_that_only_this_process_has_registered():
+    class Here(PendulumEnv):
+        pass
+
+    gymnasium.register("Here-v0", entry_point=Here, max_episode_steps=3)
+    run = dict(seed=4, chunk=1, action_history=0, worker_timeout=9.0, max_episode_steps=0)
+    for num_workers in (0, 1):
+        args = SimpleNamespace(env="Here-v0", num_workers=num_workers, **run)
+        e = common.envs.make_envs(args, "train", 1)
+        e.reset()
+        assert [bool(e.step(actions(e))[3]) for _ in range(3)] == [False, False, True]
+        e.close()
 
 
 @pytest.mark.parametrize("env", ["fake", "CartPole-v1"])
 def test_what_does_not_act_from_states_alone_is_refused(monkeypatch, env):
-    monkeypatch.setitem(common.envs.WORLDS, "fake", __name__)
-    monkeypatch.setattr(sys.modules[__name__], "make", make_split)
+    monkeypatch.setitem(common.envs.WORLDS, "fake", "fake_world")
     args = SimpleNamespace(env=env, length=3, end="both", seed=0, chunk=1, action_history=0, num_workers=1)
     args.worker_timeout = 0.0
     with pytest.raises(UserError, match=f"^--env {env} is not for this script: it needs states and"):
         common.envs.make_envs(args, "train", 1, states=True)
-    assert not multiprocessing.active_children()
+    assert not live_workers()
 
 
 def test_environments_are_split_over_processes(monkeypatch):

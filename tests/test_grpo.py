@@ -1,6 +1,5 @@
 """GRPO through its command line: groups, refill, carry-over, dead compute, and an exact resume."""
 
-import multiprocessing
 import os
 import random
 import signal
@@ -8,6 +7,7 @@ import subprocess
 
 import pytest
 import torch
+from conftest import live_workers
 from test_cli import (
     BC,
     CONTRACT,
@@ -283,7 +283,7 @@ def test_a_worker_that_dies_or_hangs_does_not_end_the_run(tmp_path, warmup, monk
     def murderous(*args, **kwargs):
         calls.append(1)
         if len(calls) == 24:  # in the first episodes; the evaluation takes 20
-            for child in multiprocessing.active_children():
+            for child in live_workers():
                 os.kill(child.pid, number)
         return act(*args, **kwargs)
 

@@ -5,12 +5,12 @@ Needs what test_libero.py needs.
 
 import collections
 import json
-import multiprocessing
 
 import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
+from conftest import in_workers
 from test_cli import call, results, run, scalars, stopped_by
 from test_libero import write_demonstration
 from test_openvla import STATISTICS, checkpoints  # noqa: F401 (a fixture)
@@ -33,17 +33,20 @@ def base(assets, checkpoints, tmp_path_factory):  # noqa: F811
     return f"{LIBERO} --checkpoint {checkpoints['oft']} --statistics {file}"
 
 
-def shorten(patch):
-    """Episodes of 40 steps, and a success made up: a random policy has none, and without any nothing is
-    learned."""
-    step = libero.Simulation.step
-    patch.setattr(libero.Simulation, "step", lambda self, action: step(self, action) or action[0] > 0.45)
-    patch.setitem(libero.PROTOCOLS["oft"], "libero_object", 40)
-
-
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    shorten(monkeypatch)
+    """Episodes of 40 steps, and a success made up: a random policy has none, and without any nothing is
+    learned."""
+
+    def shorten():
+        step = libero.Simulation.step
+        libero.Simulation.step = lambda self, action: step(self, action) or action[0] > 0.45
+        libero.PROTOCOLS["oft"]["libero_object"] = 40
+
+    monkeypatch.setattr(libero.Simulation, "step", libero.Simulation.step)  # set back after the test
+    monkeypatch.setitem(libero.PROTOCOLS["oft"], "libero_object", 220)
+    shorten()
+    in_workers(monkeypatch, shorten)
 
 
 def film(path):
@@ -81,22 +84,11 @@ def test_ppo_trains_stops_resumes_evaluates_two_tasks_and_shows_them(tmp_path, b
         assert loss.mean((1, 2, 3)).max() < 5
 
 
-def grpo(flags):
-    with pytest.MonkeyPatch.context() as patch:
-        shorten(patch)
-        libero._libero()  # imported once for all workers
-        run(grpo_vla, flags)
-
-
 def test_grpo_trains_one_iteration_on_one_task_in_two_workers(tmp_path, base):
     flags = f"{base} --tasks 5 --eval-episodes 1 --eval-envs 1 --num-envs 2 --group-size 2 --num-groups 1"
     flags += f" --max-steps 16 --total-timesteps 60 --save-freq 1 --output-dir {tmp_path} --run-name run"
     flags += " --accuracy-low 0 --accuracy-high 1 --num-workers 2"
-    # The tests before it have rendered, and OpenGL does not survive a fork.
-    process = multiprocessing.get_context("spawn").Process(target=grpo, args=(flags,))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
+    run(grpo_vla, flags)
     state = load_checkpoint(tmp_path / "run")
     assert state["counters"][2] >= 1 and state["counters"][0] >= 60
     assert any(x.any() for name, x in state["agent"].items() if "lora_B" in name)

@@ -30,7 +30,7 @@ import iql
 import ppo_vla
 import sac
 import td3_bc
-from common import UserError
+from common import UserError, forkserver
 from common.backbones import BACKBONES, family_of, model_module
 from common.backbones.openvla import read_statistics
 from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -353,6 +353,24 @@ def test_the_means_of_no_updates_are_none():
     assert mean_metrics([]) == {}
     found = mean_metrics([{"a": torch.tensor(1.0)}, {"a": torch.tensor(4.0)}])
     assert found == {"a": torch.tensor(2.5)}
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "world"),
+    [
+        (ppo_vla, "--env CartPole-v1 --num-workers 1", "common.envs.gymnasium_env"),
+        (bc_warmup, "--num-workers 2", "common.envs.tabletop"),
+        (grpo_vla, "--num-workers 0", None),
+        (sac, "", None),
+    ],
+)
+def test_what_workers_are_forked_from_is_started_before_the_run(monkeypatch, script, flags, world):
+    """Once, with the world's file, before CUDA is asked for; nothing where there are no workers."""
+    order = []
+    monkeypatch.setattr(forkserver, "start", order.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: order.append("CUDA"))
+    assert call(script, flags, "--device cuda").code == 2
+    assert order == [world, "CUDA"][world is None :]
 
 
 def test_several_processes_are_refused_where_one_trains(monkeypatch):

@@ -33,8 +33,10 @@ Any other name is a Gymnasium id with vector observations (`gymnasium_env.py`). 
 import dataclasses
 import importlib
 
-from common import UserError
-from common.envs.vector import vectorize
+import gymnasium
+
+from common import UserError, forkserver
+from common.envs.vector import START_METHOD, vectorize
 from common.memory import available_memory
 
 WORLDS = {"tabletop": "common.envs.tabletop", "libero": "common.envs.libero"}
@@ -44,6 +46,13 @@ GYMNASIUM = "common.envs.gymnasium_env"
 def world_module(env):
     """The file of the world `env`."""
     return importlib.import_module(WORLDS.get(env, GYMNASIUM))
+
+
+def prepare_workers(env):
+    """Starts what the worker processes of the world `env` will be forked from, and returns at once: it
+    imports the world while this process does other things."""
+    if START_METHOD == "forkserver":
+        forkserver.start(WORLDS.get(env, GYMNASIUM))
 
 
 def world_flags(args):
@@ -65,10 +74,12 @@ def make_envs(args, split, num_envs, autoreset=False, states=False):
         raise UserError(f"{num_envs} environments cannot be split evenly over {processes} processes.")
     if num_envs * 10_000 > (free := available_memory()):  # the smallest takes more
         raise UserError(f"{num_envs} environments do not fit into {free / 1e9:.0f} GB; give fewer of them.")
-    kwargs = world_flags(args) | ({"split": split} if args.env in WORLDS else {"id": args.env})
+    named = {"split": split}
+    if args.env not in WORLDS:  # an id that this process has registered a worker does not know
+        named = {"id": args.env, "spec": gymnasium.registry.get(args.env)}
     envs = vectorize(
-        (args.env, WORLDS.get(args.env, GYMNASIUM), kwargs), num_envs // processes, seed=args.seed,
-        first=rank * num_envs // processes, chunk=args.chunk, num_workers=args.num_workers,
+        (args.env, WORLDS.get(args.env, GYMNASIUM), world_flags(args) | named), num_envs // processes,
+        seed=args.seed, first=rank * num_envs // processes, chunk=args.chunk, num_workers=args.num_workers,
         autoreset=autoreset, action_history=args.action_history, timeout=args.worker_timeout,
     )  # fmt: skip
     if states and ("image" in envs.single_observation_space.spaces or not envs.single_action_space.shape):

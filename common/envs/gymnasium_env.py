@@ -197,6 +197,8 @@ def _unpack(value):
     return int(value) if value.isdigit() else value
 
 
-def make(id: str, **kwargs) -> GymnasiumEnv:
-    """The adapter around `gymnasium.make(id, **kwargs)`."""
+def make(id: str, spec=None, **kwargs) -> GymnasiumEnv:
+    """The adapter around `gymnasium.make(id, **kwargs)`. spec: what to register as `id` if nothing is."""
+    if spec:
+        gymnasium.registry.setdefault(id, spec)
     return GymnasiumEnv(id, **kwargs)

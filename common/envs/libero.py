@@ -25,7 +25,6 @@ import functools
 import gc
 import importlib.util
 import logging
-import multiprocessing
 import os
 import tempfile
 import traceback
@@ -131,14 +130,13 @@ def _libero():
 
 def _memory():
     """-> GB by which this worker and each of its like may grow with one more simulation, GB that are free."""
-    me, parent = psutil.Process(), multiprocessing.parent_process()
-    siblings = psutil.Process(parent.pid).children() if parent else [me]
-    growth = []
-    for process in siblings:
+    me = psutil.Process()
+    parent, growth = me.parent(), []
+    forked = parent and parent.cmdline() == me.cmdline()  # a worker has its fork server's
+    for process in parent.children() if forked else [me]:
         try:
-            if process.cmdline() == me.cmdline():
-                least = TASK_GB if process == me else 0
-                growth.append(max(least, WORKER_GB - process.memory_full_info().uss / 1e9))
+            least = TASK_GB if process == me else 0
+            growth.append(max(least, WORKER_GB - process.memory_full_info().uss / 1e9))
         except psutil.Error:  # it has ended
             continue
     return growth, available_memory() / 1e9
@@ -260,11 +258,6 @@ class Simulation:
 
     def _render(self, camera):
         if self.renderer is None:
-            if _renders_in and _renders_in != {os.getpid()}:
-                raise UserError(
-                    "LIBERO rendered before this worker was forked, which OpenGL does not survive; "
-                    "render in worker processes only, or with --num-workers 0 only."
-                )
             try:
                 backend = importlib.import_module("mujoco." + os.environ["MUJOCO_GL"])  # robosuite's choice
                 if os.environ["MUJOCO_GL"] == "egl" and GPUS:  # some may not be EGL's
@@ -275,9 +268,7 @@ class Simulation:
                 self.renderer = mujoco.Renderer(self.model, self.size, self.size)
             except Exception as error:  # as above
                 raise _no_gl(error) from error
-            if not _renders_in:  # at exit, before EGL ends itself, which it has just registered
-                atexit.register(lambda: [x.release() for x in list(_simulations.values())])
-            _renders_in.add(os.getpid())
+            _release_at_exit()
             self.options = mujoco.MjvOption()
             self.options.geomgroup[0] = 0  # the collision shapes
         self.renderer.update_scene(self.data, camera, self.options)
@@ -314,7 +305,12 @@ class Simulation:
 _open = weakref.WeakSet()  # this process's environments that have begun an episode and are not closed
 _simulations = {}  # (suite, task, size) -> their Simulation, the least recently used first
 _random_states = {}  # (suite, task) -> numpy's before the k-th reset after env.seed(0)
-_renders_in = set()  # this process, or the one that it was forked from
+
+
+@functools.cache
+def _release_at_exit():
+    """Once, and before EGL ends itself, which the first renderer has just registered."""
+    atexit.register(lambda: [simulation.release() for simulation in list(_simulations.values())])
 
 
 def _idle():

@@ -13,7 +13,6 @@ The parent holds of each environment, a row, what its worker cannot tell once it
 """
 
 import contextlib
-import ctypes
 import importlib
 import itertools
 import mmap
@@ -31,10 +30,10 @@ from multiprocessing import reduction
 import gymnasium
 import numpy as np
 
-from common import UserError
+from common import UserError, forkserver
 from common.memory import available_cores
 
-START_METHOD = "fork" if sys.platform == "linux" else "spawn"
+START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
 MAX_DEATHS, GOOD_STEPS = 3, 100  # a worker may die 3 times; 100 good steps clear its record
 OUTCOME = {"rewards": np.float32, "terminated": bool, "truncated": bool, "success": bool, "steps": np.int64}
 OUTCOME |= {"episode_return": np.float64, "episode_length": np.int64}
@@ -280,16 +279,11 @@ def _map_arrays(spec, num_envs, chunk, fd):
     return {k: np.ndarray(shape, dtype, block, offsets[k]) for k, (shape, dtype) in fields.items()}
 
 
-def _work(conn, parent_ends, parent_pid, *args):
+def _work(conn, *args):
     """The worker: answers (True, value), or (False, (UserError's sentence or None, traceback)) and ends."""
-    if sys.platform == "linux":  # dies with its parent, also in the middle of a step
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent_pid:  # which was dead before
-            os._exit(1)
+    parent = os.getppid()  # the fork server, or whose worker it is
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # also of the whole process group (slurm, systemd)
-    for end in parent_ends:  # inherited by fork; held open they would hide the parent's death
-        end.close()
 
     def send(message):
         try:
@@ -303,7 +297,7 @@ def _work(conn, parent_ends, parent_pid, *args):
         while True:
             try:
                 while not conn.poll(1.0):
-                    if os.getppid() != parent_pid:
+                    if os.getppid() != parent:
                         os._exit(1)
                 command, payload = conn.recv()
             except (EOFError, OSError):
@@ -406,13 +400,13 @@ class Envs(gymnasium.vector.VectorEnv):
     # ---------------------------------------------------------------------------------------- processes
 
     def _start(self, worker):
-        context = multiprocessing.get_context(START_METHOD)
-        worker.conn, child = context.Pipe()
-        ends = [w.conn for w in self._workers if w.conn] if START_METHOD == "fork" else []
-        args = (child, ends, os.getpid(), self._world, worker.start, worker.stop, *self._args)
-        worker.process = context.Process(target=_work, args=args, daemon=True)
-        with warnings.catch_warnings():  # torch's idle threads: the child never touches torch
-            warnings.simplefilter("ignore", DeprecationWarning)
+        worker.conn, child = multiprocessing.Pipe()
+        args = (self._world, worker.start, worker.stop, *self._args)
+        if START_METHOD == "forkserver":
+            worker.process = forkserver.Process(self._world[1], child, _work, args)
+        else:
+            context = multiprocessing.get_context(START_METHOD)
+            worker.process = context.Process(target=_work, args=(child, *args), daemon=True)
             worker.process.start()
         child.close()
         worker.due = self._waited + self.timeout
