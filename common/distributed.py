@@ -1,6 +1,18 @@
 """torchrun's processes as one: sums and lists over all of them, which without torchrun change nothing.
 
-torchrun --nproc-per-node 8 ppo_vla.py ...
+    torchrun --nproc-per-node 8 ppo_vla.py ...
+
+Of adapters each process has all, and `sum_gradients` adds up their gradients. Where every weight is trained,
+`shard` splits weights, gradients and the optimizer's moments over the processes (ZeRO's stage 3, Rajbhandari
+et al. 2020, by PyTorch's fully_shard):
+
+    shard(agent)                 before there is an optimizer
+    unshard(agent)               all weights in each process, and nobody waits for another: rollouts, evaluation
+    reshard(agent)               split again; an update gathers one layer after another
+    in_step(micro batches, ...)  as many in each process, since each forward and backward now waits for all
+
+Weights that are whole are the price of the rollouts: gathered once, instead of in every forward, as many of
+which every process would then need, whoever's episodes end first.
 """
 
 import os
@@ -8,6 +20,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common import UserError
 
@@ -73,11 +89,111 @@ def sum_metrics(terms, device):
 
 
 def sum_gradients(parameters):
-    """Add up the gradients of all processes, in one message; one that a process lacks counts as zero."""
-    if not dist.is_initialized():
+    """Add up the gradients of all processes, in one message; one that a process lacks counts as zero. Those of
+    sharded parameters the backward pass has added up."""
+    parameters = [p for p in parameters if not isinstance(p, DTensor)]
+    if not dist.is_initialized() or not parameters:
         return
     flat = all_sum(
         torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).float().flatten() for p in parameters])
     )
     for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         p.grad = part.view_as(p).to(p.dtype)
+
+
+# --- every weight trained: each process has its part of it
+
+
+def shard(agent):
+    """Split the weights of `agent`, its backbone's `layers()` one by one and the rest as one, over all
+    processes. Nothing changes in one process, with adapters, or where the backbone names no layers: it is
+    small. UserError for weights in 4 bits.
+
+    Its `evaluate_actions` is then the one forward of which there is a backward.
+    """
+    layers = getattr(agent.backbone, "layers", list)()
+    if ranks()[1] == 1 or not layers or agent.backbone.config.get("lora"):
+        return
+    if not all(p.is_floating_point() for p in agent.parameters()):
+        raise UserError("Weights in 4 bits cannot be split over processes; use --lora-rank 32, or 16 bits.")
+    mesh = init_device_mesh(next(agent.parameters()).device.type, (ranks()[1],))
+    for module in (*layers, agent):
+        fully_shard(module, mesh=mesh)  # computes in the dtype that the weights have
+        # A sum, as of `sum_gradients`: the losses are divided by what the whole minibatch counts. Every
+        # micro-batch adds to it at once: to wait for the last one, all gradients would have to be kept whole.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    evaluate = agent.evaluate_actions
+
+    def evaluate_actions(batch, actions, vision=None):
+        if len(actions):
+            return evaluate(batch, actions, vision)
+        # `in_step`'s empty batch, which attention's kernels refuse: a row of zeros, of which nothing is kept
+        row = {key: x.new_zeros(1, *x.shape[1:]) for key, x in batch.items()}
+        return [x[:0] for x in evaluate(row, row["actions"], row.get("vision"))]
+
+    agent.evaluate_actions, agent.forward = evaluate_actions, lambda: None
+    register_fsdp_forward_method(agent, "evaluate_actions")
+    agent()  # FSDP's root is what is called first
+    agent.reshard()
+
+
+def unshard(agent):
+    """Gather all weights, as they now are, in each process until `reshard`, or until they are saved."""
+    if isinstance(agent, FSDPModule):
+        reshard(agent)
+        agent.set_reshard_after_forward(False)
+        for module in agent.modules():
+            if isinstance(module, FSDPModule):
+                module.unshard()
+
+
+def reshard(agent):
+    if isinstance(agent, FSDPModule):
+        for module in agent.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+                module.set_reshard_after_forward(module is not agent, recurse=False)
+
+
+def in_step(batches, data, agent):
+    """`batches`, an iterator of (rows, their columns of `data`), and of a sharded `agent` empty ones after
+    them until no process has another."""
+    if not isinstance(agent, FSDPModule):
+        yield from batches
+        return
+    empty = None, {key: x[:0] for key, x in data.items()}
+    while True:
+        batch = next(batches, None)
+        if not all_sum(torch.tensor(int(batch is not None))):
+            return
+        yield batch or empty
+
+
+def whole(tensor):
+    """A sharded tensor -> all of it, in every process; another one as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def collect(tensor):
+    """A sharded tensor -> all of it in the first process's host memory, None in the others; another one as it
+    is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    tensor = tensor.full_tensor()
+    return None if dist.get_rank() else tensor.cpu()
+
+
+def split(tensor, like):
+    """`tensor`, the same in every process, sharded as `like` is, or as it is."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def collect_weights(module):
+    """Put whole weights, in the first process's host memory, in the place of sharded ones, for good."""
+    for part in module.modules():
+        for name, p in list(part.named_parameters(recurse=False)):
+            if (weight := collect(p.detach())) is not p and not ranks()[0]:
+                setattr(part, name, nn.Parameter(weight, requires_grad=False))

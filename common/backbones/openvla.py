@@ -338,6 +338,10 @@ class OpenVLA(nn.Module):
     def vision_parameters(self):
         return list(self.vision_backbone.parameters())
 
+    def layers(self):
+        blocks = [block for tower in self.vision_backbone.values() for block in tower.blocks]
+        return [*blocks, *self.language_model.model.layers]
+
     def encode_prompt(self, instruction):
         text = f"In: What action should the robot take to {instruction.lower()}?\nOut:"
         ids = [BOS, *self.tokenize(text)]
