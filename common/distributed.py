@@ -21,9 +21,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common import UserError
 
@@ -91,7 +88,7 @@ def sum_metrics(terms, device):
 def sum_gradients(parameters):
     """Add up the gradients of all processes, in one message; one that a process lacks counts as zero. Those of
     sharded parameters the backward pass has added up."""
-    parameters = [p for p in parameters if not isinstance(p, DTensor)]
+    parameters = [p for p in parameters if not sharded(p)]
     if not dist.is_initialized() or not parameters:
         return
     flat = all_sum(
@@ -102,6 +99,16 @@ def sum_gradients(parameters):
 
 
 # --- every weight trained: each process has its part of it
+
+
+def sharded(x):
+    """Is `x`, a tensor or a module, one of which each process has a part?"""
+    if not dist.is_initialized():  # what follows takes seconds to import
+        return False
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(x, (DTensor, FSDPModule))
 
 
 def shard(agent):
@@ -116,6 +123,9 @@ def shard(agent):
         return
     if not all(p.is_floating_point() for p in agent.parameters()):
         raise UserError("Weights in 4 bits cannot be split over processes; use --lora-rank 32, or 16 bits.")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     mesh = init_device_mesh(next(agent.parameters()).device.type, (ranks()[1],))
     for module in (*layers, agent):
         fully_shard(module, mesh=mesh)  # computes in the dtype that the weights have
@@ -140,26 +150,23 @@ def shard(agent):
 
 def unshard(agent):
     """Gather all weights, as they now are, in each process until `reshard`, or until they are saved."""
-    if isinstance(agent, FSDPModule):
-        reshard(agent)
-        agent.set_reshard_after_forward(False)
-        for module in agent.modules():
-            if isinstance(module, FSDPModule):
-                module.unshard()
+    reshard(agent)
+    for module in filter(sharded, agent.modules()):
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
 
 
 def reshard(agent):
-    if isinstance(agent, FSDPModule):
-        for module in agent.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-                module.set_reshard_after_forward(module is not agent, recurse=False)
+    """Free what of the weights is other processes' part; so does then each layer after its forward."""
+    for module in filter(sharded, agent.modules()):
+        module.reshard()
+        module.set_reshard_after_forward(module is not agent, recurse=False)
 
 
 def in_step(batches, data, agent):
     """`batches`, an iterator of (rows, their columns of `data`), and of a sharded `agent` empty ones after
     them until no process has another."""
-    if not isinstance(agent, FSDPModule):
+    if not sharded(agent):
         yield from batches
         return
     empty = None, {key: x[:0] for key, x in data.items()}
@@ -172,13 +179,13 @@ def in_step(batches, data, agent):
 
 def whole(tensor):
     """A sharded tensor -> all of it, in every process; another one as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if sharded(tensor) else tensor
 
 
 def collect(tensor):
     """A sharded tensor -> all of it in the first process's host memory, None in the others; another one as it
     is."""
-    if not isinstance(tensor, DTensor):
+    if not sharded(tensor):
         return tensor
     tensor = tensor.full_tensor()
     return None if dist.get_rank() else tensor.cpu()
@@ -186,14 +193,16 @@ def collect(tensor):
 
 def split(tensor, like):
     """`tensor`, the same in every process, sharded as `like` is, or as it is."""
-    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+    if not sharded(like) or tensor.shape != like.shape:
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def collect_weights(module):
     """Put whole weights, in the first process's host memory, in the place of sharded ones, for good."""
     for part in module.modules():
-        for name, p in list(part.named_parameters(recurse=False)):
-            if (weight := collect(p.detach())) is not p and not ranks()[0]:
-                setattr(part, name, nn.Parameter(weight, requires_grad=False))
+        for name, p in [pair for pair in part.named_parameters(recurse=False) if sharded(pair[1])]:
+            weight = collect(p.detach())
+            setattr(part, name, None if weight is None else nn.Parameter(weight, requires_grad=False))

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import torch
 from torch.nn.utils import clip_grad_norm_, get_total_norm
-from torch.distributed.tensor import DTensor
 from torch.optim.adam import adam
 
 from common import UserError
-from common.distributed import split
+from common.distributed import sharded, split
 
 
 def minimize(loss, optimizer, max_grad_norm=None):
@@ -53,7 +52,7 @@ def load_optimizer(optimizer, saved):
     others: torch compares neither shapes nor names, and would fail, or learn something else, later."""
     fresh = [dict(group) for group in optimizer.param_groups]
     parameters = [p for group in fresh for p in group["params"]]
-    if any(isinstance(p, DTensor) for p in parameters):  # each process's part, one tensor at a time
+    if any(map(sharded, parameters)):  # each process's part, one tensor at a time
         moments = {i: {k: split(x, parameters[i]) for k, x in s.items()} for i, s in saved["state"].items()}
         saved = saved | {"state": moments}
     optimizer.load_state_dict(saved)

@@ -43,8 +43,9 @@ import os, torch
 sum_gradients = script.distributed.sum_gradients
 def keep(parameters):
     sum_gradients(parameters)
+    gradients = [script.distributed.whole(p.grad) for p in parameters]
     if script.distributed.ranks()[0] == 0 and not os.path.exists("gradient_PROCESSES.pt"):
-        torch.save([p.grad for p in parameters], "gradient_PROCESSES.pt")
+        torch.save(gradients, "gradient_PROCESSES.pt")
 script.distributed.sum_gradients = keep
 """
 TOLD = """
@@ -52,7 +53,8 @@ import torch.distributed as dist
 agents, build, stop = [], script.Agent.__init__, script.distributed.stop
 script.Agent.__init__ = lambda self, *inputs: agents.append(self) or build(self, *inputs)
 def tell():
-    total = sum(p.detach().double().abs().sum() for p in agents[0].parameters()).item()
+    weights = [script.distributed.whole(p.detach()) for p in agents[0].parameters()]
+    total = sum(x.double().abs().sum() for x in weights).item()
     print("rank", dist.get_rank(), repr(total), flush=True)
     stop()
 script.distributed.stop = tell
