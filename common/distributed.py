@@ -7,7 +7,7 @@ Of adapters each process has all, and `sum_gradients` adds up their gradients. W
 et al. 2020, by PyTorch's fully_shard):
 
     shard(agent)                 before there is an optimizer
-    unshard(agent)               all weights in each process, and nobody waits for another: rollouts, evaluation
+    unshard(agent)               all weights in each process, and none waits for another: rollouts, evaluation
     reshard(agent)               split again; an update gathers one layer after another
     in_step(micro batches, ...)  as many in each process, since each forward and backward now waits for all
 
@@ -86,8 +86,8 @@ def sum_metrics(terms, device):
 
 
 def sum_gradients(parameters):
-    """Add up the gradients of all processes, in one message; one that a process lacks counts as zero. Those of
-    sharded parameters the backward pass has added up."""
+    """Add up the gradients of all processes, in one message; one that a process lacks counts as zero. Those
+    of sharded parameters the backward pass has added up."""
     parameters = [p for p in parameters if not sharded(p)]
     if not dist.is_initialized() or not parameters:
         return

@@ -39,7 +39,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from common import UserError
+from common import UserError, distributed
 from common.action_tokenizer import normalize, unnormalize
 from common.backbones import LoraArgs, intact
 from common.checkpoint import atomic_path
@@ -855,11 +855,19 @@ def update_memory(model, micro_batch_size, checkpointing=False, lora_rank=None, 
 
 def check_memory(path, model, device, load_in_4bit, micro_batch_size, checkpointing, lora_rank, cameras):
     """UserError if `device` has too little free memory for the weights of `model`, which is on the meta
-    device, or, where micro_batch_size is not 0, for its update."""
+    device, or, where micro_batch_size is not 0, for its update.
+
+    Of torchrun's processes that train all weights each has its part of them and of what trains; while they
+    are loaded and in rollouts it has the whole weights beside that, in an update the activations.
+    """
+    processes = distributed.ranks()[1] if lora_rank == 0 else 1
     shapes, update = {name: tensor.shape for name, tensor in model.state_dict().items()}, 0
     weights = memory_needed(shapes, getattr(torch, model.config["dtype"]), load_in_4bit)
     if micro_batch_size:
-        update = sum(update_memory(model, micro_batch_size, checkpointing, lora_rank, cameras))
+        trained, update = update_memory(model, micro_batch_size, checkpointing, lora_rank, cameras)
+        if processes > 1:
+            trained, update = (weights + trained) / processes, max(0, update - weights)
+        update += trained
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     if weights + update <= free:
         return
@@ -867,6 +875,7 @@ def check_memory(path, model, device, load_in_4bit, micro_batch_size, checkpoint
     hints = {
         "a smaller --micro-batch-size (bc_warmup.py: --batch-size)": training and micro_batch_size > 1,
         "--gradient-checkpointing": training and not checkpointing,
+        "more processes": training and processes > 1,
         "--lora-rank 32": training and lora_rank == 0,
         "--load-in-4bit": device.type == "cuda" and not load_in_4bit,
         "another device": True,
