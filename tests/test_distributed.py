@@ -204,7 +204,8 @@ def test_two_processes_take_the_step_of_one_with_openvla(tmp_path, checkpoints):
     """All of it trained, the towers too, with prompts of unlike lengths, which each process has its own
     number of micro-batches of; merged weights and checkpoints are whole."""
     flags = f"""{PPO} --backbone {checkpoints["oft"]} --lora-rank 0 --unnorm-key none --chunk 2 --train-vision
-        --critic-warmup 1 --learning-rate 1e-3 --micro-batch-size 2 --gradient-checkpointing --recompute-logprobs"""
+        --critic-warmup 1 --learning-rate 1e-3 --micro-batch-size 2 --gradient-checkpointing
+        --recompute-logprobs"""
     for processes in (1, 2):
         merge = f"--merge-and-save {tmp_path}/merged_{processes}"
         done = launch(tmp_path, "ppo_vla", processes, f"{flags} {merge}", GREEDY)
