@@ -264,7 +264,7 @@ def test_what_is_sharded(monkeypatch):
         assert type(agent).__name__ == "Other" and type(agent.weight) is torch.nn.Parameter
     with pytest.raises(UserError, match="4 bits cannot be split over processes; use --lora-rank 32"):
         distributed.shard(Part(torch.uint8))
-    with pytest.raises(ValueError, match="process group"):  # there is none here
+    with pytest.raises(ValueError, match="Error initializing torch.distributed"):  # no torchrun here
         distributed.shard(Part())
 
 
