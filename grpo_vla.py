@@ -587,8 +587,10 @@ def micro_batches(rows, data, lengths, size):
 def current_log_probs(agent, rows, data, lengths, size):
     """The log-probs (all rows, K*A) that the agent now gives to what was done in `rows`, and 0 elsewhere."""
     log_probs = torch.zeros_like(data["log_probs"])
+    distributed.unshard(agent)
     for index, micro in micro_batches(rows, data, lengths, size):
         log_probs[index] = agent.evaluate_actions(micro, micro["actions"], micro.get("vision"))[0]
+    distributed.reshard(agent)
     return log_probs
 
 
@@ -606,6 +608,7 @@ def train(args, run):
         return export(backbone, args, run)
 
     envs, device = run.closing(make_envs(args, "train", args.num_envs)), run.device
+    distributed.shard(agent)
     trained = [p for p in agent.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
     cache_vision = not any(p.requires_grad for p in backbone.vision_parameters())
@@ -622,9 +625,10 @@ def train(args, run):
     if saved := run.restore():
         load_optimizer(optimizer, saved["optimizer"])
         step, iteration, gradient_steps = saved["counters"]
-        playing, reference = map_tensors(lambda x: x.to(device), [saved["groups"], saved["reference"]])
+        playing = map_tensors(lambda x: x.to(device), saved["groups"])
         if args.kl_coef > 0:
-            reference = [x.view_as(p) for x, p in zip(reference, trained, strict=True)]
+            pairs = zip(saved["reference"], trained, strict=True)
+            reference = [distributed.split(x.view(p.shape).to(device), p) for x, p in pairs]
         vars(groups).update({name: playing[name] for name in vars(groups)})
         groups.check()
         if len(groups.playing) != envs.num_envs:
@@ -659,6 +663,7 @@ def train(args, run):
     while step < args.total_timesteps:
         # --- collect until the batch is full; every environment always plays an unfinished episode
         agent.eval()
+        distributed.unshard(agent)
         num_steps = 0
         while len(groups.ready) < wanted and groups.finished < args.max_refill * wanted:
             if run.signalled or step + num_steps * run.processes >= args.total_timesteps:
@@ -760,6 +765,7 @@ def train(args, run):
 
         # --- update
         agent.train()
+        distributed.reshard(agent)
         fraction = max(0.0, 1 - step / args.total_timesteps) if args.anneal_lr else 1.0
         optimizer.param_groups[0]["lr"] = args.learning_rate * fraction
         updates, per_epoch = [], math.ceil(sum(all_used) / args.minibatch_size)
@@ -779,7 +785,8 @@ def train(args, run):
                 log_ratio = sequence_log_ratio(log_ratio, mask, episode[index], len(members))
                 data["episode_log_ratio"] = log_ratio[episode]
             terms = []
-            for _, micro in micro_batches(rows, data, lengths, args.micro_batch_size):
+            micros = micro_batches(rows, data, lengths, args.micro_batch_size)
+            for _, micro in distributed.in_step(micros, data, agent):
                 new = agent.evaluate_actions(micro, micro["actions"], micro.get("vision"))
                 loss, term = grpo_loss(*new, micro, totals, args, scale)
                 loss.backward()
@@ -789,7 +796,8 @@ def train(args, run):
                 optimizer.zero_grad()
                 break
             distributed.sum_gradients(trained)
-            metrics["optim/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            metrics["optim/grad_norm"] = distributed.whole(norm)
             run.check_finite(metrics, f"iteration {iteration}", outcomes=returns[..., 0])
             optimizer.step()
             optimizer.zero_grad()

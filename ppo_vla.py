@@ -470,8 +470,10 @@ def micro_batches(rows, data, lengths, size):
 def current_log_probs(agent, rows, data, lengths, size):
     """The log-probs (all rows, K*A) that the agent now gives to what was done in `rows`, and 0 elsewhere."""
     log_probs = torch.zeros_like(data["log_probs"])
+    distributed.unshard(agent)
     for index, micro in micro_batches(rows, data, lengths, size):
         log_probs[index] = agent.evaluate_actions(micro, micro["actions"], micro.get("vision"))[0]
+    distributed.reshard(agent)
     return log_probs
 
 
@@ -487,6 +489,7 @@ def train(args, run):
         return export(backbone, args, run)
 
     envs, device = run.closing(make_envs(args, "train", args.num_envs, autoreset=True)), run.device
+    distributed.shard(agent)
     trained = {name: p for name, p in agent.named_parameters() if p.requires_grad}
     policy = [p for name, p in trained.items() if not name.startswith("value_head")]
     groups = [
@@ -507,9 +510,10 @@ def train(args, run):
         load_optimizer(optimizer, saved["optimizer"])
         step, iteration, gradient_steps = saved["counters"]
         recent, (rollout, num_steps, episodes) = saved["recent"], saved["rollout"]
-        rollout, reference = map_tensors(lambda x: x.to(device), [rollout, saved["reference"]])
+        rollout = map_tensors(lambda x: x.to(device), rollout)
         if args.kl_coef > 0:
-            reference = [x.view_as(p) for x, p in zip(reference, trained.values(), strict=True)]
+            pairs = zip(saved["reference"], trained.values(), strict=True)
+            reference = [distributed.split(x.view(p.shape).to(device), p) for x, p in pairs]
         envs.set_state(saved["envs"])
         obs = {key: np.asarray(x) for key, x in saved["envs"]["obs"].items()}  # of lost episodes too
         columns = backbone.preprocess(obs, envs.instructions).keys() - {"image"}
@@ -540,6 +544,7 @@ def train(args, run):
     while step < args.total_timesteps:
         # --- collect num_steps decisions of every environment
         agent.eval()
+        distributed.unshard(agent)
         while len(rollout) < args.num_steps and not run.signalled:
             with torch.no_grad():
                 batch = backbone.preprocess(obs, envs.instructions)
@@ -613,6 +618,7 @@ def train(args, run):
 
         # --- update
         agent.train()
+        distributed.reshard(agent)
         fraction = max(0.0, 1 - first_step / args.total_timesteps) if args.anneal_lr else 1.0
         optimizer.param_groups[0]["lr"] = args.learning_rate * fraction
         optimizer.param_groups[1]["lr"] = args.value_learning_rate * fraction
@@ -627,7 +633,8 @@ def train(args, run):
             if not totals[2]:  # fewer decisions than minibatches
                 continue
             terms = []
-            for _, micro in micro_batches(rows, data, lengths, args.micro_batch_size):
+            micros = micro_batches(rows, data, lengths, args.micro_batch_size)
+            for _, micro in distributed.in_step(micros, data, agent):
                 new = agent.evaluate_actions(micro, micro["actions"], micro.get("vision"))
                 loss, term = ppo_loss(*new, micro, totals, args, critic_only)
                 loss.backward()
@@ -640,7 +647,8 @@ def train(args, run):
             if critic_only:
                 for parameter in policy:  # reached through the value where it is not detached
                     parameter.grad = None
-            metrics["optim/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            metrics["optim/grad_norm"] = distributed.whole(norm)
             run.check_finite(metrics, f"iteration {iteration}", returns=data["returns"])
             optimizer.step()
             optimizer.zero_grad()

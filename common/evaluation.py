@@ -87,6 +87,7 @@ def run_episodes(agent, envs, seeds, generator=None, video_folder=None):
     """
     training = agent.training
     agent.eval()
+    distributed.unshard(agent)  # the processes' episodes end at different times
     total, size, seeds = len(seeds), envs.num_envs, np.asarray(seeds)
     episode = np.arange(size)  # that each environment plays
     running, returns = episode < total, np.zeros(size)
@@ -125,6 +126,7 @@ def run_episodes(agent, envs, seeds, generator=None, video_folder=None):
     for i, pictures in frames.items():
         write_video(video_folder / f"episode_{i}.mp4", pictures + [pictures[-1]] * 10, fps=20)
     agent.train(training)
+    distributed.reshard(agent)
     return outcomes
 
 

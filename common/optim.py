@@ -11,6 +11,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim.adam import adam
 
 from common import UserError
+from common.distributed import sharded, split
 
 
 def minimize(loss, optimizer, max_grad_norm=None):
@@ -53,6 +54,10 @@ def load_optimizer(optimizer, saved):
     numbers = [[group["params"] for group in x["param_groups"]] for x in (saved, optimizer.state_dict())]
     if numbers[0] != numbers[1]:
         raise ValueError("an optimizer of other parameters")
+    parameters = [p for group in fresh for p in group["params"]]
+    if any(map(sharded, parameters)):  # each process's part, one tensor at a time
+        moments = {i: {k: split(x, parameters[i]) for k, x in s.items()} for i, s in saved["state"].items()}
+        saved = saved | {"state": moments}
     optimizer.load_state_dict(saved)
     for old, new in zip(fresh, optimizer.param_groups, strict=True):
         kinds = [{k: type(x) for k, x in group.items() if k != "lr"} for group in (old, new)]

@@ -544,6 +544,7 @@ class Run:
             state = state | dict(
                 processes=own, initial=self.initial, best=self.best, seconds=self.seconds()
             )  # fmt: skip
+        state = map_tensors(distributed.collect, state)
         if self.rank == 0:
             state = {"args": dataclasses.asdict(self.args)} | state
             save_checkpoint(self.folder / name, script=self.script.stem, state=state)

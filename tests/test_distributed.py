@@ -7,10 +7,23 @@ import sys
 
 import pytest
 import torch
-from test_cli import EVAL, ROOT, assert_same_run, call, results, scalars, words
+from safetensors.torch import load_file
+from test_cli import (
+    EVAL,
+    ROOT,
+    assert_same_run,
+    call,
+    one_thread,  # noqa: F401 (a fixture)
+    results,
+    run,
+    scalars,
+    words,
+)
+from test_openvla import checkpoints  # noqa: F401 (a fixture)
 
 import grpo_vla
-from common import distributed
+import ppo_vla
+from common import UserError, distributed
 from common.checkpoint import load_checkpoint
 
 PPO = f"""{EVAL} --eval-episodes 4 --eval-envs 2 --num-envs 4 --num-steps 3 --chunk 5 --total-timesteps 30
@@ -43,17 +56,25 @@ import os, torch
 sum_gradients = script.distributed.sum_gradients
 def keep(parameters):
     sum_gradients(parameters)
+    gradients = [script.distributed.whole(p.grad) for p in parameters]
     if script.distributed.ranks()[0] == 0 and not os.path.exists("gradient_PROCESSES.pt"):
-        torch.save([p.grad for p in parameters], "gradient_PROCESSES.pt")
+        torch.save(gradients, "gradient_PROCESSES.pt")
 script.distributed.sum_gradients = keep
 """
 TOLD = """
 import torch.distributed as dist
+import torch
 agents, build, stop = [], script.Agent.__init__, script.distributed.stop
 script.Agent.__init__ = lambda self, *inputs: agents.append(self) or build(self, *inputs)
+optimizers, make = [], torch.optim.AdamW.__init__
+torch.optim.AdamW.__init__ = lambda self, *x, **options: optimizers.append(self) or make(self, *x, **options)
 def tell():
-    total = sum(p.detach().double().abs().sum() for p in agents[0].parameters()).item()
+    weights = [script.distributed.whole(p.detach()) for p in agents[0].parameters()]
+    total = sum(x.double().abs().sum() for x in weights).item()
     print("rank", dist.get_rank(), repr(total), flush=True)
+    moments = [x for state in optimizers[0].state.values() for x in state.values() if x.ndim]
+    mine, all = (sum(x.numel() for x in part) for part in ([x.to_local() for x in moments], moments))
+    print("holds", dist.get_rank(), mine, all, flush=True)
     stop()
 script.distributed.stop = tell
 """
@@ -92,6 +113,15 @@ def launch(tmp_path, script, processes, flags, patch="", name=None):
     )  # fmt: skip
 
 
+def assert_one_process_plays_it(script, tmp_path, folder):
+    """The checkpoint of two processes, alike but for the sizes of the batches."""
+    run(script, EVAL, "--eval-episodes 4 --eval-envs 2 --evaluate --checkpoint", [str(folder)],
+        f"--output-dir {tmp_path} --run-name alone")  # fmt: skip
+    found, wanted = results(tmp_path / "alone")["final"], results(folder)["final"]
+    for key in ("episodes", "mean_length", "mean_reward"):
+        assert found[key] == pytest.approx(wanted[key], rel=1e-4), key
+
+
 def test_two_processes_take_the_step_of_one(tmp_path):
     for processes in (1, 2):
         done = launch(tmp_path, "ppo_vla", processes, PPO, GREEDY)
@@ -119,6 +149,7 @@ def test_two_processes_take_the_step_of_one(tmp_path):
     [
         "--aggregation token-mean --entropy-coef 0.01 --kl-coef 0.1",
         "--aggregation sequence-mean-token-mean --ratio-level sequence",
+        "--aggregation token-mean --lora-rank 4",
     ],
 )
 def test_two_processes_of_grpo_have_the_gradient_of_one(tmp_path, flags):
@@ -138,13 +169,14 @@ def test_two_processes_of_grpo_have_the_gradient_of_one(tmp_path, flags):
 def together(tmp_path_factory):
     """A run of GRPO in two processes: its folder and what it said."""
     home = tmp_path_factory.mktemp("together")
-    done = launch(home, "grpo_vla", 2, GRPO, TOLD)
+    done = launch(home, "grpo_vla", 2, f"{GRPO} --kl-coef 0.1", TOLD)
     assert done.returncode == 0, done.stderr[-3000:]
     return home / "grpo_vla_2", done.stdout
 
 
-def test_two_processes_of_grpo_stay_one_policy(together):
-    """Each collects its own groups; the sum of their gradients is what both step by."""
+def test_two_processes_of_grpo_stay_one_policy(tmp_path, together):
+    """Each collects its own groups; the sum of their gradients is what both step by. Each has half of Adam's
+    moments, and their checkpoint is one process's."""
     folder, said = together
     sums = {line.split()[1]: line.split()[2] for line in said.splitlines() if line.startswith("rank")}
     assert sums.keys() == {"0", "1"} and sums["0"] == sums["1"]
@@ -152,13 +184,19 @@ def test_two_processes_of_grpo_stay_one_policy(together):
     assert state["counters"][2] > 2 and len(state["processes"]) == 2
     groups = [process["state"]["groups"]["next_group"] for process in state["processes"]]
     assert groups[0] % 2 == 0 and groups[1] % 2 == 1 and min(groups) > 1  # the even and the odd ones
+    held = [[*map(int, line.split()[2:])] for line in said.splitlines() if line.startswith("holds")]
+    assert held[0][1] == held[1][1] == held[0][0] + held[1][0]
+    assert all(0.4 < mine / whole < 0.6 for mine, whole in held)
+    moments = state["optimizer"]["state"].values()
+    assert sum(x.numel() for each in moments for x in each.values() if x.ndim) == held[0][1]
     done = call(grpo_vla, f"--resume {folder}")
     assert done.code == 2 and "ran as 2 processes, not 1" in done.err
+    assert_one_process_plays_it(grpo_vla, tmp_path, folder)
 
 
 def test_two_processes_stop_together_and_go_on_bit_identically(tmp_path, together):
     """The second one alone gets the signal."""
-    done = launch(tmp_path, "grpo_vla", 2, GRPO, SIGNAL, "stopped")
+    done = launch(tmp_path, "grpo_vla", 2, f"{GRPO} --kl-coef 0.1", SIGNAL, "stopped")
     folder = tmp_path / "stopped"
     assert done.returncode != 0, done
     command = rf"go on with: torchrun --nproc-per-node 2 grpo_vla.py --resume {folder}\n"
@@ -169,9 +207,65 @@ def test_two_processes_stop_together_and_go_on_bit_identically(tmp_path, togethe
     assert_same_run(folder, together[0])
 
 
+@pytest.mark.slow
+def test_two_processes_take_the_step_of_one_with_openvla(tmp_path, checkpoints):  # noqa: F811
+    """All of it trained, the towers too, with prompts of unlike lengths, which each process has its own
+    number of micro-batches of; merged weights and checkpoints are whole."""
+    flags = f"""{PPO} --backbone {checkpoints["oft"]} --lora-rank 0 --unnorm-key none --chunk 2 --train-vision
+        --critic-warmup 1 --learning-rate 1e-3 --micro-batch-size 2 --gradient-checkpointing
+        --recompute-logprobs"""
+    for processes in (1, 2):
+        merge = f"--merge-and-save {tmp_path}/merged_{processes}"
+        done = launch(tmp_path, "ppo_vla", processes, f"{flags} {merge}", GREEDY)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (load_checkpoint(tmp_path / f"ppo_vla_{n}") for n in (1, 2))
+    assert one["counters"] == two["counters"] and one["counters"][2] == 2  # the critic's step, and all's
+    assert one["agent"].keys() == two["agent"].keys()
+    found, wanted = two["optimizer"]["state"], one["optimizer"]["state"]
+    assert found.keys() == wanted.keys()
+    for index in wanted:
+        gradient = wanted[index]["exp_avg"]
+        torch.testing.assert_close(found[index]["exp_avg"], gradient, rtol=1e-3, atol=1e-6)
+    for name, weight in one["agent"].items():
+        torch.testing.assert_close(two["agent"][name], weight, rtol=0, atol=1e-4)
+    for file in (tmp_path / "merged_2").glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            assert tensor.equal(two["agent"][f"backbone.{name}"]), name
+    assert_one_process_plays_it(ppo_vla, tmp_path, tmp_path / "ppo_vla_2")
+
+
 def test_what_cannot_be_split_is_refused(tmp_path):
     done = launch(tmp_path, "ppo_vla", 2, f"{PPO} --eval-envs 3")
     assert done.returncode != 0 and "3 environments cannot be split evenly over 2" in done.stderr
+
+
+class Part(torch.nn.Module):
+    """A backbone and its agent at once."""
+
+    config = {}
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(2, dtype=dtype), requires_grad=False)
+
+    backbone = property(lambda self: self)
+
+    def layers(self):
+        return [self]
+
+
+def test_what_is_sharded(monkeypatch):
+    """Every weight of a large model: not adapters, not a small model's, not one process's; nor can 4 bits
+    be."""
+    for processes, changes in ((1, {}), (2, {"config": {"lora": {"r": 2}}}), (2, {"layers": list})):
+        monkeypatch.setattr(distributed, "ranks", lambda n=processes: (0, n))
+        agent = type("Other", (Part,), changes)()
+        distributed.shard(agent)
+        assert type(agent).__name__ == "Other" and type(agent.weight) is torch.nn.Parameter
+    with pytest.raises(UserError, match="4 bits cannot be split over processes; use --lora-rank 32"):
+        distributed.shard(Part(torch.uint8))
+    with pytest.raises(ValueError, match="Error initializing torch.distributed"):  # no torchrun here
+        distributed.shard(Part())
 
 
 def test_without_torchrun_nothing_changes():

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import fake_world
 import gymnasium
 import numpy as np
 import pytest
@@ -649,8 +650,8 @@ RETURNS = [
 
 @pytest.mark.parametrize(("change", "what"), RETURNS)
 def test_a_step_of_other_values_is_refused(envs, monkeypatch, change, what):
-    advance = FakeEnv.advance
-    monkeypatch.setattr(FakeEnv, "advance", lambda self, action: change(advance(self, action)))
+    advance = fake_world.FakeEnv.advance
+    monkeypatch.setattr(fake_world.FakeEnv, "advance", lambda self, action: change(advance(self, action)))
     e = envs(num_envs=1, num_workers=0, chunk=2)
     e.reset()
     with pytest.raises(UserError, match=f"^environment 'fake' gave {what} at step 1 of an episode; "):

@@ -1,6 +1,7 @@
 """OpenVLA and OpenVLA-OFT: against the published code's outputs (where its tiny checkpoints are at hand) and,
 with small random checkpoints, against transformers' own towers and Llama, PIL, peft and scalar loops."""
 
+import contextlib
 import copy
 import http.server
 import json
@@ -1451,6 +1452,14 @@ def test_too_little_memory_is_said_before_loading(checkpoints, monkeypatch):
         with pytest.raises(UserError, match=sentence) as caught:
             openvla.check_memory(*check, **default | settings)
         assert "\n" not in str(caught.value)
+    # eight processes: each an eighth of the weights and of 81.7 GB that train; and whole weights beside it
+    monkeypatch.setattr(openvla.distributed, "ranks", lambda: (0, 8))
+    for free, fits in ((27, False), (28, True)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free * 1e9, 80e9))
+        sentence = "15.1 GB for its weights and 12.1 GB for an update, .* more processes, --lora-rank 32, "
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match=sentence):
+            openvla.check_memory("openvla", model, torch.device("cuda"), **default | full)
+    monkeypatch.undo()
 
     monkeypatch.setattr(openvla, "available_memory", lambda: 15e9)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("a download"))

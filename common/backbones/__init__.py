@@ -26,7 +26,9 @@ base's weights are in files of their own, which no checkpoint repeats beside ada
 emits its tokens in turn: forward conditions on `actions`, and generate(batch, draw, vision=None) samples
 them. One with an `action_head` that is not None has action_mean(action_hidden) -> (B, K*A), the trained
 continuous actions. One with files has save_merged(folder) and check_merge_target(folder). `lora_alpha`, where
-there is one, is new adapters' (else twice the rank). To copy: `mlp.py`, `tiny.py`.
+there is one, is new adapters' (else twice the rank). A large one has layers() -> list, the modules, each of
+which runs by its __call__, whose weights torchrun's processes gather one after another where they train all.
+To copy: `mlp.py`, `tiny.py`.
 """
 
 import contextlib
@@ -39,7 +41,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common import UserError, say
+from common import UserError, distributed, say
 from common.checkpoint import atomic_path, check_kinds, readable
 from common.flags import NonNegativeInt
 
@@ -201,6 +203,8 @@ def stored_weights(agent):
 
 def export(backbone, args, run):
     """At a run's end: the adapters in PEFT's format, and with --merge-and-save the merged weights."""
+    if getattr(args, "merge_and_save", None):
+        distributed.collect_weights(backbone)
     if run.rank:
         return
     if backbone.has_files and backbone.config.get("lora") and not args.evaluate:

@@ -39,7 +39,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from common import UserError
+from common import UserError, distributed
 from common.action_tokenizer import normalize, unnormalize
 from common.backbones import LoraArgs, intact
 from common.checkpoint import atomic_path
@@ -339,6 +339,10 @@ class OpenVLA(nn.Module):
 
     def vision_parameters(self):
         return list(self.vision_backbone.parameters())
+
+    def layers(self):
+        blocks = [block for tower in self.vision_backbone.values() for block in tower.blocks]
+        return [*blocks, *self.language_model.model.layers]
 
     def encode_prompt(self, instruction):
         text = f"In: What action should the robot take to {instruction.lower()}?\nOut:"
@@ -949,11 +953,21 @@ def check_memory(
     path, model, device, load_in_4bit, micro_batch_size, checkpointing, lora_rank, cameras, train_vision=None
 ):
     """UserError if `device` has too little free memory for the weights of `model`, which is on the meta
-    device, or, where micro_batch_size is not 0, for its update."""
+    device, or, where micro_batch_size is not 0, for its update.
+
+    Of torchrun's processes that train all weights each has its part of them and of what trains; while they
+    are loaded and in rollouts it has the whole weights beside that, in an update the activations.
+    """
+    processes = distributed.ranks()[1] if lora_rank == 0 else 1
     shapes, update = {name: tensor.shape for name, tensor in model.state_dict().items()}, 0
     weights = memory_needed(shapes, getattr(torch, model.config["dtype"]), load_in_4bit)
     if micro_batch_size:
-        update = sum(update_memory(model, micro_batch_size, checkpointing, lora_rank, cameras, train_vision))
+        trained, update = update_memory(
+            model, micro_batch_size, checkpointing, lora_rank, cameras, train_vision
+        )
+        if processes > 1:
+            trained, update = (weights + trained) / processes, max(0, update - weights)
+        update += trained
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     if weights + update <= free:
         return
@@ -961,6 +975,7 @@ def check_memory(
     hints = {
         "a smaller --micro-batch-size (bc_warmup.py: --batch-size)": training and micro_batch_size > 1,
         "--gradient-checkpointing": training and not checkpointing,
+        "more processes": training and processes > 1,
         "--lora-rank 32": training and lora_rank == 0,
         "--load-in-4bit": device.type == "cuda" and not load_in_4bit,
         "another device": True,

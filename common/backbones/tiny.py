@@ -123,6 +123,9 @@ class TinyVLA(nn.Module):
             self.query_bias,
         ]
 
+    def layers(self):
+        return list(self.language_model.layers)
+
     def preprocess(self, obs, instructions):
         """obs as in `common.envs` -> batch: image uint8 (B, cameras, H, W, 3), proprio, input_ids (B,
         L)."""
