@@ -27,17 +27,7 @@ from common.backbones import export, load_backbone, load_weights, stored_weights
 from common.datasets import chunk_targets, training_demonstrations, training_scenes
 from common.envs import make_envs
 from common.evaluation import collect, evaluate
-from common.flags import (
-    FIXED,
-    KEPT,
-    NonNegative,
-    NonNegativeInt,
-    Only,
-    Positive,
-    PositiveInt,
-    Share,
-    Unless,
-)
+from common.flags import FIXED, KEPT, NonNegative, NonNegativeInt, Only, Positive, PositiveInt, Share, Unless
 from common.optim import load_optimizer
 from common.run import VLAArgs, main
 

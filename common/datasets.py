@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import fcntl
 import http.client
+import io
 import json
 import os
 import re
@@ -203,7 +204,7 @@ def save_demonstrations(
     `load_demonstrations`, CheckpointError if the disk refuses.
     """
     count = 0
-    with _demonstrations_file(path) as data:
+    with _demonstrations_file(path) as (data, _):
         for count, episode in enumerate(episodes, start=1):
             where = f"{path}, demo_{count - 1}"
             image, proprio, actions = (np.asarray(episode[key]) for key in ("image", "proprio", "actions"))
@@ -220,17 +221,42 @@ def save_demonstrations(
             _append(demo, columns | {f"obs/{key}": value for key, value in cameras.items()})
 
 
+class _Disk(io.FileIO):
+    """A file that keeps its first `error` of writing to itself: HDF5 comes to no end with one."""
+
+    error = None
+
+    def write(self, data):
+        view = memoryview(data).cast("B")
+        try:
+            while len(view):  # a disk that is nearly full takes a part
+                view = view[super().write(view) :]
+        except OSError as error:
+            self.error = self.error or error
+
+    def truncate(self, size=None):
+        try:
+            super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+
+
 @contextlib.contextmanager
-def _demonstrations_file(path: str | os.PathLike) -> Iterator[h5py.Group]:
-    """The group that holds the demonstrations of a new file, which is there once the body has written them.
-    UserError for none."""
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
-        data = file.create_group("data")
-        yield data
-        if not len(data):
-            raise UserError(f"{path} would hold no demonstrations; record at least one.")
-        data.attrs["num_demos"] = len(data)
-        data.attrs["total"] = sum(demo.attrs["num_samples"] for demo in data.values())
+def _demonstrations_file(path: str | os.PathLike) -> Iterator[tuple[h5py.Group, _Disk]]:
+    """The group that holds the demonstrations of a new file, which is there once the body has written them,
+    and the file on the disk, whose `error` ends the body. UserError for no demonstrations."""
+    with atomic_path(path) as temporary, _Disk(temporary, "w+") as disk:
+        try:
+            with h5py.File(disk, "w") as file:
+                data = file.create_group("data")
+                yield data, disk
+                if not len(data):
+                    raise UserError(f"{path} would hold no demonstrations; record at least one.")
+                data.attrs["num_demos"] = len(data)
+                data.attrs["total"] = sum(demo.attrs["num_samples"] for demo in data.values())
+        finally:
+            if disk.error:
+                raise disk.error
 
 
 def _append(demo: h5py.Group, columns: dict[str, np.ndarray]) -> None:
@@ -249,13 +275,15 @@ def _append(demo: h5py.Group, columns: dict[str, np.ndarray]) -> None:
 class Recording:
     """Episodes while they are played: their steps go to the file in blocks, so that memory holds few of them.
 
-    data: the file's group. cameras: their names in it, in the order of `image`. parts: {name: width}, what
-    `proprio` consists of there; what follows in it (--action-history) is left out, `load_demonstrations`'s
-    caller makes it anew. to_file: pictures as the world shows them -> as files hold them, or None.
+    data, disk: `_demonstrations_file`'s. cameras: their names in it, in the order of `image`. parts: {name:
+    width}, what `proprio` consists of there; what follows in it (--action-history) is left out, since
+    `training_demonstrations` makes it anew. to_file: pictures as the world shows them -> as files hold them,
+    or None.
     """
 
-    def __init__(self, data, cameras, parts, to_file, envs):
-        self.data, self.cameras, self.parts, self.to_file, self.envs = data, cameras, parts, to_file, envs
+    def __init__(self, data, disk, cameras, parts, to_file, envs):
+        self.data, self.disk, self.envs = data, disk, envs
+        self.cameras, self.parts, self.to_file = cameras, parts, to_file
         self.steps, self.ended = {}, 0  # steps of running episodes that are not in the file yet; how many are
 
     def step(self, episode, rows, obs, actions, rewards, ended, info):
@@ -288,6 +316,8 @@ class Recording:
         columns |= {"actions": actions.clip(-1, 1), "rewards": rewards, "dones": dones.astype(np.uint8)}
         _append(self.data.require_group(f"demo_{number}"), columns)
         self.steps[number].clear()
+        if self.disk.error:
+            raise self.disk.error
 
     def drop(self, number):
         """Forget an episode that has not ended."""
@@ -309,10 +339,9 @@ def recording(path: str | os.PathLike, args, envs) -> Iterator[Recording]:
     width = envs.single_observation_space["proprio"].shape[0]
     own = width - args.action_history * envs.single_action_space.shape[0]
     parts = getattr(world, "DEMO_PROPRIO", {"proprio": own})
-    with _demonstrations_file(path) as data:
-        settings = json.dumps({"env_name": args.env, "env_kwargs": flags})
-        data.attrs["env_args"] = settings
-        record = Recording(data, demo_keys(args), parts, getattr(world, "to_file", None), envs)
+    with _demonstrations_file(path) as (data, disk):
+        data.attrs["env_args"] = json.dumps({"env_name": args.env, "env_kwargs": flags})
+        record = Recording(data, disk, demo_keys(args), parts, getattr(world, "to_file", None), envs)
         yield record
         for number in [*record.steps]:
             record.drop(number)
