@@ -291,7 +291,8 @@ class Agent(nn.Module):
 def imitation_tensors(demos, args, envs, backbone, device):
     """Demonstrations -> what a gradient step draws from: the observations' keys, and where they are known
     `pixels`; `targets` (S, K*A), bins or actions, of the next K actions, and `mask` (S, K*A), those that the
-    episode has and the world feels; with --advantage-weight `weights` (S,)."""
+    episode has and the world feels; with --advantage-weight `weights` (S,). S are the steps, of a policy's
+    rollouts those where it decided: what it did amid a chunk it chose without having seen the step."""
     has, wants = demos["image"].shape[1:], envs.single_observation_space["image"].shape
     if has != wants and "image_size" in backbone.config:  # it resizes nothing
         raise UserError(f"{args.demos} holds images {has}; this run's world has {wants}.")
@@ -314,6 +315,9 @@ def imitation_tensors(demos, args, envs, backbone, device):
         episodes = map(torch.as_tensor, (demos["success"], lengths, task))
         weights = advantage_weights(*episodes, args.advantage_weight, args.advantage_gamma)
         data["weights"] = weights.to(device)
+    if not demos["decided"].all():
+        kept = torch.as_tensor(np.flatnonzero(demos["decided"]))
+        data = {key: x[kept.to(x.device)] for key, x in data.items()}
     return data
 
 

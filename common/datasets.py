@@ -45,6 +45,7 @@ def load_demonstrations(
     Returns `image` uint8 (S, cameras, H, W, 3), `proprio` float32 (S, P), `actions` float32 (S, A) in [-1,
     1], A being action_dim, `task` int64 (S,) into `instructions` (list of str), and `episode_starts` int64
     (E,), `success` bool (E,), the demonstration's attribute (published files have none and successes alone),
+    `decided` bool (S,), where a recorded policy chose its next chunk (all of demonstrations that do not say),
     and `left_out`, how many steps are not among S.
     only_success: those that succeeded alone. kept_steps: actions (T, A) -> bool (T,), the steps to read; a
     demonstration without any is left out.
@@ -127,11 +128,15 @@ def _load_episode(demo: h5py.Group, where: str, image_keys: tuple[str, ...], act
     parts = {key: _array(demo, f"obs/{key}", where)[()] for key in proprio_keys}
     cameras = {key: _array(demo, f"obs/{key}", where)[()] for key in camera_keys}
     _check_episode(actions, parts, cameras, where, action_dim)
+    decided = _array(demo, "decided", where)[()] if "decided" in demo else np.ones(len(actions))
+    if decided.shape != (len(actions),):
+        raise UserError(f"{where} has decided of shape {decided.shape}; it needs ({len(actions)},).")
     parts = [_axis_angle(value) if key.endswith("_quat") else value for key, value in parts.items()]
     return {
         "image": np.stack(list(cameras.values()), axis=1),  # (T, cameras, H, W, 3)
         "proprio": np.concatenate(parts, axis=1).astype(np.float32),
         "actions": actions.astype(np.float32),
+        "decided": decided.astype(bool),
     }
 
 
@@ -286,16 +291,18 @@ class Recording:
         self.cameras, self.parts, self.to_file = cameras, parts, to_file
         self.steps, self.ended = {}, 0  # steps of running episodes that are not in the file yet; how many are
 
-    def step(self, episode, rows, obs, actions, rewards, ended, info):
+    def step(self, episode, rows, obs, actions, rewards, ended, info, decided):
         """One step of `Envs` with chunks of one: actions (N, 1, A) in `obs`. episode (N,): what their numbers
-        in the file are; rows: bool (N,), the environments that moved."""
+        in the file are; rows: bool (N,), the environments that moved; decided: bool (N,), where the action is
+        a chunk's first."""
         for i in np.flatnonzero(rows):
             number = int(episode[i])
             if info["lost"][i]:  # its worker died, and it is played once more
                 self.drop(number)
                 continue
             steps = self.steps.setdefault(number, [])
-            steps.append((obs["image"][i], obs["proprio"][i], actions[i, 0], rewards[i], ended[i]))
+            seen = obs["image"][i], obs["proprio"][i]
+            steps.append((*seen, actions[i, 0], rewards[i], ended[i], decided[i]))
             if len(steps) == BLOCK_STEPS or ended[i]:
                 self._write(number)
             if ended[i]:
@@ -308,12 +315,14 @@ class Recording:
                     demo.attrs["success"] = bool(info["success"][i])
 
     def _write(self, number):
-        image, proprio, actions, rewards, dones = map(np.stack, zip(*self.steps[number], strict=True))
+        columns = map(np.stack, zip(*self.steps[number], strict=True))
+        image, proprio, actions, rewards, dones, decided = columns
         image = self.to_file(image) if self.to_file else image
         parts = np.split(proprio[:, : sum(self.parts.values())], np.cumsum([*self.parts.values()])[:-1], 1)
         columns = {f"obs/{name}": image[:, k] for k, name in enumerate(self.cameras)}
         columns |= {f"obs/{name}": part for name, part in zip(self.parts, parts, strict=True)}
         columns |= {"actions": actions.clip(-1, 1), "rewards": rewards, "dones": dones.astype(np.uint8)}
+        columns |= {"decided": decided.astype(np.uint8)}
         _append(self.data.require_group(f"demo_{number}"), columns)
         self.steps[number].clear()
         if self.disk.error:
@@ -408,6 +417,7 @@ def training_demonstrations(args, envs) -> dict:
             f"--env {args.env} needs --demos, HDF5 files or a folder of them: it has no expert of its own."
         )
     demos.setdefault("success", np.ones(len(demos["episode_starts"]), bool))
+    demos.setdefault("decided", np.ones(len(demos["task"]), bool))
     demos.setdefault("executed", demos["actions"])
     if args.action_history:  # the last n executed actions, oldest first, zeros before the episode's first
         n, starts = args.action_history, demos["episode_starts"]
@@ -454,7 +464,7 @@ def training_scenes(args, envs, device) -> dict[str, torch.Tensor] | None:
 def _concatenate(parts: list[dict]) -> dict:
     """What `load_demonstrations` returns, of several files, as of one."""
     instructions = list(dict.fromkeys(text for part in parts for text in part["instructions"]))
-    keys = ("image", "proprio", "actions", "success")
+    keys = ("image", "proprio", "actions", "success", "decided")
     whole = {key: np.concatenate([part[key] for part in parts]) for key in keys}
     tasks = [np.array([instructions.index(t) for t in p["instructions"]])[p["task"]] for p in parts]
     offsets = np.cumsum([0] + [len(part["task"]) for part in parts])

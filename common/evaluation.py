@@ -84,7 +84,7 @@ def run_episodes(agent, envs, seeds, generator=None, video_folder=None, record=N
     """One episode from each of the `seeds` -> rows (success, return, length, task) in their order.
 
     Nothing is computed for finished environments, and neither the training's generators nor its environments
-    move. The first `VIDEOS` episodes go to video_folder; all steps, of chunks of one, to `record`, a
+    move. The first `VIDEOS` episodes go to video_folder; all steps of an `OpenLoop` to `record`, a
     `common.datasets.Recording`. stop(): end before the next step; an unfinished episode's row is None.
     """
     training = agent.training
@@ -109,10 +109,11 @@ def run_episodes(agent, envs, seeds, generator=None, video_folder=None, record=N
         filmed = np.isin(episode, list(frames)) & running
         tasks, before = obs.get("task", np.zeros(size, int)), obs
         obs, rewards, terminated, truncated, info = envs.step(actions, mask=running, record=filmed)
-        returns, steps = info["episode_return"].copy(), info["episode_length"].copy()
         ended = terminated | truncated
         if record:
-            record.step(episode, running, before, actions, rewards, ended, info)
+            decided = steps % agent.chunk == 0
+            record.step(episode, running, before, actions, rewards, ended, info, decided)
+        returns, steps = info["episode_return"].copy(), info["episode_length"].copy()
         for i in np.flatnonzero(filmed):
             value = None if values is None else values[rows == i].item()
             captions = caption(info, i, envs, tasks[i], ended[i], value)

@@ -144,6 +144,7 @@ def check(path, numbers):
             wanted = {"obs/agentview_rgb": image[:, 0], "obs/eye_in_hand_rgb": image[:, 1]}
             wanted |= {"obs/proprio": proprio, "actions": actions, "dones": ends.astype(np.uint8)}
             wanted |= {"rewards": rewards.astype(np.float32)}
+            wanted |= {"decided": (np.arange(LENGTHS[i]) % 3 == 0).astype(np.uint8)}
             names = []
             demo.visititems(lambda name, x, names=names: names.append(name) if hasattr(x, "dtype") else None)
             assert set(names) == set(wanted)
@@ -156,6 +157,7 @@ def check(path, numbers):
     for key, column in (("image", 0), ("proprio", 1), ("actions", 2)):
         assert np.array_equal(read[key], np.concatenate([x[column] for x in episodes]))
     assert read["success"].tolist() == [i % 2 == 0 for i in sorted(numbers)]
+    assert read["decided"].tolist() == [t % 3 == 0 for i in sorted(numbers) for t in range(LENGTHS[i])]
 
 
 @pytest.mark.parametrize("size", [1, 4, 6])
@@ -260,7 +262,8 @@ def test_liberos_names_and_its_pictures_upside_down(tmp_path):
         for t in range(3):
             obs = {"image": image[t : t + 1], "proprio": proprio[t : t + 1].astype(np.float32), "task": [0]}
             info = {"lost": [False], "success": [True]}
-            record.step([0], np.ones(1, bool), obs, actions[t], np.zeros(1, np.float32), np.r_[t == 2], info)
+            rest = np.zeros(1, np.float32), np.r_[t == 2], info, np.ones(1, bool)
+            record.step([0], np.ones(1, bool), obs, actions[t], *rest)
     with h5py.File(tmp_path / "r.hdf5") as file:
         obs = file["data/demo_0/obs"]
         for name, a, b in (("ee_pos", 0, 3), ("ee_ori", 3, 6), ("gripper_states", 6, 8)):
@@ -430,6 +433,24 @@ def test_a_loss_is_weighed_by_its_decision(head):
     torch.testing.assert_close(found, wanted)
 
 
+def test_of_rollouts_the_decisions_are_imitated():
+    """Amid a chunk an action was chosen without the step being seen: it is a target, but no example."""
+    rng, spaces = np.random.default_rng(3), {"image": gymnasium.spaces.Box(0, 255, (1, 4, 4, 3), np.uint8)}
+    envs = SimpleNamespace(single_observation_space=spaces, active_dims=np.ones(2, bool))
+    demos = dict(image=rng.integers(0, 256, (9, 1, 4, 4, 3), np.uint8), actions=rng.uniform(-1, 1, (9, 2)))
+    demos |= dict(proprio=np.arange(9.0)[:, None], task=np.zeros(9, int), episode_starts=np.array([0, 5]))
+    demos |= dict(success=np.array([True, False]), decided=np.r_[1, 0, 0, 1, 0, 1, 0, 0, 1] > 0)
+    args = SimpleNamespace(chunk=3, demos="x", head="gaussian", advantage_weight=0.5, advantage_gamma=0.9)
+    backbone = SimpleNamespace(config={}, from_env=lambda actions: actions)
+    few = bc_warmup.imitation_tensors(demos, args, envs, backbone, "cpu")
+    every = bc_warmup.imitation_tensors(demos | {"decided": np.ones(9, bool)}, args, envs, backbone, "cpu")
+    assert few["proprio"][:, 0].tolist() == [0, 3, 5, 8] and len(every["proprio"]) == 9
+    assert few.keys() == every.keys() and {"image", "targets", "mask", "weights"} <= few.keys()
+    for key, x in every.items():
+        assert torch.equal(few[key], x[[0, 3, 5, 8]]), key
+    assert few["targets"][0].tolist() == pytest.approx(demos["actions"][:3].ravel().tolist())
+
+
 # --- the command lines
 
 
@@ -494,7 +515,7 @@ def test_a_greedy_rollout_is_what_the_chunks_of_an_evaluation_do(tmp_path, warmu
         return make_envs(SimpleNamespace(**vars(args) | {"chunk": 5}), split, *rest)
 
     monkeypatch.setattr(evaluation, "make_envs", in_chunks)
-    monkeypatch.setattr(evaluation, "OpenLoop", lambda agent, chunk: agent)
+    monkeypatch.setattr(evaluation, "OpenLoop", lambda agent, k: setattr(agent, "chunk", k) or agent)
     idle = SimpleNamespace(ended=5, step=lambda *_: None)
     monkeypatch.setattr(evaluation, "recording", lambda *_: contextlib.nullcontext(idle))
     base = f"{EVAL} --checkpoint {warmup} --output-dir {tmp_path} --collect 5 --deterministic"
