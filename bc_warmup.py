@@ -26,8 +26,8 @@ from common.action_tokenizer import ActionTokenizer
 from common.backbones import export, load_backbone, load_weights, stored_weights
 from common.datasets import chunk_targets, training_demonstrations, training_scenes
 from common.envs import make_envs
-from common.evaluation import evaluate
-from common.flags import FIXED, KEPT, NonNegative, NonNegativeInt, Only, Positive, PositiveInt, Unless
+from common.evaluation import collect, evaluate
+from common.flags import FIXED, KEPT, NonNegative, NonNegativeInt, Only, Positive, PositiveInt, Share, Unless
 from common.optim import load_optimizer
 from common.run import VLAArgs, main
 
@@ -39,6 +39,14 @@ class Args(VLAArgs):
     task); default: the world's scripted expert makes them"""
     num_demos: PositiveInt = 600
     """demonstrations: scripted ones to make, or the first of each file of --demos"""
+    demos_filter: Literal["all", "success"] = "all"
+    """those of --demos that are imitated: all, or the successful ones, as of recorded rollouts; published
+    files, which do not say, hold these alone"""
+    advantage_weight: NonNegative = 0.0
+    """beta: a step's loss is weighed by exp(A / beta), A the advantage that its episode of --demos had from
+    there on; 0 for equal weights"""
+    advantage_gamma: Annotated[Share, Unless("advantage_weight", 0.0)] = 0.98
+    """discount per environment step of the success to come, in the advantage"""
     demo_noise: Annotated[NonNegative, Unless("demos")] = 0.3
     """standard deviation of the noise on the scripted expert's executed actions; its labels stay clean"""
     head: Annotated[Literal["tokens", "gaussian"], FIXED] = "tokens"
@@ -72,6 +80,12 @@ class Args(VLAArgs):
     save_freq: PositiveInt = 200
     """gradient steps between checkpoints"""
 
+    def check(self):
+        if not self.demos and (self.demos_filter != "all" or self.advantage_weight):
+            raise UserError(
+                "--demos-filter and --advantage-weight need --demos, a file that says who succeeded."
+            )
+
 
 PRESETS = {  # what differs from the defaults, which are tabletop's; flags on the command line win
     "libero": dict(
@@ -80,6 +94,7 @@ PRESETS = {  # what differs from the defaults, which are tabletop's; flags on th
     ),
     "openvla": dict(lora_modules=("language_model", "projector", "vision")),
 }  # fmt: skip
+MAX_WEIGHT = 20.0  # of a step with a large advantage (AWR's)
 
 
 # --- the mathematics: pure functions on tensors
@@ -113,6 +128,24 @@ def grounding_loss(attention, pixels):
     weights = torch.stack([(1 - x) * (1 - y), x * (1 - y), (1 - x) * y, x * y], -1)
     loss = -(weights * attention[:, :, :2].log_softmax(-1).gather(-1, corners)).sum(-1)
     return (loss * there).sum() / there.sum().clamp(min=1)
+
+
+def advantage_weights(success, lengths, task, beta, gamma):
+    """What each step counts in cloning, by its advantage, as in AWR (Peng et al. 2019) and simpler than RECAP
+    (pi*0.6, 2025), which conditions on it: exp(A / beta), at most MAX_WEIGHT, divided by the mean of all.
+
+    A = G - V: G = gamma^(steps after this one) * success, the discounted success to come, and V, in place of
+    a learned value, its mean over the episodes with the same instruction that are as long in progress.
+    success bool (E,), lengths int64 (E,) in steps, task int64 (E,) -> float32 (S,), S the sum of lengths.
+    Where nothing is to be compared, as among demonstrations that all succeed (gamma 1), all weights are 1.
+    """
+    episode = torch.arange(len(lengths)).repeat_interleave(lengths)
+    step = torch.arange(len(episode)) - (lengths.cumsum(0) - lengths)[episode]
+    to_come = gamma ** (lengths[episode] - 1 - step).double() * success[episode]
+    peers = task[episode] * lengths.max() + step
+    value = torch.bincount(peers, to_come) / torch.bincount(peers).clamp(min=1)
+    weights = ((to_come - value[peers]) / beta).exp().clamp(max=MAX_WEIGHT)
+    return (weights / weights.mean()).float()
 
 
 def learning_rate_at(step, args):
@@ -237,15 +270,19 @@ class Agent(nn.Module):
         actions, _, value = self.get_action_and_value(batch, None, self.deterministic, turn["generator"])
         return self.backbone.to_env(self.head.to_env(actions)), value
 
-    def imitation_loss(self, batch, vision, targets, mask, sigma):
-        """targets: bins (tokens) or actions (gaussian), and mask, both (B, K*A) -> scalar, the mean over the
-        mask"""
+    def imitation_loss(self, batch, vision, targets, mask, sigma, weights=None):
+        """targets: bins (tokens) or actions (gaussian), and mask, both (B, K*A), weights (B,) or None for
+        ones -> scalar, the mean over the mask"""
         tokens = isinstance(self.head, TokenHead)
         action_hidden = self.backbone(batch, vision, targets if tokens else None)[0]
         if tokens:  # logits of the valid ones only
             logits = self.backbone.action_logits(action_hidden[mask]).float()
-            return soft_cross_entropy(logits, targets[mask], sigma).mean()
-        return (self.head(self.backbone, action_hidden).mean - targets).abs()[mask].mean()
+            losses = soft_cross_entropy(logits, targets[mask], sigma)
+        else:
+            losses = (self.head(self.backbone, action_hidden).mean - targets).abs()[mask]
+        if weights is not None:
+            losses = losses * weights[:, None].expand_as(mask)[mask]
+        return losses.mean()
 
 
 # --- training
@@ -254,7 +291,8 @@ class Agent(nn.Module):
 def imitation_tensors(demos, args, envs, backbone, device):
     """Demonstrations -> what a gradient step draws from: the observations' keys, and where they are known
     `pixels`; `targets` (S, K*A), bins or actions, of the next K actions, and `mask` (S, K*A), those that the
-    episode has and the world feels."""
+    episode has and the world feels; with --advantage-weight `weights` (S,). S are the steps, of a policy's
+    rollouts those where it decided: what it did amid a chunk it chose without having seen the step."""
     has, wants = demos["image"].shape[1:], envs.single_observation_space["image"].shape
     if has != wants and "image_size" in backbone.config:  # it resizes nothing
         raise UserError(f"{args.demos} holds images {has}; this run's world has {wants}.")
@@ -271,6 +309,15 @@ def imitation_tensors(demos, args, envs, backbone, device):
     data["mask"] = torch.as_tensor(mask[..., None] & envs.active_dims, device=device).flatten(1)
     if args.head == "tokens":
         data["targets"] = ActionTokenizer().encode_bins(data["targets"])
+    if args.advantage_weight:
+        starts = demos["episode_starts"]
+        lengths, task = np.diff(np.append(starts, len(demos["task"]))), demos["task"][starts]
+        episodes = map(torch.as_tensor, (demos["success"], lengths, task))
+        weights = advantage_weights(*episodes, args.advantage_weight, args.advantage_gamma)
+        data["weights"] = weights.to(device)
+    if not demos["decided"].all():
+        kept = torch.as_tensor(np.flatnonzero(demos["decided"]))
+        data = {key: x[kept.to(x.device)] for key, x in data.items()}
     return data
 
 
@@ -282,10 +329,13 @@ def train(args, run):
     backbone = load_backbone(args, eval_envs, run, args.batch_size)
     agent = Agent(backbone, args)
     load_weights(agent, args, run)
-    if args.evaluate:
+    if args.collect or args.evaluate:
         run.open()
+    if args.collect:
+        return collect(agent, eval_envs, args, run)
+    if args.evaluate:
         run.evaluated(evaluate(agent, eval_envs, args, run, videos=True))
-        return export(backbone, args, run)
+        return export(agent, eval_envs, args, run)
 
     data = imitation_tensors(training_demonstrations(args, eval_envs), args, eval_envs, backbone, device)
     scenes, learns_to_see = None, any(p.requires_grad for p in backbone.vision_parameters())
@@ -329,8 +379,9 @@ def train(args, run):
         losses, loss = {}, 0.0
         if not grounding:
             targets, mask = data["targets"][index], data["mask"][index]
+            weights = data["weights"][index] if "weights" in data else None
             loss = losses["loss/policy"] = agent.imitation_loss(
-                batch, vision, targets, mask, args.label_sigma
+                batch, vision, targets, mask, args.label_sigma, weights
             )
         if attention is not None and "pixels" in source:
             losses["loss/grounding"] = grounding_loss(attention, source["pixels"][index])
@@ -362,7 +413,7 @@ def train(args, run):
     evaluate_now(videos=True)
     save("checkpoint.pt")
     run.finish(0, step - first)
-    export(backbone, args, run)
+    export(agent, eval_envs, args, run)
 
 
 if __name__ == "__main__":

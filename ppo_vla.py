@@ -28,7 +28,7 @@ from common.action_tokenizer import ActionTokenizer
 from common.backbones import export, load_backbone, load_weights, stored_weights
 from common.checkpoint import map_tensors
 from common.envs import make_envs
-from common.evaluation import evaluate, finished_episodes, rollout_metrics
+from common.evaluation import collect, evaluate, finished_episodes, rollout_metrics
 from common.flags import (
     FIXED,
     KEPT,
@@ -484,9 +484,11 @@ def train(args, run):
     agent = Agent(backbone, args, eval_envs)
     load_weights(agent, args, run, new=("value_head",), train_vision=args.train_vision)
     run.open()
+    if args.collect:
+        return collect(agent, eval_envs, args, run)
     if args.evaluate:
         run.evaluated(evaluate(agent, eval_envs, args, run, videos=True))
-        return export(backbone, args, run)
+        return export(agent, eval_envs, args, run)
 
     envs, device = run.closing(make_envs(args, "train", args.num_envs, autoreset=True)), run.device
     distributed.shard(agent)
@@ -677,7 +679,7 @@ def train(args, run):
     evaluate_now(videos=True)
     save("checkpoint.pt")
     run.finish(step, gradient_steps)
-    export(backbone, args, run)
+    export(agent, eval_envs, args, run)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@ import contextlib
 import difflib
 import fcntl
 import http.client
+import io
 import json
 import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -32,16 +33,22 @@ PROPRIO_KEYS = (  # the first set that a demonstration has; ours, LIBERO's, Robo
     ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos"),
 )
 
+BLOCK_STEPS = 16  # of a recorded episode, that are packed and written together
+
 
 def load_demonstrations(
     path: str | os.PathLike, max_demos: int | None = None, image_keys: tuple[str, ...] = IMAGE_KEYS,
-    action_dim: int = 7,
+    action_dim: int = 7, only_success: bool = False, kept_steps: Callable | None = None,
 ) -> dict:  # fmt: skip
     """Read the first `max_demos` demonstrations by number as flat arrays of S steps in E episodes.
 
     Returns `image` uint8 (S, cameras, H, W, 3), `proprio` float32 (S, P), `actions` float32 (S, A) in [-1,
     1], A being action_dim, `task` int64 (S,) into `instructions` (list of str), and `episode_starts` int64
-    (E,).
+    (E,), `success` bool (E,), the demonstration's attribute (published files have none and successes alone),
+    `decided` bool (S,), where a recorded policy chose its next chunk (all of demonstrations that do not say),
+    and `left_out`, how many steps are not among S.
+    only_success: those that succeeded alone. kept_steps: actions (T, A) -> bool (T,), the steps to read; a
+    demonstration without any is left out.
     `proprio` is the file's own, or position (m), axis-angle (rad) and the two fingers (m), P = 8.
     The instruction is the demonstration's, LIBERO's name of the task, the file's, or RoboMimic's environment
     name, in words. Images are as stored: LIBERO's published files hold them upside down, RoboMimic's upright.
@@ -54,28 +61,38 @@ def load_demonstrations(
         raise UserError(f"max_demos is {max_demos}, it must be at least 1.")
     try:
         with h5py.File(path, "r") as file:
-            return _load(file, path, max_demos, image_keys, action_dim)
+            return _load(file, path, max_demos, image_keys, action_dim, only_success, kept_steps)
     except (OSError, RuntimeError, KeyError) as error:  # what h5py raises for bytes that are no HDF5
         raise UserError(f"{path} is truncated or not HDF5 ({error}); download or record it again.") from error
 
 
-def _load(file: h5py.File, path: Path, max_demos: int | None, image_keys: tuple, action_dim: int) -> dict:
+def _load(
+    file: h5py.File, path: Path, max_demos: int | None, image_keys: tuple, action_dim: int,
+    only_success: bool, kept_steps: Callable | None,
+) -> dict:  # fmt: skip
     data = file.get("data")
     if not isinstance(data, h5py.Group):
         raise UserError(f"{path} has no group 'data'; it is not in the RoboMimic/LIBERO layout.")
-    numbers = sorted(int(name[5:]) for name in data if re.fullmatch(r"demo_\d+", name))[:max_demos]
-    demos = {number: data[f"demo_{number}"] for number in numbers}
-    if not demos:
+    numbers = sorted(int(name[5:]) for name in data if re.fullmatch(r"demo_\d+", name))
+    if not numbers:
         raise UserError(f"{path} has no demonstrations, its group 'data' holds no 'demo_0'.")
-    lengths = [len(_array(demo, "actions", f"{path}, demo_{i}")) for i, demo in demos.items()]
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    arrays, instructions, tasks = {}, [], []
-    for (number, demo), start, end in zip(demos.items(), starts[:-1], starts[1:], strict=True):
+    success = {i: bool(data[f"demo_{i}"].attrs.get("success", True)) for i in numbers}
+    demos = {i: data[f"demo_{i}"] for i in numbers if success[i] or not only_success}
+    demos = dict([*demos.items()][:max_demos])
+    room = sum(len(_array(demo, "actions", f"{path}, demo_{i}")) for i, demo in demos.items())
+    arrays, instructions, tasks, edges, succeeded = {}, [], [], [0], []
+    for number, demo in demos.items():
         where = f"{path}, demo_{number}"
         episode = _load_episode(demo, where, image_keys, action_dim)
+        if kept_steps:
+            kept = kept_steps(episode["actions"])
+            episode = {key: value[kept] for key, value in episode.items()}
+        start, end = edges[-1], edges[-1] + len(episode["actions"])
+        if start == end:
+            continue
         for key, value in episode.items():
             if key not in arrays:  # one allocation for the file: images are too large to hold twice
-                arrays[key] = np.empty((starts[-1], *value.shape[1:]), value.dtype)
+                arrays[key] = np.empty((room, *value.shape[1:]), value.dtype)
             if arrays[key].shape[1:] != value.shape[1:]:
                 raise UserError(
                     f"{where} has {key} of shape {value.shape[1:]}, those before {arrays[key].shape[1:]}."
@@ -84,8 +101,17 @@ def _load(file: h5py.File, path: Path, max_demos: int | None, image_keys: tuple,
         instruction = _instruction(demo, data, where)
         instructions += [] if instruction in instructions else [instruction]
         tasks.append(instructions.index(instruction))
-    task = np.repeat(np.array(tasks, np.int64), lengths)
-    return {**arrays, "task": task, "episode_starts": starts[:-1], "instructions": instructions}
+        edges.append(end)
+        succeeded.append(success[number])
+    if not tasks:
+        what = "step worth imitating" if demos else "successful demonstration"
+        raise UserError(f"{path} has no {what}; give another file, or --demos-filter all.")
+    arrays = {key: value[: edges[-1]] for key, value in arrays.items()}
+    return arrays | {
+        "task": np.repeat(np.array(tasks, np.int64), np.diff(edges)), "instructions": instructions,
+        "episode_starts": np.array(edges[:-1], np.int64), "success": np.array(succeeded),
+        "left_out": room - edges[-1],
+    }  # fmt: skip
 
 
 def _array(group: h5py.Group, key: str, where: str) -> h5py.Dataset:
@@ -102,11 +128,15 @@ def _load_episode(demo: h5py.Group, where: str, image_keys: tuple[str, ...], act
     parts = {key: _array(demo, f"obs/{key}", where)[()] for key in proprio_keys}
     cameras = {key: _array(demo, f"obs/{key}", where)[()] for key in camera_keys}
     _check_episode(actions, parts, cameras, where, action_dim)
+    decided = _array(demo, "decided", where)[()] if "decided" in demo else np.ones(len(actions))
+    if decided.shape != (len(actions),):
+        raise UserError(f"{where} has decided of shape {decided.shape}; it needs ({len(actions)},).")
     parts = [_axis_angle(value) if key.endswith("_quat") else value for key, value in parts.items()]
     return {
         "image": np.stack(list(cameras.values()), axis=1),  # (T, cameras, H, W, 3)
         "proprio": np.concatenate(parts, axis=1).astype(np.float32),
         "actions": actions.astype(np.float32),
+        "decided": decided.astype(bool),
     }
 
 
@@ -179,8 +209,7 @@ def save_demonstrations(
     `load_demonstrations`, CheckpointError if the disk refuses.
     """
     count = 0
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
-        data = file.create_group("data")
+    with _demonstrations_file(path) as (data, _):
         for count, episode in enumerate(episodes, start=1):
             where = f"{path}, demo_{count - 1}"
             image, proprio, actions = (np.asarray(episode[key]) for key in ("image", "proprio", "actions"))
@@ -193,13 +222,146 @@ def save_demonstrations(
             demo = data.create_group(f"demo_{count - 1}")
             demo.attrs["num_samples"] = len(actions)
             demo.attrs["language_instruction"] = episode["instruction"]
-            demo["actions"] = actions.astype(np.float32)
-            demo["obs/proprio"] = proprio.astype(np.float32)
-            for key, value in cameras.items():
-                demo[f"obs/{key}"] = value
-        data.attrs["total"] = sum(demo.attrs["num_samples"] for demo in data.values())
-        if count == 0:
-            raise UserError(f"{path} would hold no demonstrations; record at least one.")
+            columns = {"actions": actions.astype(np.float32), "obs/proprio": proprio.astype(np.float32)}
+            _append(demo, columns | {f"obs/{key}": value for key, value in cameras.items()})
+
+
+class _Disk(io.FileIO):
+    """A file that keeps its first `error` of writing to itself: HDF5 comes to no end with one."""
+
+    error = None
+
+    def write(self, data):
+        view = memoryview(data).cast("B")
+        try:
+            while len(view):  # a disk that is nearly full takes a part
+                view = view[super().write(view) :]
+        except OSError as error:
+            self.error = self.error or error
+
+    def truncate(self, size=None):
+        try:
+            super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+
+
+@contextlib.contextmanager
+def _demonstrations_file(path: str | os.PathLike) -> Iterator[tuple[h5py.Group, _Disk]]:
+    """The group that holds the demonstrations of a new file, which is there once the body has written them,
+    and the file on the disk, whose `error` ends the body. UserError for no demonstrations."""
+    with atomic_path(path) as temporary, _Disk(temporary, "w+") as disk:
+        try:
+            with h5py.File(disk, "w") as file:
+                data = file.create_group("data")
+                yield data, disk
+                if not len(data):
+                    raise UserError(f"{path} would hold no demonstrations; record at least one.")
+                data.attrs["num_demos"] = len(data)
+                data.attrs["total"] = sum(demo.attrs["num_samples"] for demo in data.values())
+        finally:
+            if disk.error:
+                raise disk.error
+
+
+def _append(demo: h5py.Group, columns: dict[str, np.ndarray]) -> None:
+    """More rows of a demonstration, columns {name: (n, ...)}; pictures are packed without loss."""
+    for name, rows in columns.items():
+        if name not in demo:
+            shape, packed = rows.shape[1:], {"compression": "gzip", "compression_opts": 1}
+            demo.create_dataset(
+                name, (0, *shape), rows.dtype, maxshape=(None, *shape), chunks=(BLOCK_STEPS, *shape),
+                **packed if rows.ndim == 4 else {},
+            )  # fmt: skip
+        demo[name].resize(len(demo[name]) + len(rows), 0)
+        demo[name][-len(rows) :] = rows
+
+
+class Recording:
+    """Episodes while they are played: their steps go to the file in blocks, so that memory holds few of them.
+
+    data, disk: `_demonstrations_file`'s. cameras: their names in it, in the order of `image`. parts: {name:
+    width}, what `proprio` consists of there; what follows in it (--action-history) is left out, since
+    `training_demonstrations` makes it anew. to_file: pictures as the world shows them -> as files hold them,
+    or None.
+    """
+
+    def __init__(self, data, disk, cameras, parts, to_file, envs):
+        self.data, self.disk, self.envs = data, disk, envs
+        self.cameras, self.parts, self.to_file = cameras, parts, to_file
+        self.steps, self.ended = {}, 0  # steps of running episodes that are not in the file yet; how many are
+
+    def step(self, episode, rows, obs, actions, rewards, ended, info, decided):
+        """One step of `Envs` with chunks of one: actions (N, 1, A) in `obs`. episode (N,): what their numbers
+        in the file are; rows: bool (N,), the environments that moved; decided: bool (N,), where the action is
+        a chunk's first."""
+        for i in np.flatnonzero(rows):
+            number = int(episode[i])
+            if info["lost"][i]:  # its worker died, and it is played once more
+                self.drop(number)
+                continue
+            steps = self.steps.setdefault(number, [])
+            seen = obs["image"][i], obs["proprio"][i]
+            steps.append((*seen, actions[i, 0], rewards[i], ended[i], decided[i]))
+            if len(steps) == BLOCK_STEPS or ended[i]:
+                self._write(number)
+            if ended[i]:
+                del self.steps[number]
+                self.ended += 1
+                demo, task = self.data[f"demo_{number}"], obs["task"][i]
+                demo.attrs["num_samples"] = len(demo["actions"])
+                demo.attrs["language_instruction"] = self.envs.instructions[task]
+                if self.envs.has_success:
+                    demo.attrs["success"] = bool(info["success"][i])
+
+    def _write(self, number):
+        columns = map(np.stack, zip(*self.steps[number], strict=True))
+        image, proprio, actions, rewards, dones, decided = columns
+        image = self.to_file(image) if self.to_file else image
+        parts = np.split(proprio[:, : sum(self.parts.values())], np.cumsum([*self.parts.values()])[:-1], 1)
+        columns = {f"obs/{name}": image[:, k] for k, name in enumerate(self.cameras)}
+        columns |= {f"obs/{name}": part for name, part in zip(self.parts, parts, strict=True)}
+        columns |= {"actions": actions.clip(-1, 1), "rewards": rewards, "dones": dones.astype(np.uint8)}
+        columns |= {"decided": decided.astype(np.uint8)}
+        _append(self.data.require_group(f"demo_{number}"), columns)
+        self.steps[number].clear()
+        if self.disk.error:
+            raise self.disk.error
+
+    def drop(self, number):
+        """Forget an episode that has not ended."""
+        self.steps.pop(number, None)
+        if f"demo_{number}" in self.data:
+            del self.data[f"demo_{number}"]
+
+
+@contextlib.contextmanager
+def recording(path: str | os.PathLike, args, envs) -> Iterator[Recording]:
+    """-> a `Recording` of `envs`' episodes into the file `path`, in LIBERO's layout, under the names that the
+    world of `args` gives its cameras and the parts of its proprioception. The file is there once the body has
+    ended, with the episodes that have. UserError for a world that cannot be recorded, or a folder."""
+    if "image" not in envs.single_observation_space.spaces:
+        raise UserError(f"{args.env} has no pictures to record; give another --env.")
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder; give --save-dataset a file.")
+    world, flags = world_module(args.env), world_flags(args)
+    width = envs.single_observation_space["proprio"].shape[0]
+    own = width - args.action_history * envs.single_action_space.shape[0]
+    parts = getattr(world, "DEMO_PROPRIO", {"proprio": own})
+    with _demonstrations_file(path) as (data, disk):
+        data.attrs["env_args"] = json.dumps({"env_name": args.env, "env_kwargs": flags})
+        record = Recording(data, disk, demo_keys(args), parts, getattr(world, "to_file", None), envs)
+        yield record
+        for number in [*record.steps]:
+            record.drop(number)
+
+
+def demo_keys(args) -> tuple[str, ...]:
+    """The names that files give to the cameras of a run. UserError if the world names none."""
+    keys = getattr(world_module(args.env), "DEMO_KEYS", None)
+    if keys is None:
+        raise UserError(f"The world {args.env} names no DEMO_KEYS, its cameras' names in files.")
+    return tuple(keys[camera] for camera in getattr(args, "cameras", keys))
 
 
 def chunk_targets(
@@ -222,9 +384,9 @@ def chunk_targets(
 def training_demonstrations(args, envs) -> dict:
     """The demonstrations of a run: --demos' files, or else the scripted expert's of the world.
 
-    As `load_demonstrations`, with `task` into `envs.instructions`, pictures as the world shows them, and
-    --action-history in `proprio`; from an expert also `pixels` (S, cameras, 2, 2). UserError where they do
-    not fit the world.
+    As `load_demonstrations`, by --demos-filter, with `task` into `envs.instructions`, pictures as the world
+    shows them, and --action-history in `proprio`; from an expert also `pixels` (S, cameras, 2, 2). UserError
+    where they do not fit the world.
     """
     world, flags = world_module(args.env), world_flags(args)
     if args.demos:
@@ -232,11 +394,12 @@ def training_demonstrations(args, envs) -> dict:
         files = sorted(Path(args.demos).glob("*.hdf5")) if Path(args.demos).is_dir() else [args.demos]
         if not files:
             raise UserError(f"The folder {args.demos} holds no .hdf5 file; give one with demonstrations.")
-        if not hasattr(world, "DEMO_KEYS"):
-            raise UserError(f"--demos: the world {args.env} names no DEMO_KEYS, its cameras' names in files.")
-        keys = tuple(world.DEMO_KEYS[camera] for camera in getattr(args, "cameras", world.DEMO_KEYS))
-        width = envs.single_action_space.shape[0]
-        demos = _concatenate([load_demonstrations(file, args.num_demos, keys, width) for file in files])
+        keys, width = demo_keys(args), envs.single_action_space.shape[0]
+        which = args.demos_filter == "success", getattr(world, "kept_steps", None)
+        demos = _concatenate(
+            [load_demonstrations(file, args.num_demos, keys, width, *which) for file in files]
+        )
+        _say_what_was_read(demos, args, envs)
         demos["image"] = world.from_file(demos["image"]) if hasattr(world, "from_file") else demos["image"]
         unknown = [text for text in demos["instructions"] if text not in envs.instructions]
         if unknown:
@@ -253,6 +416,8 @@ def training_demonstrations(args, envs) -> dict:
         raise UserError(
             f"--env {args.env} needs --demos, HDF5 files or a folder of them: it has no expert of its own."
         )
+    demos.setdefault("success", np.ones(len(demos["episode_starts"]), bool))
+    demos.setdefault("decided", np.ones(len(demos["task"]), bool))
     demos.setdefault("executed", demos["actions"])
     if args.action_history:  # the last n executed actions, oldest first, zeros before the episode's first
         n, starts = args.action_history, demos["episode_starts"]
@@ -266,6 +431,19 @@ def training_demonstrations(args, envs) -> dict:
         source = args.demos or f"The expert of {args.env}"
         raise UserError(f"{source} has a proprio of {has} numbers; this world's has {wants}.")
     return demos
+
+
+def _say_what_was_read(demos, args, envs):
+    """What was read of --demos, and how it differs from what an evaluation shows."""
+    success, steps = demos["success"], len(demos["task"])
+    text = f"{len(success)} demonstrations of {steps} steps, {success.sum()} successful"
+    say(text + (f"; {demos['left_out']} steps of no motion left out" if demos["left_out"] else ""))
+    has, wants = demos["image"].shape[2:4], envs.single_observation_space["image"].shape[1:3]
+    if has != wants:
+        say(
+            f"warning: the pictures of {args.demos} are {has[0]} x {has[1]}, those of an evaluation "
+            f"{wants[0]} x {wants[1]}: a model learns from others than it will see; better render them anew."
+        )
 
 
 def training_scenes(args, envs, device) -> dict[str, torch.Tensor] | None:
@@ -286,12 +464,14 @@ def training_scenes(args, envs, device) -> dict[str, torch.Tensor] | None:
 def _concatenate(parts: list[dict]) -> dict:
     """What `load_demonstrations` returns, of several files, as of one."""
     instructions = list(dict.fromkeys(text for part in parts for text in part["instructions"]))
-    whole = {key: np.concatenate([part[key] for part in parts]) for key in ("image", "proprio", "actions")}
+    keys = ("image", "proprio", "actions", "success", "decided")
+    whole = {key: np.concatenate([part[key] for part in parts]) for key in keys}
     tasks = [np.array([instructions.index(t) for t in p["instructions"]])[p["task"]] for p in parts]
     offsets = np.cumsum([0] + [len(part["task"]) for part in parts])
     starts = [part["episode_starts"] + offset for part, offset in zip(parts, offsets, strict=False)]
     return whole | {
-        "task": np.concatenate(tasks), "episode_starts": np.concatenate(starts), "instructions": instructions
+        "task": np.concatenate(tasks), "episode_starts": np.concatenate(starts), "instructions": instructions,
+        "left_out": sum(part["left_out"] for part in parts),
     }  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 """Episodes -> an evaluation, a dict as results.json has it, and videos: one loop for every script.
 
 What is evaluated is a module with `act(obs, turn) -> actions, values`: obs as of `common.envs`, but of the n
-rows whose turn it is alone; turn a dict of `rows` (n,) (their numbers), `returns` (n,) (of their episodes so
-far), `instructions` and a random `generator`; actions numpy (n, K, ...); values (n,) for the videos, or None.
+rows whose turn it is alone; turn a dict of `rows` (n,) (their numbers), `returns` and `steps` (n,) (of their
+episodes so far), `instructions` and a random `generator`; actions numpy (n, K, ...); values (n,) for the
+videos, or None.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from common import UserError, distributed
-from common.datasets import reference_scores
+from common.datasets import recording, reference_scores
 from common.envs import make_envs
 from common.video import annotate, write_video
 
@@ -79,18 +80,19 @@ def assured(evaluation):
 
 
 @torch.no_grad()
-def run_episodes(agent, envs, seeds, generator=None, video_folder=None):
+def run_episodes(agent, envs, seeds, generator=None, video_folder=None, record=None, stop=lambda: False):
     """One episode from each of the `seeds` -> rows (success, return, length, task) in their order.
 
     Nothing is computed for finished environments, and neither the training's generators nor its environments
-    move. The first `VIDEOS` episodes go to video_folder.
+    move. The first `VIDEOS` episodes go to video_folder; all steps of an `OpenLoop` to `record`, a
+    `common.datasets.Recording`. stop(): end before the next step; an unfinished episode's row is None.
     """
     training = agent.training
     agent.eval()
     distributed.unshard(agent)  # the processes' episodes end at different times
     total, size, seeds = len(seeds), envs.num_envs, np.asarray(seeds)
     episode = np.arange(size)  # that each environment plays
-    running, returns = episode < total, np.zeros(size)
+    running, returns, steps = episode < total, np.zeros(size), np.zeros(size, int)
 
     def begin(rows):
         return envs.reset(seeds[np.minimum(episode, total - 1)], rows)
@@ -98,22 +100,27 @@ def run_episodes(agent, envs, seeds, generator=None, video_folder=None):
     obs = begin(running) if total else None
     outcomes, frames = [None] * total, {i: [] for i in range(min(VIDEOS, total, size) if video_folder else 0)}
     started = len(outcomes[:size])
-    while running.any():
+    while running.any() and not stop():
         rows = np.flatnonzero(running)
-        turn = dict(rows=rows, returns=returns[rows], instructions=envs.instructions, generator=generator)
+        turn = dict(rows=rows, returns=returns[rows], steps=steps[rows])
+        turn |= dict(instructions=envs.instructions, generator=generator)
         action, values = agent.act({key: x[rows] for key, x in obs.items()}, turn)
         actions = np.zeros((size, *action.shape[1:]), action.dtype)
         actions[rows] = action
-        record = np.isin(episode, list(frames)) & running
-        tasks = obs.get("task", np.zeros(size, int))
-        obs, _, terminated, truncated, info = envs.step(actions, mask=running, record=record)
-        returns, ended = info["episode_return"].copy(), terminated | truncated
-        for i in np.flatnonzero(record):
+        filmed = np.isin(episode, list(frames)) & running
+        tasks, before = obs.get("task", np.zeros(size, int)), obs
+        obs, rewards, terminated, truncated, info = envs.step(actions, mask=running, record=filmed)
+        ended = terminated | truncated
+        if record:
+            decided = steps % agent.chunk == 0
+            record.step(episode, running, before, actions, rewards, ended, info, decided)
+        returns, steps = info["episode_return"].copy(), info["episode_length"].copy()
+        for i in np.flatnonzero(filmed):
             value = None if values is None else values[rows == i].item()
             captions = caption(info, i, envs, tasks[i], ended[i], value)
             frames[episode[i]] += [annotate(*pair) for pair in zip(info["frames"][i], captions, strict=True)]
         again = info["lost"] & running  # the worker died: the same episode once more
-        for i in np.flatnonzero(again & record):
+        for i in np.flatnonzero(again & filmed):
             frames[episode[i]] = []
         for i in np.flatnonzero(ended & running):
             row = [info[key][i] for key in ("success", "episode_return", "episode_length")]
@@ -121,7 +128,7 @@ def run_episodes(agent, envs, seeds, generator=None, video_folder=None):
             episode[i], started = started, started + 1
             again[i] = running[i] = episode[i] < total
         if again.any():
-            returns[again] = 0.0
+            returns[again], steps[again] = 0.0, 0
             obs = begin(again)
     for i, pictures in frames.items():
         write_video(video_folder / f"episode_{i}.mp4", pictures + [pictures[-1]] * 10, fps=20)
@@ -152,6 +159,48 @@ def evaluate(agent, envs, args, run, videos=False, references=None):
     outcomes = run_episodes(agent, envs, seeds, generator, run.videos if videos else None)
     outcomes = [row for rows in distributed.all_gather(outcomes) for row in rows]
     return summarize(outcomes, envs.has_success, envs.instructions, references)
+
+
+class OpenLoop(torch.nn.Module):
+    """An agent whose chunks of `chunk` actions are executed one by one, so that every step is seen."""
+
+    def __init__(self, agent, chunk):
+        super().__init__()
+        self.agent, self.chunk, self.plans = agent, chunk, {}
+
+    def act(self, obs, turn):
+        """See the module: actions (n, 1, A), and no values. The agent is asked where a chunk begins."""
+        place = turn["steps"] % self.chunk
+        if (due := place == 0).any():
+            asked = turn | {key: turn[key][due] for key in ("rows", "returns", "steps")}
+            chunks = self.agent.act({key: x[due] for key, x in obs.items()}, asked)[0]
+            self.plans.update(zip(asked["rows"].tolist(), chunks, strict=True))
+        pairs = zip(turn["rows"].tolist(), place, strict=True)
+        return np.stack([self.plans[row][k : k + 1] for row, k in pairs]), None
+
+
+def collect(agent, eval_envs, args, run):
+    """--collect: so many episodes of training's layouts, played as in an evaluation, into the file of
+    --save-dataset, and nothing else. Their seeds follow from --seed, and are neither training's nor an
+    evaluation's. A signal ends it with the episodes that have ended by then."""
+    if run.processes > 1:
+        raise UserError("--collect plays in one process; start it with python instead of torchrun.")
+    eval_envs.close()  # its processes have the memory of those that follow
+    single_steps, size = dataclasses.replace(args, chunk=1), min(args.eval_envs, args.collect)
+    envs = run.closing(make_envs(single_steps, "train", size))
+    seeds = np.random.SeedSequence([args.seed, 0, 0, 1]).generate_state(args.collect)
+    generator = torch.Generator(run.device).manual_seed(args.seed)
+    with recording(args.save_dataset, args, envs) as record:
+        run.begin(0, args.collect, "episode")
+
+        def stop():
+            run.advance(record.ended)
+            return run.signalled
+
+        agent = OpenLoop(agent, args.chunk)
+        outcomes = run_episodes(agent, envs, seeds, generator, run.videos, record, stop)
+    outcomes = [row for row in outcomes if row]
+    run.collected(summarize(outcomes, envs.has_success, envs.instructions))
 
 
 def evaluation_world(args, dataset, run, episodes):

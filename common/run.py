@@ -137,15 +137,30 @@ class VLAArgs(RunArgs):
     eval_episodes: PositiveInt = 200
     """episodes of an evaluation, from initial states that training never shows"""
     deterministic: bool = True
-    """evaluate greedily; --no-deterministic samples at the training temperature"""
+    """evaluate greedily; --no-deterministic samples at the training temperature, as --collect does by
+    default"""
+    collect: NonNegativeInt = 0
+    """no training: play so many episodes of training's layouts with --checkpoint, for --save-dataset"""
+    save_dataset: str | None = None
+    """the file for the episodes of --collect, in LIBERO's layout; bc_warmup.py --demos reads it"""
     eval_freq: NonNegativeInt = 50
     """iterations between evaluations; 0 for the first and the last only"""
     save_freq: PositiveInt = 10
     """iterations between checkpoints"""
 
+    def defaults(self):
+        return {"deterministic": False} if self.collect else {}
+
     def check(self):
-        if self.evaluate and not self.checkpoint and model_module(self.backbone).FROM_SCRATCH:
-            raise UserError("--evaluate needs --checkpoint, the weights to evaluate.")
+        if not self.checkpoint and model_module(self.backbone).FROM_SCRATCH:
+            if self.evaluate:
+                raise UserError("--evaluate needs --checkpoint, the weights to evaluate.")
+            if self.collect:
+                raise UserError("--collect needs --checkpoint, the weights that play.")
+        if bool(self.collect) != (self.save_dataset is not None):
+            raise UserError("--collect, a number of episodes, and --save-dataset, a file, need each other.")
+        if self.collect and self.evaluate:
+            raise UserError("--collect plays training's layouts, --evaluate others; give one of them.")
 
 
 @dataclass
@@ -260,9 +275,10 @@ def read_source(words, Args, script):
     --checkpoint and --resume (each a text or None), and what the latter two hold (or None)."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--evaluate", action="store_true")
-    for name in ("env", "backbone", "dataset", "checkpoint", "resume"):
+    for name in ("env", "backbone", "dataset", "checkpoint", "resume", "collect"):
         peek.add_argument(f"--{name}", nargs="?")
     seen, vla = peek.parse_known_args(words)[0], hasattr(Args, "backbone")
+    seen.evaluate |= vla and seen.collect is not None  # neither trains: the same flags are the checkpoint's
     if vla and seen.checkpoint and (Path(seen.checkpoint) / "config.json").is_file():
         # not a run's folder, but one that --backbone takes
         seen.backbone, seen.checkpoint = seen.checkpoint, None
@@ -735,6 +751,7 @@ class Run:
     # --- results
 
     def _write(self, results):
+        self._results = results
         write_results(
             self.folder / "results.json",
             results | {"args": dataclasses.asdict(self.args), "versions": versions(), "hardware": hardware()},
@@ -746,6 +763,22 @@ class Run:
             self._write({"final": final})
             what = self.args.checkpoint or getattr(self.args, "backbone", "")
             say(f"evaluated {what}: {score(final):.3f} ({self.folder / 'results.json'})")
+
+    def merged(self, folder, evaluation):
+        """The result of --merge-and-save, beside the run's own: the same evaluation of what it wrote."""
+        if self.rank == 0:
+            self._write(self._results | {"merged": evaluation})
+            before, after = score(self._results["final"]), score(evaluation)
+            say(f"merged into {folder}: {before:.3f} before, {after:.3f} as read from there")
+
+    def collected(self, evaluation):
+        """The result of --collect: of the episodes that were written."""
+        self._bar.close()
+        self._write({"collected": evaluation})
+        what = f"{evaluation['episodes']} episodes written to {self.args.save_dataset}"
+        say(f"{what}: {score(evaluation):.3f} ({self.folder / 'results.json'})")
+        if self._signals:
+            sys.exit(128 + self._signals[0])
 
     def finish(self, environment_steps, gradient_steps):
         """The result of a training, whose final evaluation was recorded."""

@@ -145,6 +145,7 @@ FAULTS = {
         replace(f, f"data/demo_1/obs/{key}", np.zeros((3, 4, 4, 3), np.uint8))
         for key in ("agentview_rgb", "eye_in_hand_rgb")
     ],
+    "demo_0 has decided of shape (3,)": lambda f: f["data/demo_0"].create_dataset("decided", data=np.ones(3)),
     "demo_0 has no instruction": lambda f: f["data/demo_0"].attrs.__delitem__("language_instruction"),
 }
 

@@ -19,7 +19,7 @@ from test_cli import (
     scalars,
     words,
 )
-from test_openvla import checkpoints  # noqa: F401 (a fixture)
+from test_openvla import checkpoints, write_checkpoint  # noqa: F401 (a fixture)
 
 import grpo_vla
 import ppo_vla
@@ -142,6 +142,28 @@ def test_two_processes_take_the_step_of_one(tmp_path):
             results(tmp_path / "ppo_vla_1")["initial"][key] == results(tmp_path / "ppo_vla_2")["initial"][key]
         )
     assert len(two["processes"]) == 2 and two["recent"] == one["recent"]
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_what_one_has_merged(tmp_path):
+    write_checkpoint(tmp_path / "oft", "oft")
+    flags = f"{EVAL} --eval-episodes 4 --eval-envs 2 --chunk 2 --unnorm-key none --lora-rank 2 --evaluate"
+    flags += f" --backbone {tmp_path}/oft --merge-and-save {tmp_path}/merged"
+    done = launch(tmp_path, "ppo_vla", 2, flags, TOLD)
+    assert done.returncode == 0 and done.stdout.count("merged into") == 1, done.stderr[-3000:]
+    found = results(tmp_path / "ppo_vla_2")
+    assert found["merged"] == found["final"] and found["final"]["episodes"] == 4
+    told = re.findall(r"rank \d (.*)", done.stdout)  # the sums of both's weights
+    assert len(told) == 2 and told[0] == told[1] and (tmp_path / "merged/config.json").is_file()
+
+
+@pytest.mark.slow
+def test_rollouts_are_played_in_one_process(tmp_path):
+    write_checkpoint(tmp_path / "oft", "oft")
+    flags = f"{EVAL} --eval-envs 2 --chunk 2 --unnorm-key none --backbone {tmp_path}/oft"
+    done = launch(tmp_path, "ppo_vla", 2, f"{flags} --collect 2 --save-dataset {tmp_path}/r.hdf5")
+    assert done.returncode and "--collect plays in one process" in done.stderr
+    assert not (tmp_path / "r.hdf5").exists()
 
 
 @pytest.mark.parametrize(

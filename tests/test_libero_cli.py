@@ -6,6 +6,7 @@ Needs what test_libero.py needs.
 import collections
 import json
 
+import h5py
 import imageio_ffmpeg
 import numpy as np
 import pytest
@@ -101,10 +102,46 @@ def test_imitation_of_liberos_own_files(tmp_path, base):
     write_demonstration(tmp_path / "demos" / "soup_demo.hdf5", env, seed=3)
     env.close()
     flags = f"{base} --tasks 0 --eval-episodes 1 --eval-envs 1 --demos {tmp_path}/demos --gradient-steps 4"
-    run(bc_warmup, flags, f"--batch-size 8 --warmup-steps 1 --output-dir {tmp_path} --run-name run")
+    said = run(
+        bc_warmup, flags, f"--batch-size 8 --warmup-steps 1 --output-dir {tmp_path} --run-name run"
+    ).out
+    assert "warning: the pictures of" in said and "are 32 x 32, those of an evaluation 256 x 256" in said
     losses = scalars(tmp_path / "run")["loss/policy"]
     assert len(losses) >= 1 and all(x == x for _, x in losses)
     assert results(tmp_path / "run")["gradient_steps"] == 4
+
+
+@pytest.mark.slow
+def test_rollouts_are_recorded_in_liberos_layout_and_imitated(tmp_path, base, monkeypatch):
+    """Training's states, every step's pictures; what was seen is what bc_warmup.py reads."""
+    demonstrations, read = bc_warmup.training_demonstrations, []
+    monkeypatch.setattr(
+        bc_warmup, "training_demonstrations", lambda *x: read.append(demonstrations(*x)) or read[-1]
+    )
+    seen, observe = [], libero.LiberoEnv.observe
+    monkeypatch.setattr(
+        libero.LiberoEnv, "observe", lambda env: seen.append((env.split, observe(env))) or seen[-1][1]
+    )
+    flags = f"{base} --tasks 5 --eval-envs 1 --output-dir {tmp_path}"
+    done = run(ppo_vla, flags, f"--collect 1 --save-dataset {tmp_path}/r.hdf5 --run-name c")
+    steps, success = len(seen), results(tmp_path / "c")["collected"]["success_rate"]
+    assert {split for split, _ in seen} == {"train"} and "1 episodes written" in done.out
+    with h5py.File(tmp_path / "r.hdf5") as file:
+        demo = file["data/demo_0"]
+        assert set(demo["obs"]) == {"agentview_rgb", "ee_pos", "ee_ori", "gripper_states"}
+        assert demo.attrs["success"] == success and demo.attrs["num_samples"] in (steps, steps - 1)
+        assert demo["rewards"][-1] == success and demo["dones"][-1] == 1
+    played = [obs for _, obs in seen[: demo_steps(tmp_path / "r.hdf5")]]
+    flags += " --eval-episodes 1 --gradient-steps 2 --batch-size 4 --warmup-steps 1 --run-name b"
+    said = run(bc_warmup, flags, f"--demos {tmp_path}/r.hdf5").out
+    for key in ("image", "proprio"):
+        assert np.array_equal(read[0][key], np.stack([obs[key] for obs in played])), key
+    assert "warning: the pictures" not in said  # of the size that is rendered
+
+
+def demo_steps(path):
+    with h5py.File(path) as file:
+        return len(file["data/demo_0/actions"])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,8 +22,10 @@ from test_cli import (
 from test_openvla import DAMAGES, checkpoints, write_checkpoint  # noqa: F401 (a fixture)
 
 import bc_warmup
+import common.backbones
 import grpo_vla
 import ppo_vla
+from common.backbones.openvla import OpenVLA
 from common.checkpoint import load_checkpoint
 
 OFT = f"{EVAL} --chunk 2 --unnorm-key none --lora-rank 2 --temperature 1.6"
@@ -53,6 +56,55 @@ def trained(home, warmup):
         f"--checkpoint {warmup} --output-dir {home} --run-name ppo --merge-and-save {home}/merged",
     )
     return home / "ppo"
+
+
+def test_merged_weights_are_evaluated_as_read_from_their_folder(tmp_path, monkeypatch, trained, checkpoints):  # noqa: F811
+    """At a training's end and with --evaluate; one model is in memory at a time, whoever holds the other."""
+    found = results(trained)
+    assert found["merged"] == found["final"] and found["final"]["episodes"] == 5 and "initial" in found
+    load, models, sizes = common.backbones.load_backbone, [], []
+
+    def spy(*rest):
+        sizes.extend(sum(x.numel() for x in model.state_dict().values()) for model in models)
+        models.append(load(*rest))
+        return models[-1]
+
+    for module in (common.backbones, ppo_vla):
+        monkeypatch.setattr(module, "load_backbone", spy)
+    flags = f"--evaluate --checkpoint {trained} --output-dir {tmp_path} --run-name e"
+    done = run(ppo_vla, PPO, flags, f"--merge-and-save {tmp_path}/merged")
+    evaluated = results(tmp_path / "e")
+    assert evaluated["final"] == evaluated["merged"] == found["final"] and "initial" not in evaluated
+    assert len(models) == 2 and sizes == [0]
+    assert models[1].config["path"] == str(tmp_path / "merged") and not models[1].config.get("lora")
+    rate = f"{found['final']['success_rate']:.3f}"
+    assert f"merged into {tmp_path}/merged: {rate} before, {rate} as read from there" in done.out
+    shards = [*(tmp_path / "merged").glob("*.safetensors")]
+    assert shards and evaluated["args"]["checkpoint"] == str(trained)
+
+    def broken(model, folder):
+        save_merged(model, folder)
+        for file in shards:
+            file.write_bytes((checkpoints["oft"] / file.name).read_bytes())  # the adapters are forgotten
+
+    save_merged = OpenVLA.save_merged
+    monkeypatch.setattr(OpenVLA, "save_merged", broken)
+    monkeypatch.setattr(ppo_vla.Agent, "act", told := act_and_tell(ppo_vla.Agent.act))
+    run(ppo_vla, PPO, flags.replace("name e", "name f"), f"--merge-and-save {tmp_path}/merged")
+    before, after = told.actions[: len(told.actions) // 2], told.actions[len(told.actions) // 2 :]
+    assert any(not np.array_equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+def act_and_tell(act):
+    """`act`, which keeps what it chose in its list `actions`."""
+
+    def told(self, obs, turn):
+        chosen = act(self, obs, turn)
+        told.actions.append(chosen[0])
+        return chosen
+
+    told.actions = []
+    return told
 
 
 def test_a_checkpoint_holds_what_was_trained_and_no_more(warmup, trained):
@@ -166,6 +218,11 @@ def test_an_adapter_keeps_its_own_scale_and_is_the_reference(tmp_path, monkeypat
         (ppo_vla, "--backbone {tmp}", "config.json"),
         (ppo_vla, "--backbone no-such/model", "no-such/model"),
         (bc_warmup, "--backbone {base} --merge-and-save {base}", "would replace"),
+        (
+            ppo_vla,
+            "--checkpoint {run} --merge-and-save {tmp}/m --collect 2 --save-dataset {tmp}/x",
+            "--merge-and-save does nothing with --collect",
+        ),
     ],
 )
 def test_wrong_input_ends_in_one_sentence(tmp_path, trained, checkpoints, script, flags, said):  # noqa: F811

@@ -32,6 +32,7 @@ To copy: `mlp.py`, `tiny.py`.
 """
 
 import contextlib
+import dataclasses
 import importlib
 import math
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ from safetensors.torch import save_file
 
 from common import UserError, distributed, say
 from common.checkpoint import atomic_path, check_kinds, readable
+from common.evaluation import evaluate
 from common.flags import NonNegativeInt
 
 BACKBONES = {
@@ -201,16 +203,30 @@ def stored_weights(agent):
     return weights
 
 
-def export(backbone, args, run):
-    """At a run's end: the adapters in PEFT's format, and with --merge-and-save the merged weights."""
-    if getattr(args, "merge_and_save", None):
+def export(agent, envs, args, run):
+    """At a run's end: the adapters in PEFT's format, and with --merge-and-save the merged weights, which then
+    take the place of the agent's backbone and are evaluated as the run was. Weights that were trained in
+    parts, without adapters, are the run's own and evaluated already."""
+    backbone, parts = agent.backbone, distributed.sharded(agent)
+    folder = getattr(args, "merge_and_save", None)
+    if folder and parts:
         distributed.collect_weights(backbone)
-    if run.rank:
-        return
-    if backbone.has_files and backbone.config.get("lora") and not args.evaluate:
+    if not run.rank and backbone.has_files and backbone.config.get("lora") and not args.evaluate:
         save_adapter(backbone, run.folder / "adapter")
-    if getattr(args, "merge_and_save", None):
-        backbone.save_merged(args.merge_and_save)
+    if folder and not run.rank:
+        backbone.save_merged(folder)
+    if not folder or parts:
+        return
+    distributed.all_gather(None)  # the others wait for the files
+    for tensor in (*backbone.parameters(), *backbone.buffers()):  # two models may not fit
+        tensor.grad, tensor.data = None, tensor.new_empty(0)
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()  # what is free is asked of the driver
+    own = dict(backbone=folder, checkpoint=None, adapter=None, merge_and_save=None, lora_rank=0, lora_alpha=0)
+    run.saved = None  # the weights are those files' alone
+    args = dataclasses.replace(args, evaluate=True, **own)
+    agent.backbone = load_backbone(args, envs, run).to(run.device)
+    run.merged(folder, evaluate(agent, envs, args, run))
 
 
 def keep_alpha(args, alpha):

@@ -77,7 +77,8 @@ class Args(LoraArgs):
     adapter: Annotated[str | None, FIXED] = None
     """start from these LoRA adapters, a folder in PEFT's format"""
     merge_and_save: str | None = None
-    """at the end, or with --evaluate, write the merged weights in the published layout here"""
+    """at the end, or with --evaluate, write the merged weights in the published layout here, and evaluate
+    them as read from there"""
     family: Annotated[Literal["auto", "openvla", "openvla-oft"], FIXED] = "auto"
     """tokens one after another, or OFT's all at once; auto looks for OFT's traces"""
     unnorm_key: Annotated[str | None, FIXED] = None
@@ -96,6 +97,8 @@ class Args(LoraArgs):
                 f"--env {self.env} runs OpenVLA 7B, which needs a CUDA GPU, and PyTorch finds none here; for "
                 "a small policy from scratch use --backbone tiny, or insist with --device cpu."
             )
+        if self.collect and self.merge_and_save:
+            raise UserError("--merge-and-save does nothing with --collect; merge with --evaluate.")
 
 
 # --- pictures: what PIL and TensorFlow do to them, batched, on any device
@@ -765,12 +768,13 @@ def from_flags(args, chunk, action_dim, dataset, proprio_dim, **_):
 
 def own_options(args, device, cameras, micro_batch_size, train_vision):
     """What `build` takes that is the run's affair and not the weights'."""
-    adapters_only = args.lora_rank or args.adapter or args.evaluate
+    trains = not (args.evaluate or args.collect)
+    adapters_only = args.lora_rank or args.adapter or not trains
     return dict(
         load_in_4bit=args.load_in_4bit, checkpointing=args.gradient_checkpointing, cameras=cameras,
         train_vision=train_vision,
         lora_rank=None if args.adapter else args.lora_rank,
-        micro_batch_size=0 if args.evaluate else micro_batch_size,
+        micro_batch_size=micro_batch_size if trains else 0,
         # Adapters stay in float32; to train every weight in 16 bits would lose Adam's small steps.
         dtype="bfloat16" if device.type == "cuda" and adapters_only else "float32",
     )  # fmt: skip

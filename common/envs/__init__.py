@@ -20,8 +20,10 @@ environment has
   values and arrays.
 
 For imitation the file may also have
-- `DEMO_KEYS`, camera -> its name in an HDF5 file (all are read, or those of a flag `cameras`), and
-  `from_file(images)`, pictures as files hold them -> as the world shows them, where these differ;
+- `DEMO_KEYS`, camera -> its name in an HDF5 file (all are read, or those of a flag `cameras`),
+  `from_file(images)`, pictures as files hold them -> as the world shows them, where these differ, and
+  `to_file(images)`, the way back; `DEMO_PROPRIO`, {name in a file: width}, what `proprio` consists of there
+  (default: "proprio" whole); `kept_steps(actions)`, (T, A) -> bool (T,), where not all are imitated;
 - `demonstrations(num_episodes, seed, noise, num_workers, **flags)` of a scripted expert -> flat arrays of S
   steps: `image`, `proprio`, `task` as observed, `actions` (S, A) as labelled, `episode_starts` (E,),
   optionally `executed` (S, A), where these are not the labels, and `pixels` (S, cameras, 2, 2), where the

@@ -63,6 +63,8 @@ PROTOCOLS = {  # steps of an episode
 SPLITS = ("train", "eval")
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
 DEMO_KEYS = {"agentview": "agentview_rgb", "wrist": "eye_in_hand_rgb"}
+DEMO_PROPRIO = {"ee_pos": 3, "ee_ori": 3, "gripper_states": 2}
+NOOP = 1e-4  # a smaller motion is none
 NUM_STATES = 50  # initial states of a task
 SETTLE_STEPS, SETTLE_ACTION = 10, np.array([0.0, 0, 0, 0, 0, 0, -1])
 SUBSTEPS = 25  # of 2 ms: 20 Hz
@@ -495,3 +497,23 @@ def from_file(images):
     """Pictures (..., H, W, 3) as HDF5 files hold them, which is as OpenGL has them -> as the world shows
     them."""
     return np.ascontiguousarray(images[..., ::-1, ::-1, :])
+
+
+to_file = from_file  # turned twice they are as before
+
+
+def kept_steps(actions):
+    """Which steps of a recorded demonstration are imitated, actions (T, 7) -> bool (T,): all but the no-ops,
+    on which a policy would come to rest, and which the published statistics and checkpoints (`_no_noops`)
+    know none of.
+
+    A no-op has motion's six numbers below 1e-4 in norm and the gripper's of the last kept step (of a first
+    one, any): OpenVLA's regenerate_libero_dataset.py. That plays the rest once more; here pictures and
+    proprioception are the recorded ones.
+    """
+    still, kept = np.linalg.norm(actions[:, :6], axis=1) < NOOP, np.ones(len(actions), bool)
+    gripper = None
+    for t in range(len(actions)):
+        kept[t] = not still[t] or gripper not in (None, actions[t, 6])
+        gripper = actions[t, 6] if kept[t] else gripper
+    return kept
