@@ -41,8 +41,9 @@ class Args(VLAArgs):
     """demonstrations: scripted ones to make, or the first of each file of --demos"""
     demo_noise: NonNegative = 0.3
     """standard deviation of the noise on the scripted expert's executed actions; its labels stay clean"""
-    head: Annotated[Literal["tokens", "gaussian"], FIXED] = "tokens"
-    """256-bin action tokens by cross-entropy, or a continuous chunk by its L1 distance (OpenVLA-OFT)"""
+    head: Annotated[Literal["tokens", "gaussian", "flow"], FIXED] = "tokens"
+    """256-bin action tokens by cross-entropy, a continuous chunk by its L1 distance (OpenVLA-OFT), or by flow
+    matching (pi0)"""
     grounding_scenes: NonNegativeInt = 6000
     """random pictures for the grounding stage (scripted demonstrations only)"""
     grounding_steps: NonNegativeInt = 300
@@ -67,6 +68,15 @@ class Args(VLAArgs):
     init_std: Annotated[Positive, FIXED, Only("head", "gaussian")] = 0.2
     """gaussian head: the standard deviation that PPO starts with"""
     learn_std: ClassVar[bool] = False  # imitation leaves the standard deviation alone
+    flow_steps: Annotated[PositiveInt, KEPT, Only("head", "flow")] = 4
+    """flow head: S, Euler steps from the noise to the chunk"""
+    flow_noise: Annotated[Literal["sde", "learned"], KEPT, Only("head", "flow")] = "sde"
+    """flow head: the noise of sampled steps: Flow-SDE's, which keeps the flow's marginals, or a standard
+    deviation per action dimension, trained, that starts at --noise-level (Flow-Noise)"""
+    noise_level: Annotated[Positive, KEPT, Only("head", "flow")] = 0.3
+    """flow head: how much of it"""
+    flow_samples: Annotated[PositiveInt, Only("head", "flow")] = 8
+    """flow head: noises and times drawn for each decision of a batch"""
     eval_freq: NonNegativeInt = 0
     """gradient steps between evaluations; 0 for the last only"""
     save_freq: PositiveInt = 200
@@ -93,6 +103,18 @@ def soft_cross_entropy(logits, bins, sigma):
     index = torch.arange(logits.shape[-1], device=logits.device)
     table = (-0.5 * ((index[:, None] - index) / sigma).square()).softmax(-1)  # (256, 256)
     return -(table[bins] * logits.log_softmax(-1)).sum(-1)
+
+
+def flow_matching_loss(velocity, actions, noise):
+    """(v - (noise - actions))^2 elementwise: the velocity of the straight line x = t noise + (1 - t) actions
+    (Lipman et al. 2023, eq. 23, with time as in pi0's code)."""
+    return (velocity - (noise - actions)).square()
+
+
+def pi0_times(uniform):
+    """Times of flow matching from uniform draws, more of them near the noise: Beta(1.5, 1), scaled to
+    [0.001, 1] (Black et al. 2024, appendix B)."""
+    return 0.001 + 0.999 * uniform ** (1 / 1.5)
 
 
 def grounding_loss(attention, pixels):
@@ -122,6 +144,27 @@ def learning_rate_at(step, args):
     done = step - args.grounding_steps
     cosine = 0.5 * (1 + np.cos(np.pi * done / args.gradient_steps))
     return args.learning_rate * cosine * min(1.0, (done + 1) / args.warmup_steps)
+
+
+def flow_times(steps):
+    """t_k = 1 - k / S, k = 0..S-1: when each denoising step begins. t is 1 at the noise, 0 at the action."""
+    return 1 - torch.arange(steps) / steps
+
+
+def sde_std(steps, level):
+    """Standard deviations (S,) of Flow-SDE's denoising steps (piRL, Chen et al. 2025, arXiv:2510.25889):
+    sigma_t / sqrt(S) with sigma_t = level * sqrt(t / (1 - t)), and 1 - t = 1 / S where it would be 0."""
+    t = flow_times(steps)
+    return level * (t / (1 - t).clamp(min=1 / steps) / steps).sqrt()
+
+
+def denoising_mean(x, velocity, t, steps, std):
+    """Where a denoising step leads on average: x - v / S - std^2 / (2 t) * (x + (1 - t) v).
+
+    Euler's step, and Flow-SDE's drift towards the data, which undoes what noise of `std` adds, so that the
+    marginals stay the flow's; x + (1 - t) v is the noise that it sees in x. std 0 is the flow's ODE.
+    """
+    return x - velocity / steps - std**2 / (2 * t) * (x + (1 - t) * velocity)
 
 
 # --- heads and agent
@@ -197,6 +240,91 @@ class GaussianHead(nn.Module):
         return (actions if self.mean is None else actions.clamp(-1, 1)).cpu().numpy()  # L1: as published
 
 
+class Velocity(nn.Module):
+    """v(x, t) of a chunk of n numbers, given the hidden states of its n action slots; 0 at first."""
+
+    def __init__(self, hidden_size, numbers, width=256, frequencies=6):
+        super().__init__()
+        self.read, self.context = nn.Linear(hidden_size, 16), nn.Linear(16 * numbers, width)
+        self.noisy, self.time = nn.Linear(numbers, width), nn.Linear(2 * frequencies, width)
+        self.register_buffer("octaves", torch.pi / 2 * 2.0 ** torch.arange(frequencies), persistent=False)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+            for _ in range(2)
+        )
+        self.last = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, numbers))
+        nn.init.zeros_(self.last[-1].weight)
+        nn.init.zeros_(self.last[-1].bias)
+
+    def encode(self, action_hidden):
+        return self.context(self.read(action_hidden.float()).flatten(1))  # (B, n, D) -> (B, width)
+
+    def forward(self, context, x, t):
+        """context (B, width), x (B, n), t (B,) or () -> velocity (B, n); x (B, P, n), t (B, P) likewise."""
+        angle = t[..., None] * self.octaves
+        context = context.view(len(x), *[1] * (x.dim() - 2), -1)
+        hidden = context + self.noisy(x) + self.time(torch.cat([angle.sin(), angle.cos()], -1))
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        return self.last(hidden)
+
+
+class FlowHead(nn.Module):
+    """A flow from noise to the continuous chunk in S Euler steps (Lipman et al. 2023; pi0, Black et al. 2024).
+
+    Actions are chains, floats (B, S+1, K*A): the noise, and where each step led; the environment gets the
+    last, clipped. Each step is Gaussian, so that a chain has a log-prob: of a number, the sum over its steps.
+    The noise's own is the same for all policies and left out. Greedily the ODE starts at zero.
+    """
+
+    def __init__(self, backbone, args):
+        super().__init__()
+        self.shape, self.steps = (backbone.chunk, backbone.action_dim), args.flow_steps
+        self.velocity = Velocity(backbone.hidden_size, backbone.chunk * backbone.action_dim)
+        self.register_buffer("times", flow_times(args.flow_steps), persistent=False)
+        self.register_buffer("sde", sde_std(args.flow_steps, args.noise_level), persistent=False)
+        self.learned, self.level = args.flow_noise == "learned", args.noise_level
+        # of the learned noise; a checkpoint's goes with every level
+        self.log_scale = nn.Parameter(torch.zeros(backbone.action_dim), requires_grad=self.learned)
+
+    def forward(self, backbone, action_hidden):
+        return self.velocity.encode(action_hidden)  # (B, width)
+
+    def std(self):
+        """Of each step and number, (S, K*A)."""
+        if self.learned:
+            return (self.level * self.log_scale.exp()).repeat(self.steps, self.shape[0])
+        return self.sde[:, None].expand(-1, math.prod(self.shape))
+
+    def mean(self, context, x, k, greedy=False):
+        """Where step k leads from x (B, K*A) on average, (B, K*A)."""
+        std = 0.0 if self.learned or greedy else self.sde[k]
+        velocity = self.velocity(context, x, self.times[k])
+        return denoising_mean(x, velocity, self.times[k], self.steps, std)
+
+    def sample(self, context, deterministic, generator):
+        std = self.std()
+        noise = torch.zeros(len(context), self.steps + 1, std.shape[1], device=std.device)
+        if not deterministic:
+            noise.normal_(generator=generator)
+        chain = [noise[:, 0]]
+        for k in range(self.steps):
+            chain.append(self.mean(context, chain[k], k, deterministic) + std[k] * noise[:, k + 1])
+        return torch.stack(chain, 1)
+
+    def log_prob(self, context, actions):
+        means = [self.mean(context, actions[:, k], k) for k in range(self.steps)]
+        normal = torch.distributions.Normal(torch.stack(means, 1), self.std(), validate_args=False)
+        return normal.log_prob(actions[:, 1:]).sum(1)  # (B, K*A)
+
+    def entropy(self, context):
+        normal = torch.distributions.Normal(0.0, self.std(), validate_args=False)
+        return normal.entropy().sum(0).expand(len(context), -1)
+
+    def to_env(self, actions):
+        return actions[:, -1].unflatten(1, self.shape).clamp(-1, 1).cpu().numpy()
+
+
 def make_head(backbone, args):
     if not backbone.vision_parameters():
         raise UserError(
@@ -206,7 +334,11 @@ def make_head(backbone, args):
         raise UserError(
             f"The backbone {backbone.config['name']!r} has no action tokens; use --head gaussian."
         )
-    return TokenHead(backbone, args) if args.head == "tokens" else GaussianHead(backbone, args)
+    if args.head == "flow" and backbone.autoregressive:
+        raise UserError(
+            f"The backbone {backbone.config['name']!r} emits its tokens in turn; use --head tokens."
+        )
+    return {"tokens": TokenHead, "gaussian": GaussianHead, "flow": FlowHead}[args.head](backbone, args)
 
 
 class Agent(nn.Module):
@@ -237,14 +369,19 @@ class Agent(nn.Module):
         actions, _, value = self.get_action_and_value(batch, None, self.deterministic, turn["generator"])
         return self.backbone.to_env(self.head.to_env(actions)), value
 
-    def imitation_loss(self, batch, vision, targets, mask, sigma):
-        """targets: bins (tokens) or actions (gaussian), and mask, both (B, K*A) -> scalar, the mean over the
-        mask"""
+    def imitation_loss(self, batch, vision, targets, mask, args, generator):
+        """targets: bins (tokens) or actions, and mask, both (B, K*A) -> scalar, the mean over the mask"""
         tokens = isinstance(self.head, TokenHead)
         action_hidden = self.backbone(batch, vision, targets if tokens else None)[0]
         if tokens:  # logits of the valid ones only
             logits = self.backbone.action_logits(action_hidden[mask]).float()
-            return soft_cross_entropy(logits, targets[mask], sigma).mean()
+            return soft_cross_entropy(logits, targets[mask], args.label_sigma).mean()
+        if isinstance(self.head, FlowHead):
+            noise = targets[:, None].repeat(1, args.flow_samples, 1).normal_(generator=generator)
+            t = pi0_times(torch.empty_like(noise[..., 0]).uniform_(generator=generator))
+            x = t[..., None] * noise + (1 - t[..., None]) * targets[:, None]
+            velocity = self.head.velocity(self.head(self.backbone, action_hidden), x, t)
+            return flow_matching_loss(velocity, targets[:, None], noise).mean(1)[mask].mean()
         return (self.head(self.backbone, action_hidden).mean - targets).abs()[mask].mean()
 
 
@@ -294,7 +431,7 @@ def train(args, run):
     run.open()
     trained = [p for p in agent.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, eps=1e-5, weight_decay=1e-4)
-    shuffler = run.generator("shuffler")
+    shuffler, sampler = run.generator("shuffler"), run.generator("sampler", device)
 
     first = 0 if scenes is not None else args.grounding_steps  # nothing to ground on: that stage is left out
     step, total = first, args.grounding_steps + args.gradient_steps
@@ -329,9 +466,7 @@ def train(args, run):
         losses, loss = {}, 0.0
         if not grounding:
             targets, mask = data["targets"][index], data["mask"][index]
-            loss = losses["loss/policy"] = agent.imitation_loss(
-                batch, vision, targets, mask, args.label_sigma
-            )
+            loss = losses["loss/policy"] = agent.imitation_loss(batch, vision, targets, mask, args, sampler)
         if attention is not None and "pixels" in source:
             losses["loss/grounding"] = grounding_loss(attention, source["pixels"][index])
             loss = loss + (1.0 if grounding else args.grounding_coef) * losses["loss/grounding"]
