@@ -14,6 +14,7 @@ in 11 minutes; CartPole 500 in half a minute.
 """
 
 import contextlib
+import functools
 import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -118,6 +119,11 @@ class Args(VLAArgs):
     deviation per action dimension, trained, that starts at --noise-level (Flow-Noise)"""
     noise_level: Annotated[Positive, KEPT, Only("head", "flow")] = 0.3
     """flow head: how much of it"""
+
+    def defaults(self):
+        """A chain of several steps moves further than tokens at the same rate."""
+        own = dict(learning_rate=2e-5) if self.head == "flow" else {}
+        return {name: x for name, x in own.items() if getattr(self, name) == getattr(Args, name)}
 
     def check(self):
         if 0 < self.dual_clip <= 1:
@@ -422,7 +428,9 @@ class FlowHead(nn.Module):
     def __init__(self, backbone, args):
         super().__init__()
         self.shape, self.steps = (backbone.chunk, backbone.action_dim), args.flow_steps
-        self.velocity = Velocity(backbone.hidden_size, backbone.chunk * backbone.action_dim)
+        self.velocity = None  # the backbone has a trained flow of its own
+        if not hasattr(backbone, "velocity"):
+            self.velocity = Velocity(backbone.hidden_size, backbone.chunk * backbone.action_dim)
         self.register_buffer("times", flow_times(args.flow_steps), persistent=False)
         self.register_buffer("sde", sde_std(args.flow_steps, args.noise_level), persistent=False)
         self.learned, self.level = args.flow_noise == "learned", args.noise_level
@@ -430,7 +438,10 @@ class FlowHead(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(backbone.action_dim), requires_grad=self.learned)
 
     def forward(self, backbone, action_hidden):
-        return self.velocity.encode(action_hidden)  # (B, width)
+        """-> the decisions' velocity as a function of x and t, and how many they are"""
+        if self.velocity is None:
+            return functools.partial(backbone.velocity, action_hidden), len(action_hidden)
+        return functools.partial(self.velocity, self.velocity.encode(action_hidden)), len(action_hidden)
 
     def std(self):
         """Of each step and number, (S, K*A)."""
@@ -438,30 +449,30 @@ class FlowHead(nn.Module):
             return (self.level * self.log_scale.exp()).repeat(self.steps, self.shape[0])
         return self.sde[:, None].expand(-1, math.prod(self.shape))
 
-    def mean(self, context, x, k, greedy=False):
+    def mean(self, velocity, x, k, greedy=False):
         """Where step k leads from x (B, K*A) on average, (B, K*A)."""
         std = 0.0 if self.learned or greedy else self.sde[k]
-        velocity = self.velocity(context, x, self.times[k])
-        return denoising_mean(x, velocity, self.times[k], self.steps, std)
+        return denoising_mean(x, velocity(x, self.times[k]), self.times[k], self.steps, std)
 
-    def sample(self, context, deterministic, generator):
+    def sample(self, flow, deterministic, generator):
+        velocity, size = flow
         std = self.std()
-        noise = torch.zeros(len(context), self.steps + 1, std.shape[1], device=std.device)
+        noise = torch.zeros(size, self.steps + 1, std.shape[1], device=std.device)
         if not deterministic:
             noise.normal_(generator=generator)
         chain = [noise[:, 0]]
         for k in range(self.steps):
-            chain.append(self.mean(context, chain[k], k, deterministic) + std[k] * noise[:, k + 1])
+            chain.append(self.mean(velocity, chain[k], k, deterministic) + std[k] * noise[:, k + 1])
         return torch.stack(chain, 1)
 
-    def log_prob(self, context, actions):
-        means = [self.mean(context, actions[:, k], k) for k in range(self.steps)]
+    def log_prob(self, flow, actions):
+        means = [self.mean(flow[0], actions[:, k], k) for k in range(self.steps)]
         normal = torch.distributions.Normal(torch.stack(means, 1), self.std(), validate_args=False)
         return normal.log_prob(actions[:, 1:]).sum(1)  # (B, K*A)
 
-    def entropy(self, context):
+    def entropy(self, flow):
         normal = torch.distributions.Normal(0.0, self.std(), validate_args=False)
-        return normal.entropy().sum(0).expand(len(context), -1)
+        return normal.entropy().sum(0).expand(flow[1], -1)
 
     def to_env(self, actions):
         return actions[:, -1].unflatten(1, self.shape).clamp(-1, 1).cpu().numpy()
