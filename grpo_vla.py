@@ -483,7 +483,7 @@ class Velocity(nn.Module):
 
 
 class FlowHead(nn.Module):
-    """A flow from noise to the continuous chunk in S Euler steps (Lipman et al. 2023; pi0, Black et al. 2024).
+    """A flow from noise to the continuous chunk in S Euler steps (Lipman et al. 2023; pi0, 2024).
 
     Actions are chains, floats (B, S+1, K*A): the noise, and where each step led; the environment gets the
     last, clipped. Each step is Gaussian, so that a chain has a log-prob: of a number, the sum over its steps.
