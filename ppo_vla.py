@@ -420,9 +420,13 @@ class Velocity(nn.Module):
 class FlowHead(nn.Module):
     """A flow from noise to the continuous chunk in S Euler steps (Lipman et al. 2023; pi0, 2024).
 
-    Actions are chains, floats (B, S+1, K*A): the noise, and where each step led; the environment gets the
-    last, clipped. Each step is Gaussian, so that a chain has a log-prob: of a number, the sum over its steps.
-    The noise's own is the same for all policies and left out. Greedily the ODE starts at zero.
+    Actions are chains, floats (B, S+1, n): the noise, and where each step led; the environment gets the last.
+    Each step is Gaussian, so that a chain has a log-prob: of a number, the sum over its steps. The noise's
+    own is the same for all policies and left out. Greedily the ODE starts at zero.
+
+    n is K*A, but where the backbone has a flow of its own, of longer chunks and more numbers than are
+    executed. The steps' noise is in those that are; the others follow the ODE from theirs, so that they are a
+    function of the chain and the policy, and `log_prob` is the executed ones' exactly.
     """
 
     def __init__(self, backbone, args):
@@ -431,6 +435,9 @@ class FlowHead(nn.Module):
         self.velocity = None  # the backbone has a trained flow of its own
         if not hasattr(backbone, "velocity"):
             self.velocity = Velocity(backbone.hidden_size, backbone.chunk * backbone.action_dim)
+        numbers = torch.arange(math.prod(flow := getattr(backbone, "flow_shape", self.shape))).view(flow)
+        self.register_buffer("executed", numbers[: self.shape[0], : self.shape[1]].flatten(), persistent=False)
+        self.others = numbers.numel() - self.executed.numel()
         self.register_buffer("times", flow_times(args.flow_steps), persistent=False)
         self.register_buffer("sde", sde_std(args.flow_steps, args.noise_level), persistent=False)
         self.learned, self.level = args.flow_noise == "learned", args.noise_level
@@ -444,19 +451,23 @@ class FlowHead(nn.Module):
         return functools.partial(self.velocity, self.velocity.encode(action_hidden)), len(action_hidden)
 
     def std(self):
-        """Of each step and number, (S, K*A)."""
+        """Of each step and executed number, (S, K*A)."""
         if self.learned:
             return (self.level * self.log_scale.exp()).repeat(self.steps, self.shape[0])
         return self.sde[:, None].expand(-1, math.prod(self.shape))
 
+    def whole(self, std):
+        """(S, K*A) -> (S, n), 0 for the numbers that are not executed."""
+        return std.new_zeros(len(std), len(self.executed) + self.others).index_copy(1, self.executed, std)
+
     def mean(self, velocity, x, k, greedy=False):
-        """Where step k leads from x (B, K*A) on average, (B, K*A)."""
-        std = 0.0 if self.learned or greedy else self.sde[k]
+        """Where step k leads from x (B, n) on average, (B, n)."""
+        std = 0.0 if self.learned or greedy else self.whole(self.std())[k]
         return denoising_mean(x, velocity(x, self.times[k]), self.times[k], self.steps, std)
 
     def sample(self, flow, deterministic, generator):
         velocity, size = flow
-        std = self.std()
+        std = self.whole(self.std())
         noise = torch.zeros(size, self.steps + 1, std.shape[1], device=std.device)
         if not deterministic:
             noise.normal_(generator=generator)
@@ -466,16 +477,22 @@ class FlowHead(nn.Module):
         return torch.stack(chain, 1)
 
     def log_prob(self, flow, actions):
-        means = [self.mean(flow[0], actions[:, k], k) for k in range(self.steps)]
+        x, means = actions[:, 0], []
+        for k in range(self.steps):
+            mean, x = self.mean(flow[0], x, k), actions[:, k + 1]
+            means.append(mean[:, self.executed])
+            if self.others:
+                x = mean.index_copy(1, self.executed, x[:, self.executed])
         normal = torch.distributions.Normal(torch.stack(means, 1), self.std(), validate_args=False)
-        return normal.log_prob(actions[:, 1:]).sum(1)  # (B, K*A)
+        return normal.log_prob(actions[:, 1:, self.executed]).sum(1)  # (B, K*A)
 
     def entropy(self, flow):
         normal = torch.distributions.Normal(0.0, self.std(), validate_args=False)
         return normal.entropy().sum(0).expand(flow[1], -1)
 
     def to_env(self, actions):
-        return actions[:, -1].unflatten(1, self.shape).clamp(-1, 1).cpu().numpy()
+        actions = actions[:, -1, self.executed].unflatten(1, self.shape)
+        return (actions if self.velocity is None else actions.clamp(-1, 1)).cpu().numpy()
 
 
 def make_head(backbone, args, envs):
@@ -483,6 +500,8 @@ def make_head(backbone, args, envs):
     if discrete != (args.head == "discrete"):
         wanted = "discrete" if discrete else "tokens, gaussian or flow"
         raise UserError(f"--env {args.env} has {envs.single_action_space} actions; use --head {wanted}.")
+    if args.head != "flow" and hasattr(backbone, "velocity"):
+        raise UserError(f"The backbone {backbone.config['name']!r} is a flow; use --head flow.")
     if args.head == "tokens" and not hasattr(backbone, "action_logits"):
         raise UserError(
             f"The backbone {backbone.config['name']!r} has no action tokens; use --head gaussian."
