@@ -174,6 +174,10 @@ PRESETS = {  # what differs from the defaults; flags on the command line win
         total_timesteps=300_000,
     ),
     "CartPole-v1": dict(head="discrete"),
+    "pi0": dict(  # RLinf's and piRL's flow (arXiv:2510.25889)
+        head="flow", chunk=5, micro_batch_size=32, learning_rate=5e-6, ratio_level="chunk", flow_steps=4,
+        noise_level=0.5,
+    ),
 }  # fmt: skip
 
 

@@ -12,6 +12,8 @@ only the expert runs in an update. Time is 1 at the noise and 0 at the action.
 import hashlib
 import inspect
 import json
+import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +27,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import DynamicCache
 from transformers.models.gemma.modeling_gemma import GemmaModel
+from transformers.utils import logging
 
 from common import UserError
 from common.backbones import LoraArgs, find_checkpoint, intact
@@ -37,6 +40,7 @@ except ImportError:  # before 5.23
     PI0Config = PI0ForConditionalGeneration = None
 
 PAD, BOS, NEWLINE = 0, 2, 108  # of PaliGemma's tokenizer
+PROMPT = 20  # tokens of a prompt, about: memory is estimated before there is one
 CACHE = "cache" if "cache" in inspect.signature(GemmaModel.forward).parameters else "past_key_values"
 FROM_SCRATCH = False
 KEYS = {"state": ("observation.state", "state"), "action": ("action", "actions")}  # LeRobot's, openpi's names
@@ -382,10 +386,15 @@ def load(path, folder, sizes, dtype):
     for file in files:
         with intact(file), safe_open(file, "pt") as stored:
             buffers |= {n: stored.get_tensor(n) for n in stored.keys() if ".buffer_" in n}  # noqa: SIM118
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is too many or too few is told below
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     with intact(folder):
         model, report = Mixed.from_pretrained(
             folder, config=sizes, dtype=getattr(torch, dtype), output_loading_info=True
         )
+    logging.set_verbosity(level)
     wrong = set(report["missing_keys"]) - {"model.dit.embed_tokens.weight"}
     wrong |= set(report["unexpected_keys"]) - buffers.keys()
     if wrong:
@@ -404,9 +413,36 @@ def fingerprint(model):
 
 
 def memory_needed(model, dtype, micro_batch_size, lora_rank, cameras, passes):
-    """About how many bytes the weights of `model`, on whatever device, need, and an update of it: gradient and
-    AdamW's two moments of what trains, and what `passes` of the expert keep for the backward."""
-    return 0, 0
+    """About how many bytes the weights of `model`, on whatever device, and an update hold.
+
+    What trains has a gradient and AdamW's two moments in float32; adapters also themselves, and their copies
+    in 16 bits. For the backward, each of `passes` of the expert keeps of a layer 28 bytes a token and number
+    of its width (norms are in float32), and in `dtype` four tensors of its MLP's width, queries, attention's
+    output and all keys and values, and in 16 bits a copy of its weights; of a trained prefix as much.
+    """
+    text, expert = model.config.vlm_config.text_config, model.config.dit_config
+    eye, item = model.config.vlm_config.vision_config, dtype.itemsize
+    sizes = {part: sum(p.numel() for p in getattr(model.model, part).parameters()) for part in ("vlm", "dit")}
+    other = sum(p.numel() for p in model.parameters()) - sum(sizes.values())
+    weights = item * sizes["vlm"] + 4 * (sizes["dit"] + other)
+    if not micro_batch_size:
+        return weights, 0
+    trained = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if lora_rank:
+        names = (n for n, m in model.named_modules() if re.fullmatch(PI0.lora_targets, f"pi0.{n}"))
+        trained = 18 * lora_rank * sum(sum(model.get_submodule(n).weight.shape) for n in names)
+    seen, own = cameras * (eye.image_size // eye.patch_size) ** 2, model.config.chunk_size
+    stacks = [(passes, own, seen + PROMPT + own, expert, expert.num_key_value_heads * expert.head_dim)]
+    if model.model.vlm.multi_modal_projector.linear.weight.requires_grad:
+        stacks += [(1, seen + PROMPT, seen + PROMPT, text, text.num_key_value_heads * text.head_dim)]
+        stacks += [(1, seen, seen, eye, eye.hidden_size)]
+    kept = 0
+    for times, tokens, keys, part, width in stacks:
+        heads = part.num_attention_heads * getattr(part, "head_dim", part.hidden_size // part.num_attention_heads)
+        layer = tokens * (28 * part.hidden_size + item * (4 * part.intermediate_size + 2 * heads))
+        kept += times * part.num_hidden_layers * (layer + item * 2 * keys * width)
+    copies = (passes + 1) * item * sizes["dit"] if item < 4 else 0
+    return weights, trained + micro_batch_size * kept + copies
 
 
 def check_memory(path, device, weights, update, micro_batch_size, lora_rank):
