@@ -349,7 +349,7 @@ def ratio_metrics(log_ratio, covered, total, clip_low, clip_high):
 
 def flow_times(steps):
     """t_k = 1 - k / S, k = 0..S-1: when each denoising step begins. t is 1 at the noise, 0 at the action."""
-    return 1 - torch.arange(steps) / steps
+    return torch.arange(steps, 0, -1) / steps
 
 
 def sde_std(steps, level):

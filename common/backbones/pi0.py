@@ -207,7 +207,8 @@ class PI0(nn.Module):
         return torch.stack([torch.stack([x.keys, x.values], 1) for x in cache.layers], 1), None
 
     def _autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config["dtype"] == "bfloat16")
+        kind = "cuda" if self.device.type == "cuda" else "cpu"
+        return torch.autocast(kind, torch.bfloat16, enabled=self.config["dtype"] == "bfloat16")
 
     def _expert(self, x, past, keep):
         """Tokens x (B, n, D) after `past`, which see it and each other -> their hidden states, and the keys
@@ -392,15 +393,14 @@ def load(path, folder, sizes, dtype):
         logging.disable_progress_bar()
     with intact(folder):
         model, report = Mixed.from_pretrained(
-            folder, config=sizes, dtype=getattr(torch, dtype), output_loading_info=True
-        )
+            folder, config=sizes, dtype=getattr(torch, dtype), output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
     logging.set_verbosity(level)
     wrong = set(report["missing_keys"]) - {"model.dit.embed_tokens.weight"}
-    wrong |= set(report["unexpected_keys"]) - buffers.keys()
+    wrong |= set(report["unexpected_keys"]) - buffers.keys() | {key[0] for key in report["mismatched_keys"]}
     if wrong:
-        raise UserError(
-            f"{path} has {len(wrong)} tensors too many or too few, such as {', '.join(sorted(wrong)[:3])}."
-        )
+        raise UserError(f"{path} has {len(wrong)} tensors that do not fit, such as {', '.join(sorted(wrong)[:3])}.")
     return model, buffers
 
 
