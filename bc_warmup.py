@@ -293,8 +293,9 @@ class FlowHead(nn.Module):
         if not hasattr(backbone, "velocity"):
             self.velocity = Velocity(backbone.hidden_size, backbone.chunk * backbone.action_dim)
         numbers = torch.arange(math.prod(flow := getattr(backbone, "flow_shape", self.shape))).view(flow)
-        self.register_buffer("executed", numbers[: self.shape[0], : self.shape[1]].flatten(), persistent=False)
-        self.others = numbers.numel() - self.executed.numel()
+        executed = numbers[: self.shape[0], : self.shape[1]].flatten()
+        self.register_buffer("executed", executed, persistent=False)
+        self.others = numbers.numel() - executed.numel()
         self.register_buffer("times", flow_times(args.flow_steps), persistent=False)
         self.register_buffer("sde", sde_std(args.flow_steps, args.noise_level), persistent=False)
         self.learned, self.level = args.flow_noise == "learned", args.noise_level

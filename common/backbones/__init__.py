@@ -35,7 +35,6 @@ executed. One with the flag --merge-and-save has save_merged(folder) and check_m
 
 import contextlib
 import importlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -208,7 +207,8 @@ def stored_weights(agent):
         return weights
     frozen = {f"backbone.{name}" for name in backbone.state_dict()}
     frozen -= {f"backbone.{name}" for name, p in backbone.named_parameters() if p.requires_grad}
-    return {k: x for k, x in weights.items() if k not in frozen or k.replace(".base_layer", "") in backbone.moved}
+    frozen = {name for name in frozen if name.replace(".base_layer", "") not in backbone.moved}
+    return {name: x for name, x in weights.items() if name not in frozen}
 
 
 def export(backbone, args, run):

@@ -13,7 +13,6 @@ import hashlib
 import inspect
 import json
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PI0Config, PI0ForConditionalGeneration
 from transformers.models.gemma.modeling_gemma import GemmaModel
 from transformers.utils import logging
 
@@ -34,15 +33,12 @@ from common.backbones import LoraArgs, find_checkpoint, intact
 from common.flags import FIXED
 from common.memory import available_memory
 
-try:
-    from transformers import PI0Config, PI0ForConditionalGeneration
-except ImportError:  # before 5.23
-    PI0Config = PI0ForConditionalGeneration = None
-
 PAD, BOS, NEWLINE = 0, 2, 108  # of PaliGemma's tokenizer
 PROMPT = 20  # tokens of a prompt, about: memory is estimated before there is one
 CACHE = "cache" if "cache" in inspect.signature(GemmaModel.forward).parameters else "past_key_values"
 FROM_SCRATCH = False
+EPS = np.float32(1e-8)
+NONE = dict.fromkeys(("state", "action"), (torch.zeros(1), torch.ones(1)))  # statistics that do nothing
 KEYS = {"state": ("observation.state", "state"), "action": ("action", "actions")}  # LeRobot's, openpi's names
 
 
@@ -99,7 +95,9 @@ def read_statistics(path, folder, buffers, file):
         with intact(file):
             read = json.loads(Path(file).read_text())
             read = read.get("norm_stats", read)
-            found = {f"{key}.{n}": torch.tensor(x[n]) for key, x in read.items() for n in x if n in ("mean", "std")}
+            found = {
+                f"{k}.{n}": torch.tensor(x[n]) for k, x in read.items() for n in ("mean", "std") if n in x
+            }
     else:
         for name in ("policy_preprocessor.json", "policy_postprocessor.json"):
             if not (folder / name).is_file():
@@ -185,13 +183,11 @@ class PI0(nn.Module):
             rows = [row + [PAD] * (longest - len(row)) for row in rows]
             self.prompts[key] = torch.tensor(rows, device=device)
         state = torch.as_tensor(obs["proprio"], device=device, dtype=torch.float32)
-        if self.statistics:
-            mean, std = (x.to(device) for x in self.statistics["state"])
-            state = (state - mean) / (std + 1e-8)
+        mean, std = (x.to(device) for x in (self.statistics or NONE)["state"])
+        state = (state - mean) / (std + EPS)
+        state = F.pad(state, (0, self.max_state_dim - state.shape[1]))
         ids = self.prompts[key][torch.as_tensor(obs["task"], device=device)]
-        return {
-            "image": image, "input_ids": ids, "proprio": F.pad(state, (0, self.max_state_dim - state.shape[1]))
-        }  # fmt: skip
+        return {"image": image, "input_ids": ids, "proprio": state}
 
     def encode_vision(self, batch):
         """-> the prefix's keys and values (B, layers, 2, heads, L, D), None"""
@@ -244,18 +240,14 @@ class PI0(nn.Module):
             hidden, _ = self._expert(tokens, action_hidden.past, keep)
             return self.pi0.action_out_proj(hidden).float().flatten(1)
 
-    def _scale(self, actions, back):
-        if not self.statistics:
-            return actions
-        mean, std = (x.numpy() for x in self.statistics["action"])
-        return (actions - mean) / (std + np.float32(1e-8)) if back else actions * std + mean
-
     def to_env(self, actions):
         """numpy (..., A), normalised -> in the data set's units"""
-        return self._scale(actions, False)
+        mean, std = (x.numpy() for x in (self.statistics or NONE)["action"])
+        return actions * std + mean
 
     def from_env(self, actions):
-        return self._scale(actions, True)
+        mean, std = (x.numpy() for x in (self.statistics or NONE)["action"])
+        return (actions - mean) / (std + EPS)
 
 
 # --- loading
@@ -296,8 +288,6 @@ def build(
     nothing. Raises UserError.
     """
     device, published, stats, encode = torch.device(device), sizes or {}, None, None
-    if PI0Config is None:
-        raise UserError("This transformers has no pi0; install the version in requirements.txt.")
     if path == "random":
 
         def encode(text):
@@ -321,12 +311,10 @@ def build(
 
         def encode(text):
             return words.encode(text, add_special_tokens=False).ids
-    try:
-        known = {name: x for name, x in published.items() if name in PI0Config().to_dict() and name != "dtype"}
-        sizes = PI0Config(**known)
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} has a config.json that is no pi0's ({reason}).") from error
+
+    known = PI0Config().to_dict().keys() - {"dtype"}
+    with intact(f"{path}/config.json"):
+        sizes = PI0Config(**{name: x for name, x in published.items() if name in known})
     chunk = chunk or sizes.chunk_size
     for what, mine, most in (
         ("actions a chunk", chunk, sizes.chunk_size), ("numbers an action", action_dim, sizes.max_action_dim),
@@ -342,7 +330,7 @@ def build(
         model = prepare(PI0ForConditionalGeneration(sizes), train_prefix)
     needs = memory_needed(model, getattr(torch, dtype), micro_batch_size, lora_rank, cameras, passes)
     if device.type != "meta":
-        check_memory(path, device, *needs, micro_batch_size, lora_rank)
+        check_memory(path, device, *needs)
     if device.type != "meta" and path == "random":
         model = prepare(PI0ForConditionalGeneration(sizes), train_prefix)
     elif device.type != "meta":
@@ -374,8 +362,8 @@ def prepare(model, train_prefix):
 
 
 def load(path, folder, sizes, dtype):
-    """-> the model with the weights of `folder`, the prefix's rounded to `dtype`; and what else they hold, the
-    older layout's statistics {name: tensor}. UserError for weights that are not pi0's."""
+    """-> the model with the weights of `folder`, the prefix's rounded to `dtype`; and the older layout's
+    statistics {name: tensor} among them. UserError for weights that are not pi0's."""
 
     class Mixed(PI0ForConditionalGeneration):
         _keep_in_fp32_modules_strict = ["dit", "embed_action_time", "action_out_proj"]  # noqa: RUF012
@@ -388,9 +376,8 @@ def load(path, folder, sizes, dtype):
         with intact(file), safe_open(file, "pt") as stored:
             buffers |= {n: stored.get_tensor(n) for n in stored.keys() if ".buffer_" in n}  # noqa: SIM118
     level = logging.get_verbosity()
-    logging.set_verbosity_error()  # what is too many or too few is told below
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what does not fit is told below
+    logging.disable_progress_bar()
     with intact(folder):
         model, report = Mixed.from_pretrained(
             folder, config=sizes, dtype=getattr(torch, dtype), output_loading_info=True,
@@ -400,7 +387,8 @@ def load(path, folder, sizes, dtype):
     wrong = set(report["missing_keys"]) - {"model.dit.embed_tokens.weight"}
     wrong |= set(report["unexpected_keys"]) - buffers.keys() | {key[0] for key in report["mismatched_keys"]}
     if wrong:
-        raise UserError(f"{path} has {len(wrong)} tensors that do not fit, such as {', '.join(sorted(wrong)[:3])}.")
+        names = ", ".join(sorted(wrong)[:3])
+        raise UserError(f"{path} has {len(wrong)} tensors that do not fit, such as {names}.")
     return model, buffers
 
 
@@ -413,52 +401,41 @@ def fingerprint(model):
 
 
 def memory_needed(model, dtype, micro_batch_size, lora_rank, cameras, passes):
-    """About how many bytes the weights of `model`, on whatever device, and an update hold.
+    """About how many bytes the weights of `model`, on whatever device, and an update of the expert hold.
 
     What trains has a gradient and AdamW's two moments in float32; adapters also themselves, and their copies
     in 16 bits. For the backward, each of `passes` of the expert keeps of a layer 28 bytes a token and number
     of its width (norms are in float32), and in `dtype` four tensors of its MLP's width, queries, attention's
-    output and all keys and values, and in 16 bits a copy of its weights; of a trained prefix as much.
+    output and all keys and values, and in 16 bits a copy of its weights.
     """
-    text, expert = model.config.vlm_config.text_config, model.config.dit_config
-    eye, item = model.config.vlm_config.vision_config, dtype.itemsize
-    sizes = {part: sum(p.numel() for p in getattr(model.model, part).parameters()) for part in ("vlm", "dit")}
-    other = sum(p.numel() for p in model.parameters()) - sum(sizes.values())
-    weights = item * sizes["vlm"] + 4 * (sizes["dit"] + other)
+    eye, expert, item = model.config.vlm_config.vision_config, model.config.dit_config, dtype.itemsize
+    prefix, dit = (sum(p.numel() for p in getattr(model.model, part).parameters()) for part in ("vlm", "dit"))
+    weights = item * prefix + 4 * (sum(p.numel() for p in model.parameters()) - prefix)
     if not micro_batch_size:
         return weights, 0
     trained = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     if lora_rank:
-        names = (n for n, m in model.named_modules() if re.fullmatch(PI0.lora_targets, f"pi0.{n}"))
-        trained = 18 * lora_rank * sum(sum(model.get_submodule(n).weight.shape) for n in names)
-    seen, own = cameras * (eye.image_size // eye.patch_size) ** 2, model.config.chunk_size
-    stacks = [(passes, own, seen + PROMPT + own, expert, expert.num_key_value_heads * expert.head_dim)]
-    if model.model.vlm.multi_modal_projector.linear.weight.requires_grad:
-        stacks += [(1, seen + PROMPT, seen + PROMPT, text, text.num_key_value_heads * text.head_dim)]
-        stacks += [(1, seen, seen, eye, eye.hidden_size)]
-    kept = 0
-    for times, tokens, keys, part, width in stacks:
-        heads = part.num_attention_heads * getattr(part, "head_dim", part.hidden_size // part.num_attention_heads)
-        layer = tokens * (28 * part.hidden_size + item * (4 * part.intermediate_size + 2 * heads))
-        kept += times * part.num_hidden_layers * (layer + item * 2 * keys * width)
-    copies = (passes + 1) * item * sizes["dit"] if item < 4 else 0
-    return weights, trained + micro_batch_size * kept + copies
+        tuned = (
+            m.weight.shape for n, m in model.named_modules() if re.fullmatch(PI0.lora_targets, f"pi0.{n}")
+        )
+        trained = 18 * lora_rank * sum(map(sum, tuned))
+    own, heads = model.config.chunk_size, expert.num_attention_heads * expert.head_dim
+    keys = (cameras * (eye.image_size // eye.patch_size) ** 2 + PROMPT + own) * expert.num_key_value_heads
+    layer = own * (28 * expert.hidden_size + item * (4 * expert.intermediate_size + 2 * heads))
+    layer += 2 * item * keys * expert.head_dim
+    copies = (passes + 1) * item * dit if item < 4 else 0
+    return weights, trained + copies + micro_batch_size * passes * expert.num_hidden_layers * layer
 
 
-def check_memory(path, device, weights, update, micro_batch_size, lora_rank):
+def check_memory(path, device, weights, update):
     """UserError if `device` has too little free memory for the weights, or for an update (0 for none)."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    if weights + update <= free:
-        return
-    training = update and weights < free
-    hints = {
-        "a smaller --micro-batch-size (bc_warmup.py: --batch-size)": training and micro_batch_size > 1,
-        "--lora-rank 32": training and not lora_rank,
-        "another device": True,
-    }
-    needs = f"{weights / 1e9:.1f} GB for its weights"
-    needs += f" and {update / 1e9:.1f} GB for an update" if update else ""
-    raise UserError(
-        f"{path} needs {needs}, and {device} has {free / 1e9:.1f} GB free; use "
-        f"{', '.join(hint for hint, fits in hints.items() if fits)}, or --backbone tiny."
-    )
+    if weights + update > free:
+        needs = f"{weights / 1e9:.1f} GB for its weights"
+        needs += f" and {update / 1e9:.1f} GB for an update" if update else ""
+        smaller = "--lora-rank 32, a smaller --micro-batch-size (bc_warmup.py: --batch-size), "
+        hints = smaller if update and weights < free else ""
+        raise UserError(
+            f"{path} needs {needs}, and {device} has {free / 1e9:.1f} GB free; use {hints}another device, or "
+            "--backbone tiny."
+        )
