@@ -336,6 +336,13 @@ def test_the_prompt_is_pictures_then_words_then_a_newline(published):
     assert ids[2, : len(wanted)].tolist() == wanted and not ids[2, len(wanted) :].any()
 
 
+def test_another_models_tokenizer_is_refused(published):
+    backbone = load(published)
+    backbone.tokenize = lambda text: [200]
+    with pytest.raises(UserError, match="not PaliGemma's"):
+        backbone.preprocess(observe(), INSTRUCTIONS)
+
+
 @pytest.mark.parametrize("where", ["processor", "buffers", "lerobot", "openpi", "none"])
 def test_statistics_scale_states_and_actions(tmp_path, where):
     write_checkpoint(tmp_path / "c", statistics=where)

@@ -168,8 +168,10 @@ class PI0(nn.Module):
         return self.pi0.action_out_proj.weight.device
 
     def encode_prompt(self, instruction, cameras):
-        text = instruction.strip().replace("_", " ").replace("\n", " ")
-        return [self.image_id] * (self.image_tokens * cameras) + [BOS, *self.tokenize(text), NEWLINE]
+        ids = self.tokenize(instruction.strip().replace("_", " ").replace("\n", " "))
+        if max(ids, default=0) >= self.pi0.config.vlm_config.text_config.vocab_size:
+            raise UserError("The tokenizer is not PaliGemma's: it has more words; name that as --tokenizer.")
+        return [self.image_id] * (self.image_tokens * cameras) + [BOS, *ids, NEWLINE]
 
     @torch.no_grad()
     def preprocess(self, obs, instructions):
