@@ -524,7 +524,8 @@ def test_the_estimate_of_an_update_is_near_what_it_keeps(dtype, passes):
 
 # --- command lines
 
-PI0 = f"{EVAL} --chunk 3 --eval-freq 0 --save-freq 1 --head flow --flow-steps 2"
+FEW = EVAL.replace("--eval-episodes 5 --eval-envs 3", "--eval-episodes 2 --eval-envs 2")
+PI0 = f"{FEW} --chunk 3 --eval-freq 0 --save-freq 1 --head flow --flow-steps 2"
 BC = f"{PI0} --num-demos 2 --gradient-steps 3 --batch-size 8 --warmup-steps 1"
 SHORT = "--update-epochs 2 --minibatch-size 6 --micro-batch-size 4 --learning-rate 1e-3"
 PPO = f"{PI0} {SHORT} --num-envs 4 --num-steps 2 --total-timesteps 40 --critic-warmup 0 --tasks lift"
