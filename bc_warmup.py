@@ -12,6 +12,7 @@ uses nothing but the training layouts. Expect on 2 CPU cores (3 seeds): 0.44 gre
 0.62) in 4 minutes.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -49,8 +50,9 @@ class Args(VLAArgs):
     """discount per environment step of the success to come, in the advantage"""
     demo_noise: Annotated[NonNegative, Unless("demos")] = 0.3
     """standard deviation of the noise on the scripted expert's executed actions; its labels stay clean"""
-    head: Annotated[Literal["tokens", "gaussian"], FIXED] = "tokens"
-    """256-bin action tokens by cross-entropy, or a continuous chunk by its L1 distance (OpenVLA-OFT)"""
+    head: Annotated[Literal["tokens", "gaussian", "flow"], FIXED] = "tokens"
+    """256-bin action tokens by cross-entropy, a continuous chunk by its L1 distance (OpenVLA-OFT), or by flow
+    matching (pi0)"""
     grounding_scenes: Annotated[NonNegativeInt, Unless("demos")] = 6000
     """random pictures for the grounding stage (scripted demonstrations only)"""
     grounding_steps: Annotated[NonNegativeInt, Unless("demos")] = 300
@@ -75,6 +77,15 @@ class Args(VLAArgs):
     init_std: Annotated[Positive, FIXED, Only("head", "gaussian")] = 0.2
     """gaussian head: the standard deviation that PPO starts with"""
     learn_std: ClassVar[bool] = False  # imitation leaves the standard deviation alone
+    flow_steps: Annotated[PositiveInt, KEPT, Only("head", "flow")] = 4
+    """flow head: S, Euler steps from the noise to the chunk"""
+    flow_noise: Annotated[Literal["sde", "learned"], KEPT, Only("head", "flow")] = "sde"
+    """flow head: the noise of sampled steps: Flow-SDE's, which keeps the flow's marginals, or a standard
+    deviation per action dimension, trained, that starts at --noise-level (Flow-Noise)"""
+    noise_level: Annotated[Positive, KEPT, Only("head", "flow")] = 0.3
+    """flow head: how much of it"""
+    flow_samples: Annotated[PositiveInt, Only("head", "flow")] = 8
+    """flow head: noises and times drawn for each decision of a batch"""
     eval_freq: NonNegativeInt = 0
     """gradient steps between evaluations; 0 for the last only"""
     save_freq: PositiveInt = 200
@@ -93,6 +104,10 @@ PRESETS = {  # what differs from the defaults, which are tabletop's; flags on th
         batch_size=16, learning_rate=5e-4, label_sigma=0.0, temperature=1.6, save_freq=1000,
     ),
     "openvla": dict(lora_modules=("language_model", "projector", "vision")),
+    "pi0": dict(  # openpi's
+        head="flow", chunk=5, grounding_steps=0, gradient_steps=30_000, batch_size=32, learning_rate=2.5e-5,
+        warmup_steps=1000, flow_steps=10, flow_samples=1, save_freq=1000,
+    ),
 }  # fmt: skip
 MAX_WEIGHT = 20.0  # of a step with a large advantage (AWR's)
 
@@ -108,6 +123,18 @@ def soft_cross_entropy(logits, bins, sigma):
     index = torch.arange(logits.shape[-1], device=logits.device)
     table = (-0.5 * ((index[:, None] - index) / sigma).square()).softmax(-1)  # (256, 256)
     return -(table[bins] * logits.log_softmax(-1)).sum(-1)
+
+
+def flow_matching_loss(velocity, actions, noise):
+    """(v - (noise - actions))^2 elementwise: the velocity of the straight line x = t noise + (1 - t) actions
+    (Lipman et al. 2023, eq. 23, with time as in pi0's code)."""
+    return (velocity - (noise - actions)).square()
+
+
+def pi0_times(uniform):
+    """Times of flow matching from uniform draws, more of them near the noise: Beta(1.5, 1), scaled to
+    [0.001, 1] (Black et al. 2024, appendix B)."""
+    return 0.001 + 0.999 * uniform ** (1 / 1.5)
 
 
 def grounding_loss(attention, pixels):
@@ -155,6 +182,27 @@ def learning_rate_at(step, args):
     done = step - args.grounding_steps
     cosine = 0.5 * (1 + np.cos(np.pi * done / args.gradient_steps))
     return args.learning_rate * cosine * min(1.0, (done + 1) / args.warmup_steps)
+
+
+def flow_times(steps):
+    """t_k = 1 - k / S, k = 0..S-1: when each denoising step begins. t is 1 at the noise, 0 at the action."""
+    return torch.arange(steps, 0, -1) / steps
+
+
+def sde_std(steps, level):
+    """Standard deviations (S,) of Flow-SDE's denoising steps (piRL, Chen et al. 2025, arXiv:2510.25889):
+    sigma_t / sqrt(S) with sigma_t = level * sqrt(t / (1 - t)), and 1 - t = 1 / S where it would be 0."""
+    t = flow_times(steps)
+    return level * (t / (1 - t).clamp(min=1 / steps) / steps).sqrt()
+
+
+def denoising_mean(x, velocity, t, steps, std):
+    """Where a denoising step leads on average: x - v / S - std^2 / (2 t) * (x + (1 - t) v).
+
+    Euler's step, and Flow-SDE's drift towards the data, which undoes what noise of `std` adds, so that the
+    marginals stay the flow's; x + (1 - t) v is the noise that it sees in x. std 0 is the flow's ODE.
+    """
+    return x - velocity / steps - std**2 / (2 * t) * (x + (1 - t) * velocity)
 
 
 # --- heads and agent
@@ -230,16 +278,130 @@ class GaussianHead(nn.Module):
         return (actions if self.mean is None else actions.clamp(-1, 1)).cpu().numpy()  # L1: as published
 
 
+class Velocity(nn.Module):
+    """v(x, t) of a chunk of n numbers, given the hidden states of its n action slots; 0 at first."""
+
+    def __init__(self, hidden_size, numbers, width=256, frequencies=6):
+        super().__init__()
+        self.read, self.context = nn.Linear(hidden_size, 16), nn.Linear(16 * numbers, width)
+        self.noisy, self.time = nn.Linear(numbers, width), nn.Linear(2 * frequencies, width)
+        self.register_buffer("octaves", torch.pi / 2 * 2.0 ** torch.arange(frequencies), persistent=False)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+            for _ in range(2)
+        )
+        self.last = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, numbers))
+        nn.init.zeros_(self.last[-1].weight)
+        nn.init.zeros_(self.last[-1].bias)
+
+    def encode(self, action_hidden):
+        return self.context(self.read(action_hidden.float()).flatten(1))  # (B, n, D) -> (B, width)
+
+    def forward(self, context, x, t):
+        """context (B, width), x (B, n), t (B,) or () -> velocity (B, n); x (B, P, n), t (B, P) likewise."""
+        angle = t[..., None] * self.octaves
+        context = context.view(len(x), *[1] * (x.dim() - 2), -1)
+        hidden = context + self.noisy(x) + self.time(torch.cat([angle.sin(), angle.cos()], -1))
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        return self.last(hidden)
+
+
+class FlowHead(nn.Module):
+    """A flow from noise to the continuous chunk in S Euler steps (Lipman et al. 2023; pi0, 2024).
+
+    Actions are chains, floats (B, S+1, n): the noise, and where each step led; the environment gets the last.
+    Each step is Gaussian, so that a chain has a log-prob: of a number, the sum over its steps. The noise's
+    own is the same for all policies and left out. Greedily the ODE starts at zero.
+
+    n is K*A, but where the backbone has a flow of its own, of longer chunks and more numbers than are
+    executed. The steps' noise is in those that are; the others follow the ODE from theirs, so that they are a
+    function of the chain and the policy, and `log_prob` is the executed ones' exactly.
+    """
+
+    def __init__(self, backbone, args):
+        super().__init__()
+        self.shape, self.steps = (backbone.chunk, backbone.action_dim), args.flow_steps
+        self.velocity = None  # the backbone has a trained flow of its own
+        if not hasattr(backbone, "velocity"):
+            self.velocity = Velocity(backbone.hidden_size, backbone.chunk * backbone.action_dim)
+        numbers = torch.arange(math.prod(flow := getattr(backbone, "flow_shape", self.shape))).view(flow)
+        executed = numbers[: self.shape[0], : self.shape[1]].flatten()
+        self.register_buffer("executed", executed, persistent=False)
+        self.others = numbers.numel() - executed.numel()
+        self.register_buffer("times", flow_times(args.flow_steps), persistent=False)
+        self.register_buffer("sde", sde_std(args.flow_steps, args.noise_level), persistent=False)
+        self.learned, self.level = args.flow_noise == "learned", args.noise_level
+        # of the learned noise; a checkpoint's goes with every level
+        self.log_scale = nn.Parameter(torch.zeros(backbone.action_dim), requires_grad=self.learned)
+
+    def forward(self, backbone, action_hidden):
+        """-> the decisions' velocity as a function of x and t, and how many they are"""
+        if self.velocity is None:
+            return functools.partial(backbone.velocity, action_hidden), len(action_hidden)
+        return functools.partial(self.velocity, self.velocity.encode(action_hidden)), len(action_hidden)
+
+    def std(self):
+        """Of each step and executed number, (S, K*A)."""
+        if self.learned:
+            return (self.level * self.log_scale.exp()).repeat(self.steps, self.shape[0])
+        return self.sde[:, None].expand(-1, math.prod(self.shape))
+
+    def whole(self, std):
+        """(S, K*A) -> (S, n), 0 for the numbers that are not executed."""
+        return std.new_zeros(len(std), len(self.executed) + self.others).index_copy(1, self.executed, std)
+
+    def mean(self, velocity, x, k, greedy=False):
+        """Where step k leads from x (B, n) on average, (B, n)."""
+        std = 0.0 if self.learned or greedy else self.whole(self.std())[k]
+        return denoising_mean(x, velocity(x, self.times[k]), self.times[k], self.steps, std)
+
+    def sample(self, flow, deterministic, generator):
+        velocity, size = flow
+        std = self.whole(self.std())
+        noise = torch.zeros(size, self.steps + 1, std.shape[1], device=std.device)
+        if not deterministic:
+            noise.normal_(generator=generator)
+        chain = [noise[:, 0]]
+        for k in range(self.steps):
+            chain.append(self.mean(velocity, chain[k], k, deterministic) + std[k] * noise[:, k + 1])
+        return torch.stack(chain, 1)
+
+    def log_prob(self, flow, actions):
+        x, means = actions[:, 0], []
+        for k in range(self.steps):
+            mean, x = self.mean(flow[0], x, k), actions[:, k + 1]
+            means.append(mean[:, self.executed])
+            if self.others:
+                x = mean.index_copy(1, self.executed, x[:, self.executed])
+        normal = torch.distributions.Normal(torch.stack(means, 1), self.std(), validate_args=False)
+        return normal.log_prob(actions[:, 1:, self.executed]).sum(1)  # (B, K*A)
+
+    def entropy(self, flow):
+        normal = torch.distributions.Normal(0.0, self.std(), validate_args=False)
+        return normal.entropy().sum(0).expand(flow[1], -1)
+
+    def to_env(self, actions):
+        actions = actions[:, -1, self.executed].unflatten(1, self.shape)
+        return (actions if self.velocity is None else actions.clamp(-1, 1)).cpu().numpy()
+
+
 def make_head(backbone, args):
     if not backbone.vision_parameters():
         raise UserError(
             f"The backbone {backbone.config['name']!r} sees no images; give a --backbone that does."
         )
+    if args.head != "flow" and hasattr(backbone, "velocity"):
+        raise UserError(f"The backbone {backbone.config['name']!r} is a flow; use --head flow.")
     if args.head == "tokens" and not hasattr(backbone, "action_logits"):
         raise UserError(
             f"The backbone {backbone.config['name']!r} has no action tokens; use --head gaussian."
         )
-    return TokenHead(backbone, args) if args.head == "tokens" else GaussianHead(backbone, args)
+    if args.head == "flow" and backbone.autoregressive:
+        raise UserError(
+            f"The backbone {backbone.config['name']!r} emits its tokens in turn; use --head tokens."
+        )
+    return {"tokens": TokenHead, "gaussian": GaussianHead, "flow": FlowHead}[args.head](backbone, args)
 
 
 class Agent(nn.Module):
@@ -270,14 +432,20 @@ class Agent(nn.Module):
         actions, _, value = self.get_action_and_value(batch, None, self.deterministic, turn["generator"])
         return self.backbone.to_env(self.head.to_env(actions)), value
 
-    def imitation_loss(self, batch, vision, targets, mask, sigma, weights=None):
-        """targets: bins (tokens) or actions (gaussian), and mask, both (B, K*A), weights (B,) or None for
-        ones -> scalar, the mean over the mask"""
+    def imitation_loss(self, batch, vision, targets, mask, args, generator, weights=None):
+        """targets: bins (tokens) or actions, and mask, both (B, K*A), or (B, n) of a backbone's own flow;
+        weights (B,) or None for ones -> scalar, the mean over the mask"""
         tokens = isinstance(self.head, TokenHead)
         action_hidden = self.backbone(batch, vision, targets if tokens else None)[0]
         if tokens:  # logits of the valid ones only
             logits = self.backbone.action_logits(action_hidden[mask]).float()
-            losses = soft_cross_entropy(logits, targets[mask], sigma)
+            losses = soft_cross_entropy(logits, targets[mask], args.label_sigma)
+        elif isinstance(self.head, FlowHead):
+            noise = targets[:, None].repeat(1, args.flow_samples, 1).normal_(generator=generator)
+            t = pi0_times(torch.empty_like(noise[..., 0]).uniform_(generator=generator))
+            x = t[..., None] * noise + (1 - t[..., None]) * targets[:, None]
+            velocity, _ = self.head(self.backbone, action_hidden)
+            losses = flow_matching_loss(velocity(x, t), targets[:, None], noise).mean(1)[mask]
         else:
             losses = (self.head(self.backbone, action_hidden).mean - targets).abs()[mask]
         if weights is not None:
@@ -292,12 +460,15 @@ def imitation_tensors(demos, args, envs, backbone, device):
     """Demonstrations -> what a gradient step draws from: the observations' keys, and where they are known
     `pixels`; `targets` (S, K*A), bins or actions, of the next K actions, and `mask` (S, K*A), those that the
     episode has and the world feels; with --advantage-weight `weights` (S,). S are the steps, of a policy's
-    rollouts those where it decided: what it did amid a chunk it chose without having seen the step."""
+    rollouts those where it decided: what it did amid a chunk it chose without having seen the step. A
+    backbone that is a flow learns all that it denoises: (S, n), 0 and not in the mask beyond the world's."""
     has, wants = demos["image"].shape[1:], envs.single_observation_space["image"].shape
     if has != wants and "image_size" in backbone.config:  # it resizes nothing
         raise UserError(f"{args.demos} holds images {has}; this run's world has {wants}.")
     actions = backbone.from_env(demos["actions"])
-    targets, mask = chunk_targets(actions, demos["episode_starts"], args.chunk)
+    chunk, numbers = getattr(backbone, "flow_shape", (args.chunk, actions.shape[1]))
+    targets, mask = chunk_targets(actions, demos["episode_starts"], chunk)
+    beyond = (0, numbers - actions.shape[1])
     data = {
         key: torch.as_tensor(demos[key], device=device)
         for key in ("proprio", "task", "pixels")
@@ -305,8 +476,9 @@ def imitation_tensors(demos, args, envs, backbone, device):
     }
     # those of files may be larger than a GPU
     data["image"] = torch.as_tensor(demos["image"], device="cpu" if args.demos else device)
-    data["targets"] = torch.as_tensor(targets, device=device).flatten(1)
-    data["mask"] = torch.as_tensor(mask[..., None] & envs.active_dims, device=device).flatten(1)
+    data["targets"] = F.pad(torch.as_tensor(targets, device=device), beyond).flatten(1)
+    mask = torch.as_tensor(mask[..., None] & envs.active_dims, device=device)
+    data["mask"] = F.pad(mask, beyond).flatten(1)
     if args.head == "tokens":
         data["targets"] = ActionTokenizer().encode_bins(data["targets"])
     if args.advantage_weight:
@@ -344,7 +516,7 @@ def train(args, run):
     run.open()
     trained = [p for p in agent.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, eps=1e-5, weight_decay=1e-4)
-    shuffler = run.generator("shuffler")
+    shuffler, sampler = run.generator("shuffler"), run.generator("sampler", device)
 
     first = 0 if scenes is not None else args.grounding_steps  # nothing to ground on: that stage is left out
     step, total = first, args.grounding_steps + args.gradient_steps
@@ -381,7 +553,7 @@ def train(args, run):
             targets, mask = data["targets"][index], data["mask"][index]
             weights = data["weights"][index] if "weights" in data else None
             loss = losses["loss/policy"] = agent.imitation_loss(
-                batch, vision, targets, mask, args.label_sigma, weights
+                batch, vision, targets, mask, args, sampler, weights
             )
         if attention is not None and "pixels" in source:
             losses["loss/grounding"] = grounding_loss(attention, source["pixels"][index])

@@ -16,6 +16,7 @@ episode's end, and the update sees valid chunks only. Expect on 2 CPU cores
 """
 
 import contextlib
+import functools
 import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -51,9 +52,9 @@ class Args(VLAArgs):
     """environment steps to train for"""
     num_envs: PositiveInt = 64
     """parallel environments"""
-    head: Annotated[Literal["tokens", "gaussian", "discrete"], FIXED] = "tokens"
-    """256-bin action tokens, a Gaussian on the continuous chunk, or a categorical over gymnasium's
-    Discrete"""
+    head: Annotated[Literal["tokens", "gaussian", "flow", "discrete"], FIXED] = "tokens"
+    """256-bin action tokens, a Gaussian on the continuous chunk, a flow from noise to it (pi0), or a
+    categorical over gymnasium's Discrete"""
     train_vision: bool = False
     """train the vision part too; frozen, its output is computed once and reused over the epochs"""
     group_size: int = 8
@@ -122,11 +123,20 @@ class Args(VLAArgs):
     """gaussian head: initial standard deviation, actions being in [-1, 1]"""
     learn_std: Annotated[bool, Only("head", "gaussian")] = True
     """gaussian head: train the standard deviation, one per action dimension"""
+    flow_steps: Annotated[PositiveInt, KEPT, Only("head", "flow")] = 4
+    """flow head: S, Euler steps from the noise to the chunk"""
+    flow_noise: Annotated[Literal["sde", "learned"], KEPT, Only("head", "flow")] = "sde"
+    """flow head: the noise of sampled steps: Flow-SDE's, which keeps the flow's marginals, or a standard
+    deviation per action dimension, trained, that starts at --noise-level (Flow-Noise)"""
+    noise_level: Annotated[Positive, KEPT, Only("head", "flow")] = 0.3
+    """flow head: how much of it"""
 
     def defaults(self):
-        """A mean over an episode moves little: GSPO's own bounds (Zheng et al. 2025, section 5.1)."""
-        bounds = dict(clip_low=3e-4, clip_high=4e-4) if self.ratio_level == "sequence" else {}
-        return {name: x for name, x in bounds.items() if getattr(self, name) == getattr(Args, name)}
+        """A chain of several steps moves further than tokens at the same rate; a mean over an episode moves
+        little: GSPO's own bounds (Zheng et al. 2025, section 5.1)."""
+        own = dict(learning_rate=2e-5) if self.head == "flow" else {}
+        own |= dict(clip_low=3e-4, clip_high=4e-4) if self.ratio_level == "sequence" else {}
+        return {name: x for name, x in own.items() if getattr(self, name) == getattr(Args, name)}
 
     def check(self):
         if self.group_size < 2:
@@ -164,6 +174,10 @@ PRESETS = {  # what differs from the defaults; flags on the command line win
         total_timesteps=300_000,
     ),
     "CartPole-v1": dict(head="discrete"),
+    "pi0": dict(  # RLinf's and piRL's flow (arXiv:2510.25889)
+        head="flow", chunk=5, micro_batch_size=32, learning_rate=5e-6, ratio_level="chunk", flow_steps=4,
+        noise_level=0.5,
+    ),
 }  # fmt: skip
 
 
@@ -333,6 +347,27 @@ def ratio_metrics(log_ratio, covered, total, clip_low, clip_high):
     }
 
 
+def flow_times(steps):
+    """t_k = 1 - k / S, k = 0..S-1: when each denoising step begins. t is 1 at the noise, 0 at the action."""
+    return torch.arange(steps, 0, -1) / steps
+
+
+def sde_std(steps, level):
+    """Standard deviations (S,) of Flow-SDE's denoising steps (piRL, Chen et al. 2025, arXiv:2510.25889):
+    sigma_t / sqrt(S) with sigma_t = level * sqrt(t / (1 - t)), and 1 - t = 1 / S where it would be 0."""
+    t = flow_times(steps)
+    return level * (t / (1 - t).clamp(min=1 / steps) / steps).sqrt()
+
+
+def denoising_mean(x, velocity, t, steps, std):
+    """Where a denoising step leads on average: x - v / S - std^2 / (2 t) * (x + (1 - t) v).
+
+    Euler's step, and Flow-SDE's drift towards the data, which undoes what noise of `std` adds, so that the
+    marginals stay the flow's; x + (1 - t) v is the noise that it sees in x. std 0 is the flow's ODE.
+    """
+    return x - velocity / steps - std**2 / (2 * t) * (x + (1 - t) * velocity)
+
+
 # --- heads and agent
 
 
@@ -422,18 +457,132 @@ class GaussianHead(nn.Module):
         return (actions if self.mean is None else actions.clamp(-1, 1)).cpu().numpy()  # L1: as published
 
 
+class Velocity(nn.Module):
+    """v(x, t) of a chunk of n numbers, given the hidden states of its n action slots; 0 at first."""
+
+    def __init__(self, hidden_size, numbers, width=256, frequencies=6):
+        super().__init__()
+        self.read, self.context = nn.Linear(hidden_size, 16), nn.Linear(16 * numbers, width)
+        self.noisy, self.time = nn.Linear(numbers, width), nn.Linear(2 * frequencies, width)
+        self.register_buffer("octaves", torch.pi / 2 * 2.0 ** torch.arange(frequencies), persistent=False)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+            for _ in range(2)
+        )
+        self.last = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, numbers))
+        nn.init.zeros_(self.last[-1].weight)
+        nn.init.zeros_(self.last[-1].bias)
+
+    def encode(self, action_hidden):
+        return self.context(self.read(action_hidden.float()).flatten(1))  # (B, n, D) -> (B, width)
+
+    def forward(self, context, x, t):
+        """context (B, width), x (B, n), t (B,) or () -> velocity (B, n); x (B, P, n), t (B, P) likewise."""
+        angle = t[..., None] * self.octaves
+        context = context.view(len(x), *[1] * (x.dim() - 2), -1)
+        hidden = context + self.noisy(x) + self.time(torch.cat([angle.sin(), angle.cos()], -1))
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        return self.last(hidden)
+
+
+class FlowHead(nn.Module):
+    """A flow from noise to the continuous chunk in S Euler steps (Lipman et al. 2023; pi0, 2024).
+
+    Actions are chains, floats (B, S+1, n): the noise, and where each step led; the environment gets the last.
+    Each step is Gaussian, so that a chain has a log-prob: of a number, the sum over its steps. The noise's
+    own is the same for all policies and left out. Greedily the ODE starts at zero.
+
+    n is K*A, but where the backbone has a flow of its own, of longer chunks and more numbers than are
+    executed. The steps' noise is in those that are; the others follow the ODE from theirs, so that they are a
+    function of the chain and the policy, and `log_prob` is the executed ones' exactly.
+    """
+
+    def __init__(self, backbone, args):
+        super().__init__()
+        self.shape, self.steps = (backbone.chunk, backbone.action_dim), args.flow_steps
+        self.velocity = None  # the backbone has a trained flow of its own
+        if not hasattr(backbone, "velocity"):
+            self.velocity = Velocity(backbone.hidden_size, backbone.chunk * backbone.action_dim)
+        numbers = torch.arange(math.prod(flow := getattr(backbone, "flow_shape", self.shape))).view(flow)
+        executed = numbers[: self.shape[0], : self.shape[1]].flatten()
+        self.register_buffer("executed", executed, persistent=False)
+        self.others = numbers.numel() - executed.numel()
+        self.register_buffer("times", flow_times(args.flow_steps), persistent=False)
+        self.register_buffer("sde", sde_std(args.flow_steps, args.noise_level), persistent=False)
+        self.learned, self.level = args.flow_noise == "learned", args.noise_level
+        # of the learned noise; a checkpoint's goes with every level
+        self.log_scale = nn.Parameter(torch.zeros(backbone.action_dim), requires_grad=self.learned)
+
+    def forward(self, backbone, action_hidden):
+        """-> the decisions' velocity as a function of x and t, and how many they are"""
+        if self.velocity is None:
+            return functools.partial(backbone.velocity, action_hidden), len(action_hidden)
+        return functools.partial(self.velocity, self.velocity.encode(action_hidden)), len(action_hidden)
+
+    def std(self):
+        """Of each step and executed number, (S, K*A)."""
+        if self.learned:
+            return (self.level * self.log_scale.exp()).repeat(self.steps, self.shape[0])
+        return self.sde[:, None].expand(-1, math.prod(self.shape))
+
+    def whole(self, std):
+        """(S, K*A) -> (S, n), 0 for the numbers that are not executed."""
+        return std.new_zeros(len(std), len(self.executed) + self.others).index_copy(1, self.executed, std)
+
+    def mean(self, velocity, x, k, greedy=False):
+        """Where step k leads from x (B, n) on average, (B, n)."""
+        std = 0.0 if self.learned or greedy else self.whole(self.std())[k]
+        return denoising_mean(x, velocity(x, self.times[k]), self.times[k], self.steps, std)
+
+    def sample(self, flow, deterministic, generator):
+        velocity, size = flow
+        std = self.whole(self.std())
+        noise = torch.zeros(size, self.steps + 1, std.shape[1], device=std.device)
+        if not deterministic:
+            noise.normal_(generator=generator)
+        chain = [noise[:, 0]]
+        for k in range(self.steps):
+            chain.append(self.mean(velocity, chain[k], k, deterministic) + std[k] * noise[:, k + 1])
+        return torch.stack(chain, 1)
+
+    def log_prob(self, flow, actions):
+        x, means = actions[:, 0], []
+        for k in range(self.steps):
+            mean, x = self.mean(flow[0], x, k), actions[:, k + 1]
+            means.append(mean[:, self.executed])
+            if self.others:
+                x = mean.index_copy(1, self.executed, x[:, self.executed])
+        normal = torch.distributions.Normal(torch.stack(means, 1), self.std(), validate_args=False)
+        return normal.log_prob(actions[:, 1:, self.executed]).sum(1)  # (B, K*A)
+
+    def entropy(self, flow):
+        normal = torch.distributions.Normal(0.0, self.std(), validate_args=False)
+        return normal.entropy().sum(0).expand(flow[1], -1)
+
+    def to_env(self, actions):
+        actions = actions[:, -1, self.executed].unflatten(1, self.shape)
+        return (actions if self.velocity is None else actions.clamp(-1, 1)).cpu().numpy()
+
+
 def make_head(backbone, args, envs):
     discrete = hasattr(envs.single_action_space, "n")
     if discrete != (args.head == "discrete"):
-        wanted = "discrete" if discrete else "tokens or gaussian"
+        wanted = "discrete" if discrete else "tokens, gaussian or flow"
         raise UserError(f"--env {args.env} has {envs.single_action_space} actions; use --head {wanted}.")
+    if args.head != "flow" and hasattr(backbone, "velocity"):
+        raise UserError(f"The backbone {backbone.config['name']!r} is a flow; use --head flow.")
     if args.head == "tokens" and not hasattr(backbone, "action_logits"):
         raise UserError(
             f"The backbone {backbone.config['name']!r} has no action tokens; use --head gaussian."
         )
+    if args.head == "flow" and backbone.autoregressive:
+        raise UserError(
+            f"The backbone {backbone.config['name']!r} emits its tokens in turn; use --head tokens."
+        )
     if discrete:
         return DiscreteHead(backbone, args, int(envs.single_action_space.n))
-    return TokenHead(backbone, args) if args.head == "tokens" else GaussianHead(backbone, args)
+    return {"tokens": TokenHead, "gaussian": GaussianHead, "flow": FlowHead}[args.head](backbone, args)
 
 
 class Agent(nn.Module):

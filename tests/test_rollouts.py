@@ -419,16 +419,20 @@ def test_a_loss_is_weighed_by_its_decision(head):
         def forward(self, batch, vision, actions):
             return batch, None
 
-    args = SimpleNamespace(head=head, temperature=1.0, init_std=0.2, learn_std=False, deterministic=True)
+    args = SimpleNamespace(
+        head=head, label_sigma=0.0, temperature=1.0, init_std=0.2, learn_std=False, deterministic=True
+    )
     agent, hidden = bc_warmup.Agent(Backbone(), args), torch.randn(4, 6, 8)
     targets = torch.randint(256, (4, 6)) if head == "tokens" else torch.rand(4, 6)
     mask = torch.rand(4, 6) < 0.7
-    plain = agent.imitation_loss(hidden, None, targets, mask, 0.0)
-    assert torch.equal(agent.imitation_loss(hidden, None, targets, mask, 0.0, torch.ones(4)), plain)
+    plain = agent.imitation_loss(hidden, None, targets, mask, args, None)
+    assert torch.equal(agent.imitation_loss(hidden, None, targets, mask, args, None, torch.ones(4)), plain)
     rows = [slice(i, i + 1) for i in range(4)]
-    parts = [agent.imitation_loss(hidden[i], None, targets[i], mask[i], 0.0) * mask[i].sum() for i in rows]
+    parts = [
+        agent.imitation_loss(hidden[i], None, targets[i], mask[i], args, None) * mask[i].sum() for i in rows
+    ]
     weights = torch.tensor([0.0, 2.0, 0.5, 3.0])
-    found = agent.imitation_loss(hidden, None, targets, mask, 0.0, weights)
+    found = agent.imitation_loss(hidden, None, targets, mask, args, None, weights)
     wanted = sum(w * part for w, part in zip(weights, parts, strict=True)) / mask.sum()
     torch.testing.assert_close(found, wanted)
 

@@ -7,7 +7,9 @@ A family is one file and one line in `BACKBONES`. The file has
 - `Args`, a dataclass of its own flags (`LoraArgs` where it takes adapters), in which `FIXED` marks what is
   part of the weights; it may have `check(self)`, which raises UserError for values that cannot work together;
 - `FROM_SCRATCH`: whether it starts at random weights; optionally `own_options(args, device, cameras,
-  micro_batch_size, train_vision)`, what `build` takes that is the run's affair and not the weights'.
+  micro_batch_size, train_vision)`, what `build` takes that is the run's affair and not the weights', and
+  `owns(path)`, whether a checkpoint's folder or hub id is of the family (OpenVLA's are those that no other's
+  are).
 A backbone is an `nn.Module` with
     preprocess(obs, instructions) -> batch          of arrays or tensors, a dict of tensors on its device
     encode_vision(batch) -> vision, attention       what may be cached while the vision part is frozen
@@ -25,10 +27,13 @@ not None), `own_critic` (prompt_hidden comes from parameters that no action depe
 base's weights are in files of their own, which no checkpoint repeats beside adapters). An autoregressive one
 emits its tokens in turn: forward conditions on `actions`, and generate(batch, draw, vision=None) samples
 them. One with an `action_head` that is not None has action_mean(action_hidden) -> (B, K*A), the trained
-continuous actions. One with files has save_merged(folder) and check_merge_target(folder). `lora_alpha`, where
-there is one, is new adapters' (else twice the rank). A large one has layers() -> list, the modules, each of
-which runs by its __call__, whose weights torchrun's processes gather one after another where they train all.
-To copy: `mlp.py`, `tiny.py`.
+continuous actions. One with a trained flow (its `action_hidden` may be of any kind that has a length, B) has
+velocity(action_hidden, x, t) -> as x, where x is (B, n) and t () or (B,), or (B, P, n) and (B, P), and
+`flow_shape`, the chunk that it denoises, n numbers as (actions, numbers of one): the first K and A are
+executed. One with the flag --merge-and-save has save_merged(folder) and check_merge_target(folder).
+`lora_alpha`, where there is one, is new adapters' (else twice the rank). A large one has layers() -> list,
+the modules, each of which runs by its __call__, whose weights torchrun's processes gather one after another
+where they train all. To copy: `mlp.py`, `tiny.py`.
 """
 
 import contextlib
@@ -38,6 +43,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -51,6 +57,7 @@ BACKBONES = {
     "tiny": "common.backbones.tiny",
     "mlp": "common.backbones.mlp",
     "openvla": "common.backbones.openvla",
+    "pi0": "common.backbones.pi0",
 }
 LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "rank_pattern")
 LORA += ("alpha_pattern", "bias")  # what an adapter's function depends on
@@ -79,6 +86,9 @@ def family_of(name):
         return name
     if "/" not in name and not Path(name).is_dir():
         raise UserError(f"Unknown backbone {name!r}; known: {', '.join(BACKBONES)}, or a checkpoint's path.")
+    for family, file in BACKBONES.items():
+        if getattr(importlib.import_module(file), "owns", lambda path: False)(name):
+            return family
     return "openvla"
 
 
@@ -161,6 +171,7 @@ def load_weights(agent, args, run, new=(), train_vision=None):
     out. train_vision: False freezes the vision part. UserError for what does not fit.
     """
     backbone, saved = agent.backbone, run.saved
+    backbone.moved = set()  # what a checkpoint has in the place of the files'
     if saved:
         parts = {name for name, _ in agent.named_children()}
         with readable(run.source):
@@ -168,7 +179,8 @@ def load_weights(agent, args, run, new=(), train_vision=None):
             check_kinds(weights, agent.state_dict())
             missing, unexpected = agent.load_state_dict(weights, strict=False)
         missing = [name for name in missing if name.partition(".")[0] not in new]
-        if backbone.has_files and backbone.config.get("lora"):  # the base is in its own files
+        backbone.moved = {name.replace(".base_layer", "") for name in weights}
+        if backbone.has_files:  # the rest of the base is in them
             missing = [name for name in missing if "lora_" in name or not name.startswith("backbone.")]
         if missing or unexpected:
             names = ", ".join((*missing, *unexpected)[:4])
@@ -195,12 +207,15 @@ def load_weights(agent, args, run, new=(), train_vision=None):
 
 
 def stored_weights(agent):
-    """What a checkpoint holds of `agent.backbone` and its heads: all weights, or adapters and heads alone
-    where the base is in files of its own."""
+    """What a checkpoint holds of `agent.backbone` and its heads: all weights but those that are in the base's
+    own files as they are, for they are frozen and came from no other checkpoint."""
     weights, backbone = agent.state_dict(), agent.backbone
-    if backbone.has_files and backbone.config.get("lora"):
-        return {k: x for k, x in weights.items() if "lora_" in k or not k.startswith("backbone.")}
-    return weights
+    if not backbone.has_files:
+        return weights
+    frozen = {f"backbone.{name}" for name in backbone.state_dict()}
+    frozen -= {f"backbone.{name}" for name, p in backbone.named_parameters() if p.requires_grad}
+    frozen = {name for name in frozen if name.replace(".base_layer", "") not in backbone.moved}
+    return {name: x for name, x in weights.items() if name not in frozen}
 
 
 def export(agent, envs, args, run):
@@ -260,6 +275,31 @@ def inject_lora(backbone, config):
     for module in backbone.modules():
         if isinstance(module, peft().tuners.tuners_utils.BaseTunerLayer):
             module.cast_input_dtype_enabled = False  # the backbone's autocast does it once
+
+
+def find_checkpoint(path):
+    """A folder, or a hub id, from the hub or its cache -> Path. UserError in one sentence."""
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{path} has no config.json; give a checkpoint's folder.")
+        return folder
+    if path.count("/") != 1 or path[0] in "./~":
+        raise UserError(f"{path} does not exist; give a checkpoint's folder or a hub id.")
+    try:
+        return Path(huggingface_hub.snapshot_download(path, ignore_patterns=["*/*", "*.bin"]))
+    except huggingface_hub.errors.LocalEntryNotFoundError as error:
+        raise UserError(
+            f"{path} is neither a folder nor, complete, in the hub's cache, and the hub cannot be reached; "
+            f"download it where it can (hf download {path} --local-dir FOLDER), or use --backbone tiny."
+        ) from error
+    except huggingface_hub.errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"The hub has no {path}, or not for you; check the name, or log in (hf auth login)."
+        ) from error
+    except Exception as error:  # the hub's many ways to say no
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{path} cannot be had from the hub ({reason}); check name and disk.") from error
 
 
 @contextlib.contextmanager

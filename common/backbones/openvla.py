@@ -41,7 +41,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from common import UserError, distributed
 from common.action_tokenizer import normalize, unnormalize
-from common.backbones import LoraArgs, intact
+from common.backbones import LoraArgs, find_checkpoint, intact
 from common.checkpoint import atomic_path
 from common.flags import FIXED, KEPT
 from common.memory import available_memory
@@ -571,31 +571,6 @@ class OpenVLA(nn.Module):
 # --- loading
 
 EXTRAS = {"proprio_projector": "module.", "action_head": "module.model."}  # files of OFT, and DDP's prefixes
-
-
-def find_checkpoint(path):
-    """A folder, or a hub id, from the hub or its cache -> Path. UserError in one sentence."""
-    folder = Path(path)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{path} has no config.json; give the folder of an OpenVLA checkpoint.")
-        return folder
-    if path.count("/") != 1 or path[0] in "./~":
-        raise UserError(f"{path} does not exist; give the folder of an OpenVLA checkpoint or a hub id.")
-    try:
-        return Path(huggingface_hub.snapshot_download(path, ignore_patterns=["*/*", "*.bin"]))
-    except huggingface_hub.errors.LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{path} is neither a folder nor, complete, in the hub's cache, and the hub cannot be reached; "
-            f"download it where it can (hf download {path} --local-dir FOLDER), or use --backbone tiny."
-        ) from error
-    except huggingface_hub.errors.RepositoryNotFoundError as error:
-        raise UserError(
-            f"The hub has no {path}, or not for you; check the name, or log in (hf auth login)."
-        ) from error
-    except Exception as error:  # the hub's many ways to say no
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{path} cannot be had from the hub ({reason}); check name and disk.") from error
 
 
 def read_json(file):
