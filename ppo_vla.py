@@ -482,7 +482,7 @@ class FlowHead(nn.Module):
     def sample(self, flow, deterministic, generator):
         velocity, size = flow
         std = self.whole(self.std())
-        noise = torch.zeros(size, self.steps + 1, std.shape[1], device=std.device)
+        noise = std.new_zeros(size, self.steps + 1, std.shape[1])
         if not deterministic:
             noise.normal_(generator=generator)
         chain = [noise[:, 0]]

@@ -64,8 +64,11 @@ def generator(seed=0):
 # --- ratio and temperature
 
 
+RATIOS = [("tokens", 4), ("tokens", 0), ("gaussian", 4), ("flow", 0), ("flow", 4), ("discrete", 0)]
+
+
 @pytest.mark.parametrize("level", ["token", "step", "chunk"])
-@pytest.mark.parametrize(("head", "rank"), [("tokens", 4), ("tokens", 0), ("gaussian", 4), ("discrete", 0)])
+@pytest.mark.parametrize(("head", "rank"), RATIOS)
 def test_ratio_is_one_on_the_first_minibatch(head, rank, level):
     """Sampled in batches of 3 with the vision cached, evaluated shuffled in 12s and 5s, part masked."""
     agent = make_agent(lora_rank=rank, head=head)
@@ -151,7 +154,7 @@ def test_deterministic_actions_are_the_most_likely_ones():
 
 
 @pytest.mark.parametrize("critic_only", [False, True])
-@pytest.mark.parametrize("head", ["tokens", "gaussian"])
+@pytest.mark.parametrize("head", ["tokens", "gaussian", "flow"])
 @pytest.mark.parametrize("level", ["token", "step"])
 def test_micro_batches_give_the_gradient_and_the_metrics_of_one_batch(level, head, critic_only):
     agent = make_agent(head=head, detach_value=False)
@@ -239,7 +242,7 @@ def hidden_states(agent, batch, vision=None):
     return caught["inputs"], caught["outputs"]
 
 
-@pytest.mark.parametrize("head", ["tokens", "gaussian"])
+@pytest.mark.parametrize("head", ["tokens", "gaussian", "flow"])
 def test_value_is_read_at_the_last_prompt_position(head):
     agent = make_agent(head=head)
     batch = make_batch(agent, 6)
@@ -456,7 +459,7 @@ def test_value_gradient_enters_the_backbone_only_if_asked(detach):
 
 @pytest.mark.parametrize(
     ("head", "space", "sentence"),
-    [("tokens", DISCRETE, "use --head discrete"), ("discrete", BOX, "use --head tokens or gaussian")],
+    [("tokens", DISCRETE, "use --head discrete"), ("discrete", BOX, "use --head tokens, gaussian or flow")],
 )
 def test_a_head_that_does_not_fit_the_actions_is_refused(head, space, sentence):
     backbone = build_backbone("mlp", chunk=1, action_dim=1, proprio_dim=4)

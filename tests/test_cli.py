@@ -614,6 +614,7 @@ def stopped_by(monkeypatch, script, name, at):
         "--checkpoint LORA --kl-coef 0.1",  # adapters from the warm-up: a copy as well
         "--train-vision --ratio-level token --huber-delta 0.5 --no-anneal-lr",
         "--head gaussian --lora-rank 2 --kl-coef 0.1 --ratio-level chunk",
+        "--head flow --flow-noise learned --kl-coef 0.1",
     ],
 )
 def test_every_variant_goes_on_bit_identically(tmp_path, home, whole, monkeypatch, flags):
@@ -766,7 +767,7 @@ WRONG_PPO = [
     ("--eval-split nowhere", "Unknown split 'nowhere'"),
     ("--backbone huge", "Unknown backbone 'huge'; known: tiny, mlp"),
     ("--backbone mlp", "has no action tokens; use --head gaussian"),
-    ("--head discrete", "use --head tokens or gaussian"),
+    ("--head discrete", "use --head tokens, gaussian or flow"),
     ("CARTPOLE --backbone tiny", "--backbone mlp"),
     ("CARTPOLE --head tokens", "use --head discrete"),
     ("CARTPOLE --head gaussian", "use --head discrete"),

@@ -307,6 +307,7 @@ def test_a_worker_that_dies_or_hangs_does_not_end_the_run(tmp_path, warmup, monk
         "--advantage-level episode",
         "--ratio-level chunk --kl-coef 0.1 --train-vision --verifier-gamma 0.9",
         "--ratio-level sequence --entropy-coef 0.01 --head gaussian",
+        "--ratio-level token --head flow --flow-steps 2",
     ],
 )
 def test_every_variant_goes_on_bit_identically(tmp_path, monkeypatch, flags):

@@ -29,6 +29,7 @@ NAMES = [script.__name__ for script in SCRIPTS]
 # --- blocks
 
 SHARED = dict.fromkeys("TokenHead GaussianHead".split(), (bc_warmup, ppo_vla, grpo_vla))
+SHARED |= dict.fromkeys("Velocity FlowHead flow_times sde_std denoising_mean".split(), SHARED["TokenHead"])
 SHARED |= dict.fromkeys("DiscreteHead make_head weights_of micro_batches".split(), (ppo_vla, grpo_vla))
 SHARED |= dict.fromkeys("clipped_surrogate kl_k3 masked_mean ratio_metrics".split(), (ppo_vla, grpo_vla))
 SHARED |= {"current_log_probs": (ppo_vla, grpo_vla)}
