@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_agent import BOX, A, K, generator, make_agent, make_batch, take
 
 import bc_warmup
 import ppo_vla
-from test_agent import BOX, A, K, generator, make_agent, make_batch, take
 
 
 @pytest.fixture(autouse=True)
