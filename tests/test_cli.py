@@ -38,6 +38,7 @@ ROOT = Path(ppo_vla.__file__).parent
 EVAL = "--eval-episodes 5 --eval-envs 3 --reward shaped --device cpu --num-workers 0 --seed 3"
 BC = f"""{EVAL} --num-demos 6 --grounding-scenes 40 --grounding-steps 3 --gradient-steps 6 --batch-size 16
     --warmup-steps 2 --learning-rate 1e-3 --chunk 5 --save-freq 100 --eval-freq 0"""
+FROM_FILE = BC.replace("--grounding-scenes 40 --grounding-steps 3", "")  # beside --demos
 PPO = f"""{EVAL} --num-envs 4 --num-steps 2 --total-timesteps 120 --chunk 5 --update-epochs 2
     --minibatch-size 5 --micro-batch-size 3 --critic-warmup 1 --eval-freq 2 --save-freq 1 --learning-rate 1e-3
     --value-learning-rate 1e-3 --temperature 1.6 --ratio-level step --value-coef 0.5
@@ -496,7 +497,7 @@ def test_demonstrations_from_a_file(tmp_path):
     save_demonstrations(tmp_path / "demos.hdf5", episodes, ("agentview_rgb",))
     run(
         bc_warmup,
-        BC,
+        FROM_FILE,
         f"--demos {tmp_path}/demos.hdf5 --action-history 1 --output-dir {tmp_path} --run-name r",
     )
     assert results(tmp_path / "r")["gradient_steps"] == 6  # no grounding: nobody knows the pixels
@@ -900,7 +901,8 @@ def test_wrong_input_ends_in_one_sentence(
     monkeypatch.chdir(tmp_path)
     bases = {"NONE": "", "CARTPOLE": CARTPOLE, "EVAL": EVAL}
     first, *rest = words(flags)
-    base = bases.get(first, BC if script is bc_warmup else PPO)
+    imitation = FROM_FILE if "--demos" in flags else BC
+    base = bases.get(first, imitation if script is bc_warmup else PPO)
     flags = rest if first in bases else [first, *rest]
     for name, value in {"BAD": bad, "WARMUP": warmup, "PPO": trained}.items():
         flags = [word.replace(name, str(value)) if word.startswith(name) else word for word in flags]
@@ -975,7 +977,7 @@ def test_the_shell_sees_one_line_and_exit_code_2(tmp_path, bad):
     cases = [
         (ppo_vla, f"{PPO} --tasks dance --num-workers 2"),
         (ppo_vla, "--env NoSuchWorld-v1"),
-        (bc_warmup, f"{BC} --demos {bad}/garbage.hdf5 --num-workers 2"),
+        (bc_warmup, f"{FROM_FILE} --demos {bad}/garbage.hdf5 --num-workers 2"),
     ]
     for script, flags in cases:
         done = shell(script, flags, cwd=tmp_path)

@@ -18,7 +18,19 @@ from typing import Annotated, Literal
 import pytest
 import torch
 from tensorboard.summary.writer import record_writer
-from test_cli import BC, PPO, ROOT, call, one_thread, results, run, scalars, shell, words  # noqa: F401
+from test_cli import (  # noqa: F401
+    BC,
+    FROM_FILE,
+    PPO,
+    ROOT,
+    call,
+    one_thread,
+    results,
+    run,
+    scalars,
+    shell,
+    words,
+)
 from test_decision_transformer import write_pendulum
 
 import bc_warmup
@@ -599,7 +611,7 @@ def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path, kind):
     for script, flags in (
         (bc_warmup, f"--checkpoint {place}"),
         (bc_warmup, f"--resume {tmp_path}"),
-        (bc_warmup, f"{BC} --demos {place}"),
+        (bc_warmup, f"{FROM_FILE} --demos {place}"),
         (iql, f"--dataset {place}"),
     ):
         done = call(script, flags, *([] if "--resume" in flags else [f"--output-dir {tmp_path}/runs"]))
