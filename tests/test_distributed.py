@@ -62,6 +62,7 @@ def keep(parameters):
 script.distributed.sum_gradients = keep
 """
 TOLD = """
+import sys
 import torch.distributed as dist
 import torch
 agents, build, stop = [], script.Agent.__init__, script.distributed.stop
@@ -71,10 +72,10 @@ torch.optim.AdamW.__init__ = lambda self, *x, **options: optimizers.append(self)
 def tell():
     weights = [script.distributed.whole(p.detach()) for p in agents[0].parameters()]
     total = sum(x.double().abs().sum() for x in weights).item()
-    print("rank", dist.get_rank(), repr(total), flush=True)
+    sys.stdout.write(f"rank {dist.get_rank()} {total!r}\\n")  # in one piece: torchrun's have no buffer
     moments = [x for state in optimizers[0].state.values() for x in state.values() if x.ndim]
     mine, all = (sum(x.numel() for x in part) for part in ([x.to_local() for x in moments], moments))
-    print("holds", dist.get_rank(), mine, all, flush=True)
+    sys.stdout.write(f"holds {dist.get_rank()} {mine} {all}\\n")
     stop()
 script.distributed.stop = tell
 """
