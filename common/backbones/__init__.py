@@ -207,12 +207,12 @@ def load_weights(agent, args, run, new=(), train_vision=None):
 
 
 def stored_weights(agent):
-    """What a checkpoint holds of `agent.backbone` and its heads: all weights but those that are in the base's
-    own files as they are, for they are frozen and came from no other checkpoint."""
+    """What a checkpoint holds of `agent.backbone` and its heads: all adapters, and all weights but those that
+    are in the base's own files as they are, for they are frozen and came from no other checkpoint."""
     weights, backbone = agent.state_dict(), agent.backbone
     if not backbone.has_files:
         return weights
-    frozen = {f"backbone.{name}" for name in backbone.state_dict()}
+    frozen = {f"backbone.{name}" for name in backbone.state_dict() if "lora_" not in name}
     frozen -= {f"backbone.{name}" for name, p in backbone.named_parameters() if p.requires_grad}
     frozen = {name for name in frozen if name.replace(".base_layer", "") not in backbone.moved}
     return {name: x for name, x in weights.items() if name not in frozen}

@@ -59,10 +59,12 @@ def owns(path):
     file = Path(path) / "config.json"
     if not Path(path).is_dir():
         return "pi0" in Path(path).name.lower()
+    if not file.is_file():  # a pipe would be waited for
+        return False
     try:
         published = json.loads(file.read_text())
         return str(published.get("type") or published.get("model_type")).startswith("pi0")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 
