@@ -212,7 +212,7 @@ def _receive(conn, num_fds):
 def _run(conn, work):
     code = 1
     try:
-        function, args = pickle.loads(work)
+        function, args = pickle.loads(work)  # the parent's own words, over a socket that it alone holds
         function(conn, *args)
         code = 0
     except BaseException:  # noqa: BLE001 (the process ends)
