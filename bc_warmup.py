@@ -72,6 +72,8 @@ class Args(VLAArgs):
     less"""
     temperature: Annotated[Positive, KEPT] = 0.35
     """divides the logits when sampling (--no-deterministic)"""
+    greedy: Annotated[Literal["mean", "mode"], KEPT, Only("head", "tokens")] = "mean"
+    """what an evaluation does: the bin of the action's mean, or the likeliest one"""
     max_grad_norm: Positive = 1.0
     """global gradient norm clip"""
     init_std: Annotated[Positive, FIXED, Only("head", "gaussian")] = 0.2
@@ -103,7 +105,7 @@ PRESETS = {  # what differs from the defaults, which are tabletop's; flags on th
         backbone="openvla", chunk=8, eval_envs=32, num_demos=50, grounding_steps=0, gradient_steps=10_000,
         batch_size=16, learning_rate=5e-4, label_sigma=0.0, temperature=1.6, save_freq=1000,
     ),
-    "openvla": dict(lora_modules=("language_model", "projector", "vision")),
+    "openvla": dict(lora_modules=("language_model", "projector", "vision"), greedy="mode"),
     "pi0": dict(  # openpi's
         head="flow", chunk=5, grounding_steps=0, gradient_steps=30_000, batch_size=32, learning_rate=2.5e-5,
         warmup_steps=1000, flow_steps=10, flow_samples=1, save_freq=1000,
@@ -214,7 +216,7 @@ class TokenHead(nn.Module):
 
     def __init__(self, backbone, args):
         super().__init__()
-        self.temperature, self.tokenizer = args.temperature, ActionTokenizer()
+        self.temperature, self.greedy, self.tokenizer = args.temperature, args.greedy, ActionTokenizer()
         self.shape = (backbone.chunk, backbone.action_dim)
 
     def forward(self, backbone, action_hidden):
@@ -222,9 +224,15 @@ class TokenHead(nn.Module):
 
     def sample(self, logits, deterministic, generator):
         if deterministic:
-            return logits.argmax(-1)
+            return logits.argmax(-1) if self.greedy == "mode" else self.mean(logits)
         # argmax(p / Exp(1)) is a draw from p, without multinomial's synchronisation
         return (logits.softmax(-1) / torch.empty_like(logits).exponential_(generator=generator)).argmax(-1)
+
+    def mean(self, logits):
+        """The bins (B, K*A) of the actions' means. Where a policy is in two minds, its likeliest bin is to
+        stay where it is, and it does so for good; the mean goes on."""
+        actions = self.tokenizer.decode_bins(torch.arange(logits.shape[-1], device=logits.device))
+        return self.tokenizer.encode_bins(logits.softmax(-1) @ actions)
 
     def log_prob(self, logits, actions):
         return logits.log_softmax(-1).gather(-1, actions[..., None])[..., 0]  # (B, K*A)
@@ -351,9 +359,9 @@ class FlowHead(nn.Module):
         """(S, K*A) -> (S, n), 0 for the numbers that are not executed."""
         return std.new_zeros(len(std), len(self.executed) + self.others).index_copy(1, self.executed, std)
 
-    def mean(self, velocity, x, k, greedy=False):
-        """Where step k leads from x (B, n) on average, (B, n)."""
-        std = 0.0 if self.learned or greedy else self.whole(self.std())[k]
+    def mean(self, velocity, x, k, std):
+        """Where step k leads from x (B, n) on average, (B, n); std of the steps (S, n), None for the ODE."""
+        std = 0.0 if std is None or self.learned else std[k]
         return denoising_mean(x, velocity(x, self.times[k]), self.times[k], self.steps, std)
 
     def sample(self, flow, deterministic, generator):
@@ -364,17 +372,19 @@ class FlowHead(nn.Module):
             noise.normal_(generator=generator)
         chain = [noise[:, 0]]
         for k in range(self.steps):
-            chain.append(self.mean(velocity, chain[k], k, deterministic) + std[k] * noise[:, k + 1])
+            mean = self.mean(velocity, chain[k], k, None if deterministic else std)
+            chain.append(mean + std[k] * noise[:, k + 1])
         return torch.stack(chain, 1)
 
     def log_prob(self, flow, actions):
-        x, means = actions[:, 0], []
+        std, x, means = self.std(), actions[:, 0], []
+        whole = self.whole(std)
         for k in range(self.steps):
-            mean, x = self.mean(flow[0], x, k), actions[:, k + 1]
+            mean, x = self.mean(flow[0], x, k, whole), actions[:, k + 1]
             means.append(mean[:, self.executed])
             if self.others:
                 x = mean.index_copy(1, self.executed, x[:, self.executed])
-        normal = torch.distributions.Normal(torch.stack(means, 1), self.std(), validate_args=False)
+        normal = torch.distributions.Normal(torch.stack(means, 1), std, validate_args=False)
         return normal.log_prob(actions[:, 1:, self.executed]).sum(1)  # (B, K*A)
 
     def entropy(self, flow):

@@ -89,6 +89,8 @@ class Args(VLAArgs):
     """AdamW, policy"""
     anneal_lr: bool = True
     """linear decay of the learning rate to zero"""
+    policy_warmup: NonNegativeInt = 0
+    """iterations over which the policy's learning rate rises from 0"""
     ratio_level: Literal["token", "step", "chunk", "sequence"] = "step"
     """what one importance ratio covers: a token, the tokens of one environment step, the whole chunk, or the
     episode's geometric mean (GSPO, Zheng et al. 2025; one more forward pass)"""
@@ -111,6 +113,8 @@ class Args(VLAArgs):
     depend on it, as on GPUs in bfloat16; one more forward pass"""
     temperature: Annotated[Positive, KEPT] = 0.35
     """divides the logits, in sampling and in every log-prob alike"""
+    greedy: Annotated[Literal["mean", "mode"], KEPT, Only("head", "tokens")] = "mean"
+    """what an evaluation does: the bin of the action's mean, or the likeliest one"""
     entropy_coef: float = 0.0
     """weight of the entropy bonus"""
     kl_coef: NonNegative = 0.0
@@ -132,9 +136,10 @@ class Args(VLAArgs):
     """flow head: how much of it"""
 
     def defaults(self):
-        """A chain of several steps moves further than tokens at the same rate; a mean over an episode moves
-        little: GSPO's own bounds (Zheng et al. 2025, section 5.1)."""
-        own = dict(learning_rate=2e-5) if self.head == "flow" else {}
+        """A chain of several steps moves further than tokens at the same rate, and too far in Adam's
+        first steps, its largest; a mean over an episode moves little: GSPO's own bounds (Zheng et al. 2025,
+        section 5.1)."""
+        own = dict(learning_rate=2e-5, policy_warmup=10) if self.head == "flow" else {}
         own |= dict(clip_low=3e-4, clip_high=4e-4) if self.ratio_level == "sequence" else {}
         return {name: x for name, x in own.items() if getattr(self, name) == getattr(Args, name)}
 
@@ -174,6 +179,7 @@ PRESETS = {  # what differs from the defaults; flags on the command line win
         total_timesteps=300_000,
     ),
     "CartPole-v1": dict(head="discrete"),
+    "openvla": dict(greedy="mode"),  # as published
     "pi0": dict(  # RLinf's and piRL's flow (arXiv:2510.25889)
         head="flow", chunk=5, micro_batch_size=32, learning_rate=5e-6, ratio_level="chunk", flow_steps=4,
         noise_level=0.5,
@@ -377,7 +383,7 @@ class TokenHead(nn.Module):
 
     def __init__(self, backbone, args):
         super().__init__()
-        self.temperature, self.tokenizer = args.temperature, ActionTokenizer()
+        self.temperature, self.greedy, self.tokenizer = args.temperature, args.greedy, ActionTokenizer()
         self.shape = (backbone.chunk, backbone.action_dim)
 
     def forward(self, backbone, action_hidden):
@@ -385,9 +391,15 @@ class TokenHead(nn.Module):
 
     def sample(self, logits, deterministic, generator):
         if deterministic:
-            return logits.argmax(-1)
+            return logits.argmax(-1) if self.greedy == "mode" else self.mean(logits)
         # argmax(p / Exp(1)) is a draw from p, without multinomial's synchronisation
         return (logits.softmax(-1) / torch.empty_like(logits).exponential_(generator=generator)).argmax(-1)
+
+    def mean(self, logits):
+        """The bins (B, K*A) of the actions' means. Where a policy is in two minds, its likeliest bin is to
+        stay where it is, and it does so for good; the mean goes on."""
+        actions = self.tokenizer.decode_bins(torch.arange(logits.shape[-1], device=logits.device))
+        return self.tokenizer.encode_bins(logits.softmax(-1) @ actions)
 
     def log_prob(self, logits, actions):
         return logits.log_softmax(-1).gather(-1, actions[..., None])[..., 0]  # (B, K*A)
@@ -405,6 +417,7 @@ class DiscreteHead(TokenHead):
 
     def __init__(self, backbone, args, num_actions):
         super().__init__(backbone, args)
+        self.greedy = "mode"
         self.logits = nn.Linear(backbone.hidden_size, num_actions)
         nn.init.orthogonal_(self.logits.weight, 0.01)
         nn.init.zeros_(self.logits.bias)
@@ -530,9 +543,9 @@ class FlowHead(nn.Module):
         """(S, K*A) -> (S, n), 0 for the numbers that are not executed."""
         return std.new_zeros(len(std), len(self.executed) + self.others).index_copy(1, self.executed, std)
 
-    def mean(self, velocity, x, k, greedy=False):
-        """Where step k leads from x (B, n) on average, (B, n)."""
-        std = 0.0 if self.learned or greedy else self.whole(self.std())[k]
+    def mean(self, velocity, x, k, std):
+        """Where step k leads from x (B, n) on average, (B, n); std of the steps (S, n), None for the ODE."""
+        std = 0.0 if std is None or self.learned else std[k]
         return denoising_mean(x, velocity(x, self.times[k]), self.times[k], self.steps, std)
 
     def sample(self, flow, deterministic, generator):
@@ -543,17 +556,19 @@ class FlowHead(nn.Module):
             noise.normal_(generator=generator)
         chain = [noise[:, 0]]
         for k in range(self.steps):
-            chain.append(self.mean(velocity, chain[k], k, deterministic) + std[k] * noise[:, k + 1])
+            mean = self.mean(velocity, chain[k], k, None if deterministic else std)
+            chain.append(mean + std[k] * noise[:, k + 1])
         return torch.stack(chain, 1)
 
     def log_prob(self, flow, actions):
-        x, means = actions[:, 0], []
+        std, x, means = self.std(), actions[:, 0], []
+        whole = self.whole(std)
         for k in range(self.steps):
-            mean, x = self.mean(flow[0], x, k), actions[:, k + 1]
+            mean, x = self.mean(flow[0], x, k, whole), actions[:, k + 1]
             means.append(mean[:, self.executed])
             if self.others:
                 x = mean.index_copy(1, self.executed, x[:, self.executed])
-        normal = torch.distributions.Normal(torch.stack(means, 1), self.std(), validate_args=False)
+        normal = torch.distributions.Normal(torch.stack(means, 1), std, validate_args=False)
         return normal.log_prob(actions[:, 1:, self.executed]).sum(1)  # (B, K*A)
 
     def entropy(self, flow):
@@ -918,7 +933,8 @@ def train(args, run):
         agent.train()
         distributed.reshard(agent)
         fraction = max(0.0, 1 - step / args.total_timesteps) if args.anneal_lr else 1.0
-        optimizer.param_groups[0]["lr"] = args.learning_rate * fraction
+        rise = min(1.0, iteration / (args.policy_warmup or 1))
+        optimizer.param_groups[0]["lr"] = args.learning_rate * fraction * rise
         updates, per_epoch = [], math.ceil(sum(all_used) / args.minibatch_size)
         per_epoch = max(1, min(per_epoch, max(all_units)))  # an episode is not split
         for rows, scale in minibatches(units, pool, args.update_epochs, per_epoch, shuffler):
@@ -960,7 +976,7 @@ def train(args, run):
         scalars |= mean_metrics(updates) | {
             "policy/first_ratio_error": updates[0]["policy/ratio_error"] if updates else 0.0,
             "policy/stale_share": 1 - data["fresh"].float().mean(),
-            "optim/learning_rate": args.learning_rate * fraction,
+            "optim/learning_rate": optimizer.param_groups[0]["lr"],
             "rollout/groups_waiting": sum(all_ready) - sum(all_chosen),
             "rollout/refill_factor": sum(all_finished) / sum(all_chosen),
             "rollout/kept_share": sum(all_rows) / max(sum(all_computed), 1),

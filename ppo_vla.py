@@ -71,6 +71,8 @@ class Args(VLAArgs):
     """AdamW, value head"""
     anneal_lr: bool = True
     """linear decay of both learning rates to zero"""
+    policy_warmup: NonNegativeInt = 0
+    """iterations over which the policy's learning rate rises from 0"""
     gamma: Share = 0.9
     """discount per decision: an episode is 3 to 12 of them, and 0.9 makes a late success worth visibly
     less"""
@@ -89,6 +91,8 @@ class Args(VLAArgs):
     depend on it, as on GPUs in bfloat16; one more forward pass"""
     temperature: Annotated[Positive, KEPT] = 0.35
     """divides the logits, in sampling and in every log-prob alike"""
+    greedy: Annotated[Literal["mean", "mode"], KEPT, Only("head", "tokens")] = "mean"
+    """what an evaluation does: the bin of the action's mean, or the likeliest one"""
     entropy_coef: float = 0.0
     """weight of the entropy bonus"""
     kl_coef: NonNegative = 0.0
@@ -122,8 +126,9 @@ class Args(VLAArgs):
     """flow head: how much of it"""
 
     def defaults(self):
-        """A chain of several steps moves further than tokens at the same rate."""
-        own = dict(learning_rate=2e-5) if self.head == "flow" else {}
+        """A chain of several steps moves further than tokens at the same rate, and too far in Adam's
+        first steps, its largest."""
+        own = dict(learning_rate=2e-5, policy_warmup=10) if self.head == "flow" else {}
         return {name: x for name, x in own.items() if getattr(self, name) == getattr(Args, name)}
 
     def check(self):
@@ -153,6 +158,7 @@ PRESETS = {  # what differs from the defaults, which are tabletop's; flags on th
     "Pendulum-v1": dict(head="gaussian", gamma=0.9, num_steps=256, init_std=1.0, total_timesteps=300_000),
     # RLinf's and piRL's (arXiv:2510.25889) for LIBERO, but joint over the steps, and in 1024 decisions an
     # iteration for 2048 or more: a decision's prefix of two cameras is 10 MB in bfloat16.
+    "openvla": dict(greedy="mode"),  # as published
     "pi0": dict(
         head="flow", chunk=5, num_steps=16, num_envs=64, update_epochs=4, minibatch_size=512,
         micro_batch_size=32, learning_rate=5e-6, value_learning_rate=1e-4, gamma=0.99, ratio_level="chunk",
@@ -321,7 +327,7 @@ class TokenHead(nn.Module):
 
     def __init__(self, backbone, args):
         super().__init__()
-        self.temperature, self.tokenizer = args.temperature, ActionTokenizer()
+        self.temperature, self.greedy, self.tokenizer = args.temperature, args.greedy, ActionTokenizer()
         self.shape = (backbone.chunk, backbone.action_dim)
 
     def forward(self, backbone, action_hidden):
@@ -329,9 +335,15 @@ class TokenHead(nn.Module):
 
     def sample(self, logits, deterministic, generator):
         if deterministic:
-            return logits.argmax(-1)
+            return logits.argmax(-1) if self.greedy == "mode" else self.mean(logits)
         # argmax(p / Exp(1)) is a draw from p, without multinomial's synchronisation
         return (logits.softmax(-1) / torch.empty_like(logits).exponential_(generator=generator)).argmax(-1)
+
+    def mean(self, logits):
+        """The bins (B, K*A) of the actions' means. Where a policy is in two minds, its likeliest bin is to
+        stay where it is, and it does so for good; the mean goes on."""
+        actions = self.tokenizer.decode_bins(torch.arange(logits.shape[-1], device=logits.device))
+        return self.tokenizer.encode_bins(logits.softmax(-1) @ actions)
 
     def log_prob(self, logits, actions):
         return logits.log_softmax(-1).gather(-1, actions[..., None])[..., 0]  # (B, K*A)
@@ -349,6 +361,7 @@ class DiscreteHead(TokenHead):
 
     def __init__(self, backbone, args, num_actions):
         super().__init__(backbone, args)
+        self.greedy = "mode"
         self.logits = nn.Linear(backbone.hidden_size, num_actions)
         nn.init.orthogonal_(self.logits.weight, 0.01)
         nn.init.zeros_(self.logits.bias)
@@ -474,9 +487,9 @@ class FlowHead(nn.Module):
         """(S, K*A) -> (S, n), 0 for the numbers that are not executed."""
         return std.new_zeros(len(std), len(self.executed) + self.others).index_copy(1, self.executed, std)
 
-    def mean(self, velocity, x, k, greedy=False):
-        """Where step k leads from x (B, n) on average, (B, n)."""
-        std = 0.0 if self.learned or greedy else self.whole(self.std())[k]
+    def mean(self, velocity, x, k, std):
+        """Where step k leads from x (B, n) on average, (B, n); std of the steps (S, n), None for the ODE."""
+        std = 0.0 if std is None or self.learned else std[k]
         return denoising_mean(x, velocity(x, self.times[k]), self.times[k], self.steps, std)
 
     def sample(self, flow, deterministic, generator):
@@ -487,17 +500,19 @@ class FlowHead(nn.Module):
             noise.normal_(generator=generator)
         chain = [noise[:, 0]]
         for k in range(self.steps):
-            chain.append(self.mean(velocity, chain[k], k, deterministic) + std[k] * noise[:, k + 1])
+            mean = self.mean(velocity, chain[k], k, None if deterministic else std)
+            chain.append(mean + std[k] * noise[:, k + 1])
         return torch.stack(chain, 1)
 
     def log_prob(self, flow, actions):
-        x, means = actions[:, 0], []
+        std, x, means = self.std(), actions[:, 0], []
+        whole = self.whole(std)
         for k in range(self.steps):
-            mean, x = self.mean(flow[0], x, k), actions[:, k + 1]
+            mean, x = self.mean(flow[0], x, k, whole), actions[:, k + 1]
             means.append(mean[:, self.executed])
             if self.others:
                 x = mean.index_copy(1, self.executed, x[:, self.executed])
-        normal = torch.distributions.Normal(torch.stack(means, 1), self.std(), validate_args=False)
+        normal = torch.distributions.Normal(torch.stack(means, 1), std, validate_args=False)
         return normal.log_prob(actions[:, 1:, self.executed]).sum(1)  # (B, K*A)
 
     def entropy(self, flow):
@@ -777,7 +792,8 @@ def train(args, run):
         agent.train()
         distributed.reshard(agent)
         fraction = max(0.0, 1 - first_step / args.total_timesteps) if args.anneal_lr else 1.0
-        optimizer.param_groups[0]["lr"] = args.learning_rate * fraction
+        rise = min(1.0, max(0, iteration - args.critic_warmup) / (args.policy_warmup or 1))
+        optimizer.param_groups[0]["lr"] = args.learning_rate * fraction * rise
         optimizer.param_groups[1]["lr"] = args.value_learning_rate * fraction
         critic_only, updates = iteration <= args.critic_warmup, []
         per_epoch = math.ceil(sum(all_rows) / args.minibatch_size)
@@ -818,7 +834,7 @@ def train(args, run):
         scalars |= {
             "policy/first_ratio_error": updates[0]["policy/ratio_error"] if updates else 0.0,
             "value/explained_variance": explained_variance(data["values"], data["returns"]),
-            "optim/learning_rate": args.learning_rate * fraction,
+            "optim/learning_rate": optimizer.param_groups[0]["lr"],
             "rollout/lost_episodes": sum(all_lost),
             "time/samples_per_second": sum(all_rows) * args.update_epochs / run.laps["update"],
         }

@@ -5,6 +5,9 @@ import os
 import tarfile
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n: several processes share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import psutil
 import pytest
 import torch

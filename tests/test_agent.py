@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import bc_warmup
+import grpo_vla
 import ppo_vla
 from common import UserError
 from common.backbones import add_lora, build_backbone
-from common.backbones.tiny import END, PAD
+from common.backbones.tiny import END, PAD, Llama
 
 K, A, TEMPERATURE = 2, 7, 1.6
 INSTRUCTIONS = ["lift the red cube", "put the blue ball on the yellow plate now", "wait"]
@@ -122,7 +123,7 @@ def test_log_probs_are_those_of_the_temperature():
 def test_sampling_frequencies_are_those_of_the_temperature(script):
     """Chi-square of 5000 draws of each of 14 tokens against softmax(logits / T); 5 standard deviations."""
     agent, draws = make_agent(), 5000
-    head = script.TokenHead(agent.backbone, SimpleNamespace(temperature=TEMPERATURE))
+    head = script.TokenHead(agent.backbone, SimpleNamespace(temperature=TEMPERATURE, greedy="mean"))
     with torch.no_grad():
         hidden = agent.backbone(make_batch(agent, 1))[0]
         logits = agent.backbone.action_logits(hidden)[0]
@@ -141,13 +142,30 @@ def test_sampling_frequencies_are_those_of_the_temperature(script):
 
 def test_deterministic_actions_are_the_most_likely_ones():
     for head in ("tokens", "discrete"):
-        agent = make_agent(head=head)
+        agent = make_agent(head=head, **({"greedy": "mode"} if head == "tokens" else {}))
         batch = make_batch(agent, 5)
         with torch.no_grad():
             logits = agent.head(agent.backbone, agent.backbone(batch)[0])
             actions, log_probs, _ = agent.get_action_and_value(batch, deterministic=True)
         assert torch.equal(actions, logits.argmax(-1))
         assert torch.equal(log_probs, logits.log_softmax(-1).max(-1).values)
+
+
+@pytest.mark.parametrize("script", [ppo_vla, grpo_vla, bc_warmup])
+def test_deterministic_tokens_are_the_bin_of_the_mean(script):
+    """Of a bin at -0.9 and a half as likely one at 0.6 the mean is -0.4; 255 bins are 0.0078 apart."""
+    agent = make_agent()
+    head = script.TokenHead(agent.backbone, SimpleNamespace(temperature=TEMPERATURE, greedy="mean"))
+    low, high = head.tokenizer.encode_bins(torch.tensor([-0.9, 0.6]))
+    logits = torch.full((1, 2, 256), -torch.inf)
+    logits[..., low], logits[..., high] = math.log(2), 0.0
+    logits[:, 1, high] = -torch.inf
+    found = head.tokenizer.decode_bins(head.sample(logits, True, None))
+    assert (found - torch.tensor([-0.4, -0.9])).abs().max() < 0.006
+    ends = torch.full((1, 2, 256), -torch.inf)
+    ends[0, 0, 0] = ends[0, 1, 255] = 0.0
+    assert torch.equal(head.tokenizer.decode_bins(head.sample(ends, True, None)),
+                       head.tokenizer.decode_bins(torch.tensor([[0, 255]])))  # fmt: skip
 
 
 # --- micro-batches
@@ -228,14 +246,42 @@ def test_minibatches_hold_every_row_once_an_epoch():
 # --- where the value is read, and who sees whom
 
 
+def test_tinys_llama_is_transformers():
+    """Names, initial spread and outputs, of rows with pads amid them too."""
+    from transformers import LlamaConfig, LlamaModel
+
+    reference = LlamaModel(
+        LlamaConfig(
+            vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=4, pad_token_id=PAD, attn_implementation="sdpa", initializer_range=0.1,
+        )
+    )  # fmt: skip
+    model = Llama(40, 32, 2)
+    for (name, own), (_, theirs) in zip(
+        sorted(model.state_dict().items()), sorted(reference.state_dict().items()), strict=True
+    ):
+        assert own.std() == pytest.approx(theirs.std().item(), rel=0.15, abs=1e-9), name
+    model.load_state_dict(reference.state_dict())
+    keep = torch.rand(5, 30, generator=generator()) < 0.8
+    keep[:, 0] = True
+    x, mask = torch.randn(5, 30, 32, generator=generator(1)), keep[:, None, None, :].expand(-1, 1, 30, -1)
+    position_ids = keep.cumsum(1) - 1
+    with torch.no_grad():
+        wanted = reference(
+            inputs_embeds=x, attention_mask=mask, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+        torch.testing.assert_close(model(x, mask, position_ids), wanted, rtol=1e-5, atol=1e-5)
+        assert (model(x, mask, position_ids + keep) - wanted).abs().max() > 1e-3  # positions count
+
+
 def hidden_states(agent, batch, vision=None):
     """(inputs, outputs) of the language model, besides what the backbone makes of them."""
     caught = {}
 
-    def hook(module, args, kwargs, output):
-        caught.update(inputs=kwargs["inputs_embeds"], outputs=output.last_hidden_state)
+    def hook(module, args, output):
+        caught.update(inputs=args[0], outputs=output)
 
-    handle = agent.backbone.language_model.register_forward_hook(hook, with_kwargs=True)
+    handle = agent.backbone.language_model.register_forward_hook(hook)
     with torch.no_grad():
         agent.backbone(batch, vision)
     handle.remove()

@@ -37,7 +37,7 @@ from common.envs.vector import Envs
 ROOT = Path(ppo_vla.__file__).parent
 EVAL = "--eval-episodes 5 --eval-envs 3 --reward shaped --device cpu --num-workers 0 --seed 3"
 BC = f"""{EVAL} --num-demos 6 --grounding-scenes 40 --grounding-steps 3 --gradient-steps 6 --batch-size 16
-    --warmup-steps 2 --learning-rate 1e-3 --chunk 5 --save-freq 100 --eval-freq 0"""
+    --warmup-steps 2 --learning-rate 1e-3 --chunk 5 --save-freq 100 --eval-freq 0 --temperature 1.6"""
 FROM_FILE = BC.replace("--grounding-scenes 40 --grounding-steps 3", "")  # beside --demos
 PPO = f"""{EVAL} --num-envs 4 --num-steps 2 --total-timesteps 120 --chunk 5 --update-epochs 2
     --minibatch-size 5 --micro-batch-size 3 --critic-warmup 1 --eval-freq 2 --save-freq 1 --learning-rate 1e-3
@@ -594,6 +594,14 @@ def test_a_stopped_run_goes_on_bit_identically(tmp_path, whole, env, number):
     assert_same_run(tmp_path / "stopped", wanted)
 
 
+def test_the_policys_learning_rate_rises_after_the_critics_warm_up(tmp_path):
+    flags = f"--output-dir {tmp_path} --run-name r --critic-warmup 2 --policy-warmup 4 --no-anneal-lr"
+    run(ppo_vla, CARTPOLE, flags, "--learning-rate 1e-3 --eval-freq 0 --total-timesteps 500")
+    rates = [value for _, value in scalars(tmp_path / "r")["optim/learning_rate"]]
+    wanted = [0.0, 0.0, 2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3]
+    assert rates[: len(wanted)] == pytest.approx(wanted)
+
+
 def stopped_by(monkeypatch, script, name, at):
     """A signal arrives during the `at`-th call of `script.name`."""
     function, calls = getattr(script, name), []
@@ -613,8 +621,12 @@ def stopped_by(monkeypatch, script, name, at):
         "--lora-rank 2 --kl-coef 0.1",  # the reference is the model without its adapters
         "--kl-coef 0.1 --no-detach-value",  # the reference is a copy
         "--checkpoint LORA --kl-coef 0.1",  # adapters from the warm-up: a copy as well
-        "--train-vision --ratio-level token --huber-delta 0.5 --no-anneal-lr",
-        "--head gaussian --lora-rank 2 --kl-coef 0.1 --ratio-level chunk",
+        pytest.param(
+            "--train-vision --ratio-level token --huber-delta 0.5 --no-anneal-lr", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "--head gaussian --lora-rank 2 --kl-coef 0.1 --ratio-level chunk", marks=pytest.mark.slow
+        ),
         "--head flow --flow-noise learned --kl-coef 0.1",
     ],
 )

@@ -171,8 +171,8 @@ def test_rollouts_are_played_in_one_process(tmp_path):
     "flags",
     [
         "--aggregation token-mean --entropy-coef 0.01 --kl-coef 0.1",
-        "--aggregation sequence-mean-token-mean --ratio-level sequence",
-        "--aggregation token-mean --lora-rank 4",
+        pytest.param("--aggregation sequence-mean-token-mean --ratio-level sequence", marks=pytest.mark.slow),
+        pytest.param("--aggregation token-mean --lora-rank 4", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_of_grpo_have_the_gradient_of_one(tmp_path, flags):

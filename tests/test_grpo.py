@@ -305,8 +305,10 @@ def test_a_worker_that_dies_or_hangs_does_not_end_the_run(tmp_path, warmup, monk
         "--ratio-level sequence --aggregation sequence-mean-token-mean --kl-coef 0.1 --lora-rank 2",
         "--num-groups 2 --num-envs 9 --ratio-level token --aggregation constant-length --leave-one-out "
         "--advantage-level episode",
-        "--ratio-level chunk --kl-coef 0.1 --train-vision --verifier-gamma 0.9",
-        "--ratio-level sequence --entropy-coef 0.01 --head gaussian",
+        pytest.param(
+            "--ratio-level chunk --kl-coef 0.1 --train-vision --verifier-gamma 0.9", marks=pytest.mark.slow
+        ),
+        pytest.param("--ratio-level sequence --entropy-coef 0.01 --head gaussian", marks=pytest.mark.slow),
         "--ratio-level token --head flow --flow-steps 2",
     ],
 )

@@ -420,7 +420,13 @@ def test_a_loss_is_weighed_by_its_decision(head):
             return batch, None
 
     args = SimpleNamespace(
-        head=head, label_sigma=0.0, temperature=1.0, init_std=0.2, learn_std=False, deterministic=True
+        head=head,
+        label_sigma=0.0,
+        temperature=1.0,
+        greedy="mean",
+        init_std=0.2,
+        learn_std=False,
+        deterministic=True,
     )
     agent, hidden = bc_warmup.Agent(Backbone(), args), torch.randn(4, 6, 8)
     targets = torch.randint(256, (4, 6)) if head == "tokens" else torch.rand(4, 6)

@@ -228,6 +228,29 @@ def test_each_held_out_split_varies_what_it_says():
 # --- actions
 
 
+def test_randomize_varies_training_layouts_alone_by_its_share():
+    plain, varied, held_out = (TabletopEnv(randomize=r, split=s) for r, s in
+                               ((0.0, "train"), (0.5, "train"), (0.5, "eval")))  # fmt: skip
+    colours, starts = [], []
+    for seed in range(40):
+        obs = [env.reset(seed=seed)[0] for env in (plain, varied)]
+        assert obs[0]["task"] == obs[1]["task"] and np.array_equal(
+            *(env.data.qpos[:21] for env in (plain, varied))
+        )
+        starts.append(varied.data.qpos[-6:-2] - plain.data.qpos[-6:-2])
+        colours.append(varied.model.geom("table").rgba[:3] - plain.model.geom("table").rgba[:3])
+        assert np.abs(varied.model.cam_pos - plain.model.cam_pos).max() <= 0.0075
+        held_out.reset(seed=seed)
+        assert np.array_equal(held_out.model.cam_pos, plain.model.cam_pos)
+        assert np.abs(held_out.data.qpos[-6:-4]).max() <= 0.05
+    starts, colours = np.abs(starts), np.abs(colours)
+    assert (starts <= [0.025, 0.025, 0.025, 0.3]).all() and (starts.max(0) > [0.02, 0.02, 0.02, 0.25]).all()
+    assert 0.12 < colours.max() <= 0.15
+    again = TabletopEnv(randomize=0.5)  # a seed fixes the episode
+    assert np.array_equal(varied.reset(seed=3)[0]["image"], again.reset(seed=3)[0]["image"])
+    assert not np.array_equal(plain.reset(seed=3)[0]["image"], again.observe()["image"])
+
+
 def test_roll_and_pitch_are_ignored_and_the_rest_is_not():
     rng = np.random.default_rng(0)
     actions = rng.uniform(-1, 1, (12, 7)).astype(np.float32)

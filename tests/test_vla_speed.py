@@ -107,6 +107,7 @@ def test_published_weights_take_the_place_of_random_ones(monkeypatch, tmp_path):
         vla_speed.main(vla_speed.Args(tiny=True, random_init=False))
 
 
+@pytest.mark.slow
 def test_the_command_line_at_a_tiny_width():
     command = [sys.executable, "benchmarks/vla_speed.py", "--tiny", "--seconds", "0", "--device", "cpu"]
     command += ["--batch-sizes", "1", "2", "--minibatch-size", "2", "--random-init"]

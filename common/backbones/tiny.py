@@ -2,7 +2,7 @@
 
     [BOS] [visual tokens] [proprio] [words of the instruction] [end of prompt] [K*7 action slots]
 
-goes through a small Llama (transformers') in one forward with full bidirectional attention; the K*7 slots
+goes through a small Llama in one forward with full bidirectional attention; the K*7 slots
 come out as the chunk's action tokens, all decoded in parallel. Differences to the 7B model are the size, a
 convolutional stem in place of the two ViTs, and the projector: a few queries, made from the instruction's
 words, attend over the 16x16 feature map, and each yields one token (what it saw and where: features and the
@@ -13,7 +13,6 @@ and the named plate.
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import LlamaConfig, LlamaModel
 
 from common import UserError
 from common.backbones import LoraArgs as Args  # noqa: F401 (its flags)
@@ -35,6 +34,78 @@ def fourier(x):
     """(..., P) in about [-1, 1] -> (..., P * (1 + 2 * FREQUENCIES))"""
     angle = x[..., None] * (torch.pi * 0.5) * 2.0 ** torch.arange(FREQUENCIES, device=x.device)
     return torch.cat([x, angle.sin().flatten(-2), angle.cos().flatten(-2)], -1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with rotary positions (Su et al. 2021): features i and i + half of a head
+    turn together."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+        self.v_proj, self.o_proj = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+
+    def forward(self, x, keep, cos, sin):
+        """x (B, S, width), keep bool (B, 1, S, S), cos and sin (B, 1, S, width of a head)"""
+        q, k, v = (
+            projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, S, width of a head)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = (
+            z * cos + torch.cat([-z[..., z.shape[-1] // 2 :], z[..., : z.shape[-1] // 2]], -1) * sin
+            for z in (q, k)
+        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, 2 * width, bias=False)
+        self.up_proj = nn.Linear(width, 2 * width, bias=False)
+        self.down_proj = nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.self_attn, self.mlp = Attention(width, heads), GatedMLP(width)
+        self.input_layernorm = nn.RMSNorm(width, eps=1e-6)
+        self.post_attention_layernorm = nn.RMSNorm(width, eps=1e-6)
+
+    def forward(self, x, keep, cos, sin):
+        x = x + self.self_attn(self.input_layernorm(x), keep, cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """Llama's layers (Touvron et al. 2023) under transformers' names, whose import takes six seconds."""
+
+    def __init__(self, vocabulary, width, layers, heads=4):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(vocabulary, width, padding_idx=PAD)
+        self.layers = nn.ModuleList(Layer(width, heads) for _ in range(layers))
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        half = width // heads // 2
+        self.register_buffer("frequencies", 10000.0 ** (-torch.arange(half) / half), persistent=False)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.1)
+        with torch.no_grad():
+            self.embed_tokens.weight[PAD] = 0.0
+
+    def forward(self, x, attention_mask, position_ids):
+        """x (B, S, width), attention_mask bool (B, 1, S, S), position_ids (B, S) -> (B, S, width)"""
+        angle = (position_ids[..., None] * self.frequencies).repeat(1, 1, 2)[:, None]
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        for layer in self.layers:
+            x = layer(x, attention_mask, cos, sin)
+        return self.norm(x)
 
 
 class TinyVLA(nn.Module):
@@ -102,14 +173,7 @@ class TinyVLA(nn.Module):
         self.visual_slots = nn.Parameter(0.5 * torch.randn(cameras * queries, width))
         self.feel = nn.Linear(proprio_dim * (1 + 2 * FREQUENCIES), width)
         self.action_slots = nn.Parameter(0.5 * torch.randn(chunk * action_dim, width))
-        self.language_model = LlamaModel(
-            LlamaConfig(
-                vocab_size=len(words) + 4, hidden_size=width, intermediate_size=2 * width,
-                num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4, pad_token_id=PAD,
-                max_position_embeddings=512, attn_implementation="sdpa", initializer_range=0.1,
-                use_cache=False,
-            )
-        )  # fmt: skip
+        self.language_model = Llama(len(words) + 4, width, layers)
         self.words = self.language_model.embed_tokens
         self.lm_head = nn.Linear(width, 256, bias=False)
 
@@ -185,9 +249,7 @@ class TinyVLA(nn.Module):
         # (OFT).
         mask = keep[:, None, None, :].expand(-1, 1, length, -1)
         position_ids = keep.cumsum(1) - 1
-        hidden = self.language_model(
-            inputs_embeds=sequence, attention_mask=mask, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
+        hidden = self.language_model(sequence, attention_mask=mask, position_ids=position_ids)
         start = before + ids.shape[1]
         return hidden[:, start:], hidden[:, start - 1]
 

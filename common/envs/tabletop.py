@@ -11,7 +11,8 @@ adds a difference of potentials).
 
 Variations (`split`): "train"; "eval" (same distribution, other layouts); and three held-out ones after RL4VLA
 (Liu et al. 2025): "vision" (table colour, light, camera jitter), "semantics" (unseen object-plate pairs and
-paraphrases), "execution" (unseen start poses). Layouts of two splits never share a seed.
+paraphrases), "execution" (unseen start poses). Layouts of two splits never share a seed. `randomize` lets
+training layouts vary a little, around what is nominal: hands never start where those of "execution" do.
 """
 
 import itertools
@@ -28,6 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import UserError
+from common.flags import Share
 from common.memory import available_cores
 
 OBJECTS = ("red cube", "green cylinder", "blue ball")
@@ -56,6 +58,9 @@ class Args:
     """MuJoCo's ray caster, which needs no GL, or mujoco.Renderer"""
     reward: Literal["sparse", "shaped"] = "sparse"
     """1 at success, or with a difference of potentials added"""
+    randomize: Share = 0.0
+    """training layouts vary in colours, light, cameras and the hand's start, by this share of what the
+    held-out splits do; 0 for not at all"""
     eval_split: str = "eval"
     """evaluate on eval, or on a held-out variation: vision, semantics, execution"""
 
@@ -251,6 +256,7 @@ class TabletopEnv(gym.Env):
         size=64,
         renderer="ray",
         reward="sparse",
+        randomize=0.0,
         max_steps=48,
     ):
         for name, value, known in (
@@ -267,6 +273,7 @@ class TabletopEnv(gym.Env):
                 f"tabletop needs 8 <= size <= 640 and max_steps >= 1, not {size} and {max_steps}."
             )
         self.split, self.reward, self.max_steps, self.size = split, reward, max_steps, size
+        self.randomize = randomize if split == "train" else 0.0
         self.task_ids = self._select(tasks)
         self.model = mujoco.MjModel.from_xml_string(_XML)
         self.data = mujoco.MjData(self.model)
@@ -318,6 +325,8 @@ class TabletopEnv(gym.Env):
         if self.split == "execution":
             side = rng.uniform(0.08, 0.14, 2) * rng.choice([-1, 1], 2)
             start = np.array([*side, rng.uniform(0.09, 0.19), rng.uniform(-0.6, 0.6)])
+        if self.randomize:
+            start += self.randomize * rng.uniform(-1, 1, 4) * [0.05, 0.05, 0.05, 0.6]
         d.qpos[-6:-2] = start
         d.qpos[-2:] = OPEN
         d.ctrl[:] = [*start, OPEN, OPEN]
@@ -328,7 +337,8 @@ class TabletopEnv(gym.Env):
         return self.observe(), {"success": False}
 
     def _vary(self, rng):
-        """Colours of table and light and a jitter of the cameras (split "vision"); nominal otherwise."""
+        """Colours of table and light and a jitter of the cameras: split "vision", and training with
+        `randomize`."""
         for key, value in self._nominal.items():
             getattr(self.model, key)[:] = value
         if self.split == "vision":
@@ -337,6 +347,12 @@ class TabletopEnv(gym.Env):
             m.light_diffuse[0] = rng.uniform(0.35, 0.75)
             m.light_dir[0] = [*rng.uniform(-0.6, 0.6, 2), -1]
             m.cam_pos[:] += rng.uniform(-0.015, 0.015, m.cam_pos.shape)
+        elif self.randomize:
+            m, r = self.model, self.randomize
+            m.geom_rgba[m.geom("table").id, :3] += r * rng.uniform(-0.3, 0.3, 3)
+            m.light_diffuse[0] += r * rng.uniform(-0.2, 0.2)
+            m.light_dir[0, :2] += r * rng.uniform(-0.6, 0.6, 2)
+            m.cam_pos[:] += r * rng.uniform(-0.015, 0.015, m.cam_pos.shape)
 
     def advance(self, action):
         """One control step (50 ms) of physics. action (7,) -> reward, terminated, truncated, info; renders
