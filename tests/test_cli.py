@@ -646,10 +646,14 @@ def test_every_variant_goes_on_bit_identically(tmp_path, home, whole, monkeypatc
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("at", [2, 11])
 @pytest.mark.parametrize(
-    ("env", "flags"),
-    [("CartPole-v1", ""), ("tabletop", "--kl-coef 0.1"), ("tabletop", "--train-vision --num-workers 2")],
+    ("env", "flags", "at"),
+    [
+        ("CartPole-v1", "", 2),
+        ("CartPole-v1", "", 11),
+        ("tabletop", "--kl-coef 0.1", 2),
+        ("tabletop", "--train-vision --num-workers 2", 11),
+    ],
 )
 def test_a_run_stopped_amid_a_rollout_goes_on_bit_identically(tmp_path, whole, monkeypatch, env, flags, at):
     """The signal comes while the environments make their `at`-th step of the training."""

@@ -26,16 +26,19 @@ def scalars(folder, tag):
 
 
 def test_ppo_learns_cartpole(tmp_path):
+    """A flipped value loss would keep the critic from ever explaining the returns."""
     flags = "--env CartPole-v1 --total-timesteps 20000 --eval-freq 0 --eval-episodes 20".split()
     results = run(tmp_path, "ppo_vla.py", *flags)
     assert results["initial"]["mean_reward"] < 60  # a random policy balances for some 20 steps
     assert results["final"]["mean_reward"] > 150
+    assert max(scalars(tmp_path / "run", "value/explained_variance")[-5:]) > 0.5  # seen: 0.81
 
 
+@pytest.mark.slow
 def test_ppo_learns_pendulum(tmp_path):
-    """The Gaussian head; a flipped value loss would keep the critic from ever explaining the returns."""
+    """The Gaussian head."""
     flags = (
-        "--env Pendulum-v1 --total-timesteps 25000 --eval-freq 0 --no-anneal-lr --eval-episodes 10".split()
+        "--env Pendulum-v1 --total-timesteps 40000 --eval-freq 0 --no-anneal-lr --eval-episodes 10".split()
     )
     results = run(tmp_path, "ppo_vla.py", *flags)
     assert results["final"]["mean_reward"] > results["initial"]["mean_reward"] + 150  # seen: -1169 to -803
@@ -50,8 +53,8 @@ def test_grpo_learns_cartpole(tmp_path):
 
 
 def test_warmup_learns_to_point_and_to_imitate(tmp_path):
-    flags = "--num-demos 60 --grounding-scenes 1000 --grounding-steps 80 --gradient-steps 60".split()
-    run(tmp_path, "bc_warmup.py", *flags, *"--batch-size 32 --eval-episodes 4 --eval-envs 4".split())
+    flags = "--num-demos 60 --grounding-scenes 1000 --grounding-steps 80 --gradient-steps 100".split()
+    run(tmp_path, "bc_warmup.py", *flags, *"--batch-size 48 --eval-episodes 4 --eval-envs 4".split())
     grounding, policy = (scalars(tmp_path / "run", f"loss/{name}") for name in ("grounding", "policy"))
     # log 256 = 5.5 knows nothing; about 1.0 is the bilinear target's entropy
     assert grounding[0] > 4.5 and grounding[-1] < 2.5

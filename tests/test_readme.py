@@ -137,7 +137,9 @@ def test_the_test_command_is_what_ci_extracts():
     script = (ROOT / ".ci" / "run").read_text()
     pipe = re.search(r"\$\((sed .*README\.md.*)\)\"", script)[1]
     answer = subprocess.run(["bash", "-c", pipe], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert answer.stdout == "python3 common/install.py && .venv/bin/python -m pytest -q -n 2\n"
+    assert (
+        answer.stdout == "python3 common/install.py && .venv/bin/python -m pytest -q -n 2 --dist loadfile\n"
+    )
     assert install.ROOT == ROOT
 
 
