@@ -156,9 +156,9 @@ PRESETS = {  # what differs from the defaults, which are tabletop's; flags on th
     ),
     "CartPole-v1": dict(head="discrete"),
     "Pendulum-v1": dict(head="gaussian", gamma=0.9, num_steps=256, init_std=1.0, total_timesteps=300_000),
+    "openvla": dict(greedy="mode"),  # as published
     # RLinf's and piRL's (arXiv:2510.25889) for LIBERO, but joint over the steps, and in 1024 decisions an
     # iteration for 2048 or more: a decision's prefix of two cameras is 10 MB in bfloat16.
-    "openvla": dict(greedy="mode"),  # as published
     "pi0": dict(
         head="flow", chunk=5, num_steps=16, num_envs=64, update_epochs=4, minibatch_size=512,
         micro_batch_size=32, learning_rate=5e-6, value_learning_rate=1e-4, gamma=0.99, ratio_level="chunk",
