@@ -12,7 +12,7 @@ adds a difference of potentials).
 Variations (`split`): "train"; "eval" (same distribution, other layouts); and three held-out ones after RL4VLA
 (Liu et al. 2025): "vision" (table colour, light, camera jitter), "semantics" (unseen object-plate pairs and
 paraphrases), "execution" (unseen start poses). Layouts of two splits never share a seed. `randomize` lets
-training layouts vary a little, around what is nominal: hands never start where those of "execution" do.
+training layouts vary around what is nominal; up to 0.6 hands never start where those of "execution" do.
 """
 
 import itertools
