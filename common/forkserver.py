@@ -131,6 +131,8 @@ class Process:
     def kill(self):
         if self.is_alive() and self.pid is None:
             self._server.kill()  # it hangs in the import of the world
+            with contextlib.suppress(subprocess.TimeoutExpired):  # dead: the next worker gets a new one
+                self._server.wait(10)
         elif self.is_alive():
             os.kill(self.pid, signal.SIGKILL)
 

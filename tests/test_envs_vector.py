@@ -517,6 +517,7 @@ def test_a_world_that_hangs_in_its_import_ends_in_one_sentence(envs, tmp_path, m
     with pytest.raises(UserError, match="'hanging' could not start: no answer for 1 s") as caught:
         vectorize(("hanging", "hanging_world", {}), 2, seed=0, num_workers=2, timeout=1)
     assert "\n" not in str(caught.value)
+    assert forkserver._server.returncode is not None  # dead, not dying: nobody asks it for a worker
     assert envs(num_workers=1).reset()["task"].tolist() == [0, 0]
 
 
