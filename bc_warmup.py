@@ -218,9 +218,11 @@ class TokenHead(nn.Module):
         super().__init__()
         self.temperature, self.greedy, self.tokenizer = args.temperature, args.greedy, ActionTokenizer()
         self.shape = (backbone.chunk, backbone.action_dim)
+        self.register_buffer("exploration", torch.ones(()))  # what the schedule has left of the temperature
 
     def forward(self, backbone, action_hidden):
-        return backbone.action_logits(action_hidden).float() / self.temperature  # (B, K*A, 256)
+        logits = backbone.action_logits(action_hidden).float()
+        return logits / (self.temperature * self.exploration)  # (B, K*A, 256)
 
     def sample(self, logits, deterministic, generator):
         if deterministic:
@@ -260,13 +262,14 @@ class GaussianHead(nn.Module):
             nn.init.zeros_(self.mean.bias)
         log_std = torch.full((backbone.action_dim,), math.log(args.init_std))
         self.log_std = nn.Parameter(log_std, requires_grad=args.learn_std)
+        self.register_buffer("exploration", torch.ones(()))  # what the schedule has left of it
 
     def forward(self, backbone, action_hidden):
         if self.mean is None:
             mean = backbone.action_mean(action_hidden)
         else:
             mean = self.mean(action_hidden).squeeze(-1).float()  # (B, K*A)
-        std = self.log_std.exp().repeat(self.shape[0]).expand_as(mean)
+        std = (self.log_std.exp() * self.exploration).repeat(self.shape[0]).expand_as(mean)
         return torch.distributions.Normal(mean, std, validate_args=False)  # checks would wait for the GPU
 
     def sample(self, normal, deterministic, generator):
@@ -342,6 +345,7 @@ class FlowHead(nn.Module):
         self.learned, self.level = args.flow_noise == "learned", args.noise_level
         # of the learned noise; a checkpoint's goes with every level
         self.log_scale = nn.Parameter(torch.zeros(backbone.action_dim), requires_grad=self.learned)
+        self.register_buffer("exploration", torch.ones(()))  # what the schedule has left of the noise
 
     def forward(self, backbone, action_hidden):
         """-> the decisions' velocity as a function of x and t, and how many they are"""
@@ -352,8 +356,8 @@ class FlowHead(nn.Module):
     def std(self):
         """Of each step and executed number, (S, K*A)."""
         if self.learned:
-            return (self.level * self.log_scale.exp()).repeat(self.steps, self.shape[0])
-        return self.sde[:, None].expand(-1, math.prod(self.shape))
+            return (self.level * self.exploration * self.log_scale.exp()).repeat(self.steps, self.shape[0])
+        return (self.sde * self.exploration)[:, None].expand(-1, math.prod(self.shape))
 
     def whole(self, std):
         """(S, K*A) -> (S, n), 0 for the numbers that are not executed."""
@@ -510,7 +514,7 @@ def train(args, run):
         raise UserError(f"{args.env} has no pictures to imitate from; give another --env.")
     backbone = load_backbone(args, eval_envs, run, args.batch_size)
     agent = Agent(backbone, args)
-    load_weights(agent, args, run)
+    load_weights(agent, args, run, new=("head.exploration",))
     if args.collect or args.evaluate:
         run.open()
     if args.collect:

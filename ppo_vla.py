@@ -124,6 +124,11 @@ class Args(VLAArgs):
     deviation per action dimension, trained, that starts at --noise-level (Flow-Noise)"""
     noise_level: Annotated[Positive, KEPT, Only("head", "flow")] = 0.3
     """flow head: how much of it"""
+    exploration_end: Positive = 1.0
+    """how much of the temperature, or of a Gaussian's or flow's deviation, is left at the end; linear"""
+    curriculum: bool = False
+    """draw a task by how much its running success p can teach, p (1 - p); the rollouts' success rate is then
+    that of the tasks drawn"""
 
     def defaults(self):
         """A chain of several steps moves further than tokens at the same rate, and too far in Adam's
@@ -297,6 +302,16 @@ def valid_decisions(lost, ended):
     return valid
 
 
+def teachable(episodes, num_tasks):
+    """p (1 - p) of each task (num_tasks,), the variance of its success, from which alone advantages come;
+    p = (successes + 1) / (episodes + 2), so that a task that is hardly seen is drawn. episodes: rows
+    (success, return, length, task)."""
+    success, task = np.reshape(episodes, (-1, 4))[:, [0, 3]].T
+    counts = np.bincount(task.astype(int), minlength=num_tasks)
+    p = (np.bincount(task.astype(int), success, num_tasks) + 1) / (counts + 2)
+    return p * (1 - p)
+
+
 def flow_times(steps):
     """t_k = 1 - k / S, k = 0..S-1: when each denoising step begins. t is 1 at the noise, 0 at the action."""
     return torch.arange(steps, 0, -1) / steps
@@ -329,9 +344,11 @@ class TokenHead(nn.Module):
         super().__init__()
         self.temperature, self.greedy, self.tokenizer = args.temperature, args.greedy, ActionTokenizer()
         self.shape = (backbone.chunk, backbone.action_dim)
+        self.register_buffer("exploration", torch.ones(()))  # what the schedule has left of the temperature
 
     def forward(self, backbone, action_hidden):
-        return backbone.action_logits(action_hidden).float() / self.temperature  # (B, K*A, 256)
+        logits = backbone.action_logits(action_hidden).float()
+        return logits / (self.temperature * self.exploration)  # (B, K*A, 256)
 
     def sample(self, logits, deterministic, generator):
         if deterministic:
@@ -367,7 +384,7 @@ class DiscreteHead(TokenHead):
         nn.init.zeros_(self.logits.bias)
 
     def forward(self, backbone, action_hidden):
-        return self.logits(action_hidden).float() / self.temperature  # (B, K, n)
+        return self.logits(action_hidden).float() / (self.temperature * self.exploration)  # (B, K, n)
 
     def to_env(self, actions):
         return actions.cpu().numpy()
@@ -388,13 +405,14 @@ class GaussianHead(nn.Module):
             nn.init.zeros_(self.mean.bias)
         log_std = torch.full((backbone.action_dim,), math.log(args.init_std))
         self.log_std = nn.Parameter(log_std, requires_grad=args.learn_std)
+        self.register_buffer("exploration", torch.ones(()))  # what the schedule has left of it
 
     def forward(self, backbone, action_hidden):
         if self.mean is None:
             mean = backbone.action_mean(action_hidden)
         else:
             mean = self.mean(action_hidden).squeeze(-1).float()  # (B, K*A)
-        std = self.log_std.exp().repeat(self.shape[0]).expand_as(mean)
+        std = (self.log_std.exp() * self.exploration).repeat(self.shape[0]).expand_as(mean)
         return torch.distributions.Normal(mean, std, validate_args=False)  # checks would wait for the GPU
 
     def sample(self, normal, deterministic, generator):
@@ -470,6 +488,7 @@ class FlowHead(nn.Module):
         self.learned, self.level = args.flow_noise == "learned", args.noise_level
         # of the learned noise; a checkpoint's goes with every level
         self.log_scale = nn.Parameter(torch.zeros(backbone.action_dim), requires_grad=self.learned)
+        self.register_buffer("exploration", torch.ones(()))  # what the schedule has left of the noise
 
     def forward(self, backbone, action_hidden):
         """-> the decisions' velocity as a function of x and t, and how many they are"""
@@ -480,8 +499,8 @@ class FlowHead(nn.Module):
     def std(self):
         """Of each step and executed number, (S, K*A)."""
         if self.learned:
-            return (self.level * self.log_scale.exp()).repeat(self.steps, self.shape[0])
-        return self.sde[:, None].expand(-1, math.prod(self.shape))
+            return (self.level * self.exploration * self.log_scale.exp()).repeat(self.steps, self.shape[0])
+        return (self.sde * self.exploration)[:, None].expand(-1, math.prod(self.shape))
 
     def whole(self, std):
         """(S, K*A) -> (S, n), 0 for the numbers that are not executed."""
@@ -652,7 +671,7 @@ def train(args, run):
     eval_envs = run.closing(make_envs(args, "eval", args.eval_envs))
     backbone = load_backbone(args, eval_envs, run, args.micro_batch_size, args.train_vision)
     agent = Agent(backbone, args, eval_envs)
-    load_weights(agent, args, run, new=("value_head",), train_vision=args.train_vision)
+    load_weights(agent, args, run, new=("value_head", "head.exploration"), train_vision=args.train_vision)
     run.open()
     if args.collect:
         return collect(agent, eval_envs, args, run)
@@ -694,6 +713,7 @@ def train(args, run):
         if type(num_steps) is not int:
             raise ValueError("a number of steps that is none")
     else:
+        agent.head.exploration.fill_(1.0)
         obs = envs.reset()
 
     def save(name):
@@ -724,6 +744,7 @@ def train(args, run):
                 actions, log_probs, values = agent.get_action_and_value(batch, vision, generator=sampler)
             if cache_vision:
                 batch.pop("image", None)
+            tasks = obs.get("task")
             run.lap("policy")
             obs, rewards, terminated, truncated, info = envs.step(backbone.to_env(agent.head.to_env(actions)))
             run.lap("env")
@@ -742,7 +763,7 @@ def train(args, run):
             told |= {"final_values": final_values} | ({} if vision is None else {"vision": vision})
             rollout.append(batch | reserve(batch, told))
             num_steps += int(info["steps"].sum())
-            episodes += finished_episodes(info, terminated | truncated)
+            episodes += finished_episodes(info, terminated | truncated, tasks)
         if run.stopping():
             break
 
@@ -768,6 +789,8 @@ def train(args, run):
         all_rows, all_steps, all_episodes, all_lost = zip(*everyone, strict=True)
         first_step, step = step, step + sum(all_steps)
         recent = (recent + sum(all_episodes, []))[-200:]
+        if args.curriculum:
+            envs.draw_tasks(teachable(recent, len(envs.instructions)))
         rollout, num_steps, episodes = [], 0, []
         if not min(all_rows):  # every environment's worker died
             continue
@@ -827,6 +850,9 @@ def train(args, run):
             optimizer.zero_grad()
             gradient_steps += 1
             updates.append(metrics)
+        if updates:  # else what waits is still of this policy
+            done = min(1.0, step / args.total_timesteps)
+            agent.head.exploration.fill_(1 + (args.exploration_end - 1) * done)
         run.lap("update")
 
         # --- log, evaluate, save

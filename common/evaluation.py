@@ -55,16 +55,18 @@ def summarize(outcomes, has_success, instructions=(), references=None):
     return result
 
 
-def finished_episodes(info, ended):
-    """Rows (success, return, length) of the environments whose episode ended with this step of `Envs`."""
-    keys = ("success", "episode_return", "episode_length")
-    return [[float(info[key][n]) for key in keys] for n in np.flatnonzero(ended)]
+def finished_episodes(info, ended, tasks=None):
+    """Rows (success, return, length, task) of the environments whose episode ended with this step of `Envs`;
+    tasks (N,), theirs, or None where there are none."""
+    columns = [info[key] for key in ("success", "episode_return", "episode_length")]
+    columns += [np.zeros(len(ended)) if tasks is None else tasks]
+    return np.stack(columns, 1, dtype=float, casting="unsafe")[ended].tolist()
 
 
 def rollout_metrics(episodes, has_success):
-    """Of training's last episodes, rows (success, return, length) -> the means by name."""
+    """Of training's last episodes, as of `finished_episodes`, -> the means by name."""
     names = ("rollout/success_rate", "rollout/mean_reward", "rollout/mean_length")
-    means = dict(zip(names, np.mean(episodes, 0), strict=True)) if episodes else {}
+    means = dict(zip(names, np.mean(episodes, 0)[:3], strict=True)) if episodes else {}
     return means if has_success else {name: x for name, x in means.items() if name != names[0]}
 
 

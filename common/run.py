@@ -407,7 +407,7 @@ def check_decisions(decisions, columns, size=None):
 def check_episodes(episodes):
     """ValueError, or what a wrong type raises, unless a checkpoint's `episodes` are what
     `finished_episodes` gives."""
-    if len(episodes) and np.asarray(episodes, float).shape != (len(episodes), 3):
+    if len(episodes) and np.asarray(episodes, float).shape != (len(episodes), 4):
         raise ValueError("episodes that are none")
 
 

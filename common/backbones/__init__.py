@@ -167,7 +167,7 @@ def load_weights(agent, args, run, new=(), train_vision=None):
     """Put the weights of the run's checkpoint, if it has one, into `agent`, then new adapters on its
     backbone.
 
-    new: names of its parts that a checkpoint may lack; parts of a checkpoint that the agent lacks are left
+    new: how the names of what a checkpoint may lack begin; parts of one that the agent lacks are left
     out. train_vision: False freezes the vision part. UserError for what does not fit.
     """
     backbone, saved = agent.backbone, run.saved
@@ -178,7 +178,7 @@ def load_weights(agent, args, run, new=(), train_vision=None):
             weights = {name: x for name, x in saved["agent"].items() if name.partition(".")[0] in parts}
             check_kinds(weights, agent.state_dict())
             missing, unexpected = agent.load_state_dict(weights, strict=False)
-        missing = [name for name in missing if name.partition(".")[0] not in new]
+        missing = [name for name in missing if not name.startswith(new)]
         backbone.moved = {name.replace(".base_layer", "") for name in weights}
         if backbone.has_files:  # the rest of the base is in them
             missing = [name for name in missing if "lora_" in name or not name.startswith("backbone.")]

@@ -16,6 +16,7 @@ environment has
   observations of another shape or kind, and any number that is not finite, also a reward, end the run;
 - `advance(action) -> reward, terminated, truncated, info` (no rendering) and `observe() -> obs` (renders);
 - `render() -> uint8 (H, W, 3)`, a frame for a video;
+- optionally `draws_tasks = True`: `reset` draws its task with the chances `task_chances(options, tasks)`;
 - optionally `get_state() -> dict | None` and `set_state(dict)`, exact, with its own random state: plain
   values and arrays.
 
@@ -63,6 +64,15 @@ def world_flags(args):
     return {field.name: getattr(args, field.name, field.default) for field in fields}
 
 
+def task_chances(options, tasks):
+    """The chances (len(tasks),) with which a `reset` draws one of `tasks`, numbers of instructions: by its
+    `options["task_weights"]`, one an instruction, that need not add up to 1; None, all alike, without."""
+    if not options:
+        return None
+    weights = options["task_weights"][tasks]
+    return weights / weights.sum()
+
+
 def make_envs(args, split, num_envs, autoreset=False, states=False):
     """This process's share of `num_envs` environments of `args.env`, split "train" or "eval".
 
@@ -87,4 +97,7 @@ def make_envs(args, split, num_envs, autoreset=False, states=False):
     if states and ("image" in envs.single_observation_space.spaces or not envs.single_action_space.shape):
         envs.close()
         raise UserError(f"--env {args.env} is not for this script: it needs states and continuous actions.")
+    if getattr(args, "curriculum", False) and not (envs.draws_tasks and envs.has_success):
+        envs.close()
+        raise UserError(f"--env {args.env} draws no tasks that succeed or fail; drop --curriculum.")
     return envs

@@ -39,6 +39,7 @@ import psutil
 import torch
 
 from common import UserError
+from common.envs import task_chances
 from common.memory import available_memory
 
 
@@ -341,7 +342,7 @@ class LiberoEnv(gym.Env):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
-    has_success = True
+    has_success, draws_tasks = True, True
     active_dims = np.ones(7, bool)
 
     def __init__(self, suite="libero_spatial", tasks=(), split="train", protocol="oft",
@@ -380,12 +381,14 @@ class LiberoEnv(gym.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         rng, tasks = self.np_random, self.tasks
+        chances = task_chances(options, tasks)
         if self.fixed:
             k = seed if self.split == "eval" and seed is not None else rng.integers(len(tasks) * NUM_STATES)
-            state = int(k) // len(tasks) % NUM_STATES
-            self._enter(tasks[k % len(tasks)]).begin_fixed(state, state if self.protocol == "oft" else 0)
+            state, task = int(k) // len(tasks) % NUM_STATES, tasks[k % len(tasks)]
+            task = task if chances is None else int(rng.choice(tasks, p=chances))
+            self._enter(task).begin_fixed(state, state if self.protocol == "oft" else 0)
         else:
-            self._enter(tasks[rng.integers(len(tasks))]).begin_random(rng.integers(2**32))
+            self._enter(int(rng.choice(tasks, p=chances))).begin_random(rng.integers(2**32))
         self.steps = 0
         return self.observe(), {"success": False}
 

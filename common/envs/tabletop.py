@@ -29,6 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import UserError
+from common.envs import task_chances
 from common.flags import Share
 from common.memory import available_cores
 
@@ -244,7 +245,7 @@ class TabletopEnv(gym.Env):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
-    has_success = True
+    has_success, draws_tasks = True, True
     instructions = INSTRUCTIONS
     active_dims = np.array([True, True, True, False, False, True, True])
 
@@ -313,7 +314,7 @@ class TabletopEnv(gym.Env):
         rng = np.random.default_rng([SPLITS.index(self.split), layout])
         m, d = self.model, self.data
         mujoco.mj_resetData(m, d)
-        self.task = int(rng.choice(self.task_ids))
+        self.task = int(rng.choice(self.task_ids, p=task_chances(options, self.task_ids)))
         positions = _layout(rng)
         for k, name in enumerate(OBJECTS):
             yaw = rng.uniform(-0.3, 0.3)

@@ -127,6 +127,7 @@ class _Slice:
         self.spec |= {"instructions": list(env.instructions), "has_success": bool(env.has_success)}
         self.spec |= {"active_dims": np.array(env.active_dims, bool)}
         self.spec |= {name: getattr(env, name, None) for name in ("dataset", "action_bounds")}
+        self.spec |= {"draws_tasks": bool(getattr(env, "draws_tasks", False))}
         width = 0 if self.discrete else env.action_space.shape[0]
         self.history = [np.zeros((action_history, width), np.float32) for _ in self.rows]
         self.returns, self.lengths = [0.0] * len(self.rows), [0] * len(self.rows)
@@ -173,7 +174,9 @@ class _Slice:
             self.shared[f"obs/{key}"][self.rows[j]] = value
 
     def _begin(self, j, seed):
-        obs, _ = self._parts(self.envs[j].reset(seed=seed), "obs, info", 0)
+        weights = self.shared["task_weights"][self.rows[j]]
+        options = {"options": {"task_weights": weights.copy()}} if weights.any() else {}
+        obs, _ = self._parts(self.envs[j].reset(seed=seed, **options), "obs, info", 0)
         self.history[j][:], self.returns[j], self.lengths[j], self.started[j] = 0.0, 0.0, 0, True
         self._write(j, obs)
 
@@ -267,6 +270,7 @@ def _map_arrays(spec, num_envs, chunk, fd):
     action = spec["single_action_space"]
     fields = {name: ((num_envs,), dtype) for name, dtype in OUTCOME.items()}
     fields["actions"] = ((num_envs, chunk, *action.shape), action.dtype)
+    fields["task_weights"] = ((num_envs, len(spec["instructions"])), np.dtype(float))  # 0: all alike
     for key, space in spec["single_observation_space"].spaces.items():
         fields[f"obs/{key}"] = fields[f"final/{key}"] = ((num_envs, *space.shape), space.dtype)
     offset, offsets = 0, {}
@@ -343,8 +347,8 @@ class Envs(gymnasium.vector.VectorEnv):
     """The vector environment; see `vectorize`.
 
     Attributes: num_envs, chunk, num_workers, single_observation_space, single_action_space, instructions,
-    active_dims, has_success, dataset, action_bounds, and lost_episodes: running episodes that died with a
-    worker or could not be restored.
+    active_dims, has_success, draws_tasks, dataset, action_bounds, and lost_episodes: running episodes that
+    died with a worker or could not be restored.
     """
 
     def __init__(self, world, num_envs, seed, chunk, num_workers, autoreset, action_history, timeout):
@@ -582,6 +586,12 @@ class Envs(gymnasium.vector.VectorEnv):
         self._fresh &= ~mask
         return self._copy()
 
+    def draw_tasks(self, weights):
+        """From now on a reset draws its task with `weights`, floats >= 0, one an instruction, that need not
+        add up to 1. For worlds with `draws_tasks`."""
+        self._idle()
+        self._shared["task_weights"][:] = weights
+
     def step_async(self, actions, mask=None, record=None):
         """Sends the chunks off; see `step`."""
         self._idle()
@@ -663,9 +673,9 @@ class Envs(gymnasium.vector.VectorEnv):
         self._idle()
         envs = list(itertools.chain(*self._ask("get_state", lambda worker: ())))
         names = ("restarts", "fresh", "ended", "lost", "rebuilt")
-        return {"envs": envs, "obs": self._copy(), "lost_episodes": self.lost_episodes} | {
-            name: getattr(self, f"_{name}").copy() for name in names
-        }
+        own = {name: getattr(self, f"_{name}").copy() for name in names}
+        own |= {"obs": self._copy(), "task_weights": self._shared["task_weights"].copy()}
+        return {"envs": envs, "lost_episodes": self.lost_episodes} | own
 
     def set_state(self, state: dict) -> dict:
         """Goes on from `get_state` of an equal Envs (any num_workers); returns the current obs.
@@ -686,6 +696,7 @@ class Envs(gymnasium.vector.VectorEnv):
         places = {name: (getattr(self, f"_{name}"), state[name]) for name in
                   ("restarts", "fresh", "ended", "lost", "rebuilt")}  # fmt: skip
         places |= {key: (self._shared[f"obs/{key}"], state["obs"][key]) for key in self._obs_keys}
+        places |= {"task_weights": (self._shared["task_weights"], state["task_weights"])}
         for name, (place, saved) in places.items():
             saved = np.asarray(saved)
             if (saved.shape, saved.dtype) != (place.shape, place.dtype):
