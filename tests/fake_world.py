@@ -51,6 +51,7 @@ class FakeEnv(gymnasium.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
+        self.options = options
         self.count, self.total, self.start = 0, 0.0, int(self.np_random.integers(1000))
         return self.observe(), {}
 

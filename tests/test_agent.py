@@ -140,6 +140,23 @@ def test_sampling_frequencies_are_those_of_the_temperature(script):
     assert excess(1.0) > 20  # the test can tell
 
 
+@pytest.mark.parametrize("head", ["tokens", "gaussian", "flow", "discrete"])
+def test_what_is_left_of_exploration_is_that_much_temperature_or_deviation(head):
+    """Half of it is the head with half the flag, in samples, log-probs and entropies; checkpoints keep it."""
+    flags = {"gaussian": "init_std", "flow": "noise_level"}
+    flag = flags.get(head, "temperature")
+    agents = [make_agent(head=head, **{flag: value}) for value in (0.6, 0.3)]
+    agents[0].head.exploration.fill_(0.5)
+    batch = make_batch(agents[0], 5)
+    actions = [agent.get_action_and_value(batch, generator=generator())[0] for agent in agents]
+    torch.testing.assert_close(*actions)
+    torch.testing.assert_close(*(agent.evaluate_actions(batch, actions[0])[:2] for agent in agents))
+    full = make_agent(head=head, **{flag: 0.6})
+    assert not torch.equal(*(each.evaluate_actions(batch, actions[0])[0] for each in (full, agents[0])))
+    full.load_state_dict(agents[0].state_dict())
+    assert full.head.exploration == 0.5
+
+
 def test_deterministic_actions_are_the_most_likely_ones():
     for head in ("tokens", "discrete"):
         agent = make_agent(head=head, **({"greedy": "mode"} if head == "tokens" else {}))

@@ -651,7 +651,7 @@ def test_every_variant_goes_on_bit_identically(tmp_path, home, whole, monkeypatc
     [
         ("CartPole-v1", "", 2),
         ("CartPole-v1", "", 11),
-        ("tabletop", "--kl-coef 0.1", 2),
+        ("tabletop", "--kl-coef 0.1 --curriculum --exploration-end 0.5", 2),
         ("tabletop", "--train-vision --num-workers 2", 11),
     ],
 )

@@ -238,6 +238,42 @@ def test_state_is_bit_exact(envs, env_id, chunk, before, after):
     assert flat(envs(env_id, **options).reset()) != flat(obs)  # the comparison can fail
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_tasks_are_drawn_by_weights(envs, num_workers):
+    """In resets and autoresets, of every row; the state has them along; none are all tasks alike."""
+    from common.envs import tabletop
+
+    world = ("tabletop", "common.envs.tabletop", {"max_steps": 1})
+    e, again = (vectorize(world, 2, seed=0, num_workers=num_workers) for _ in range(2))
+    envs.made += [e, again]
+    assert e.draws_tasks and len({*e.reset(np.arange(2))["task"], *again.reset(np.arange(2, 4))["task"]}) > 2
+    plain = e.reset(np.arange(2))
+    often, seldom = tabletop.TRAIN_TASKS[2:4]
+    weights = np.zeros(len(tabletop.TASKS))
+    weights[[often, seldom]] = 3.0, 1.0
+    e.draw_tasks(weights)
+    seen = [e.reset(np.arange(100 + 2 * i, 102 + 2 * i))["task"] for i in range(60)]
+    assert {*np.ravel(seen)} == {often, seldom} and 70 < np.sum(np.array(seen) == often) < 110
+    again.set_state(e.get_state())
+    for each in (e, again):
+        told = [each.step(np.zeros((2, 1, 7), np.float32))[0]["task"] for _ in range(6)]
+        assert {*np.ravel(told)} == {often, seldom}
+    again.draw_tasks(0.0)
+    assert all(np.array_equal(again.reset(np.arange(2))[key], plain[key]) for key in plain)
+
+
+def test_worlds_that_draw_no_task_get_no_options_and_refuse_a_curriculum(envs, monkeypatch):
+    e = envs()
+    e.reset()
+    assert not e.draws_tasks and e._workers[0].local.envs[0].options is None
+    monkeypatch.setitem(common.envs.WORLDS, "fake", "fake_world")
+    args = SimpleNamespace(env="fake", seed=0, chunk=1, action_history=0, num_workers=0, worker_timeout=9.0)
+    common.envs.make_envs(args, "train", 1).close()
+    args.curriculum = True
+    with pytest.raises(UserError, match="--env fake draws no tasks that succeed or fail; drop --curriculum"):
+        common.envs.make_envs(args, "train", 1)
+
+
 def test_state_holds_no_large_ints(envs):
     e = envs("CartPole-v1", 1)
     e.reset()

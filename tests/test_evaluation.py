@@ -246,7 +246,11 @@ def test_a_world_without_success_has_no_rate():
 
 def test_means_of_the_last_episodes():
     names = ("rollout/success_rate", "rollout/mean_reward", "rollout/mean_length")
-    episodes = [[1.0, 2.0, 3], [0.0, 4.0, 8]]
+    info = dict(success=[True, True, False], episode_return=[2.0, 9.0, 4.0], episode_length=[3, 1, 8])
+    info, ended = {key: np.array(x) for key, x in info.items()}, np.array([True, False, True])
+    episodes = evaluation.finished_episodes(info, ended, np.array([5, 6, 7]))
+    assert episodes == [[1.0, 2.0, 3.0, 5.0], [0.0, 4.0, 8.0, 7.0]]
+    assert evaluation.finished_episodes(info, ended)[1] == [0.0, 4.0, 8.0, 0.0]
     assert evaluation.rollout_metrics(episodes, True) == dict(zip(names, (0.5, 3.0, 5.5), strict=True))
     found = evaluation.rollout_metrics(episodes, False)
     assert found == {"rollout/mean_reward": 3.0, "rollout/mean_length": 5.5}

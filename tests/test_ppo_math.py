@@ -13,6 +13,7 @@ import torch
 import bc_warmup
 import common.envs
 import common.run
+import grpo_vla
 import ppo_vla
 from common.envs.vector import Envs
 from common.evaluation import summarize, wilson_interval
@@ -266,6 +267,15 @@ def test_valid_decisions_are_those_of_episodes_that_were_not_lost(seed):
             if lost[t, n] or ended[t, n]:
                 start = t + 1
     np.testing.assert_array_equal(ppo_vla.valid_decisions(torch.tensor(lost), torch.tensor(ended)), wanted)
+
+
+@pytest.mark.parametrize("script", [ppo_vla, grpo_vla])
+def test_teachable_by_hand(script):
+    episodes = [[1.0, 9.0, 3.0, 0.0]] * 6 + [[0.0, 9.0, 3.0, 2.0]] * 2 + [[1.0, 9.0, 3.0, 2.0]] * 2
+    close(script.teachable(episodes, 4), [7 / 8 / 8, 1 / 4, 1 / 4, 1 / 4], 1e-12)
+    close(script.teachable([], 2), [1 / 4, 1 / 4], 1e-12)
+    never = [[0.0, 0.0, 3.0, 1.0]] * 98
+    close(script.teachable(never, 2), [1 / 4, 99 / 1e4], 1e-12)
 
 
 def test_valid_decisions_by_hand():
