@@ -50,9 +50,9 @@ class Args(VLAArgs):
     """discount per environment step of the success to come, in the advantage"""
     demo_noise: Annotated[NonNegative, Unless("demos")] = 0.3
     """standard deviation of the noise on the scripted expert's executed actions; its labels stay clean"""
-    head: Annotated[Literal["tokens", "gaussian", "flow"], FIXED] = "tokens"
+    head: Annotated[Literal["tokens", "gaussian", "flow", "discrete"], FIXED] = "tokens"
     """256-bin action tokens by cross-entropy, a continuous chunk by its L1 distance (OpenVLA-OFT), or by flow
-    matching (pi0)"""
+    matching (pi0); gymnasium's Discrete by cross-entropy"""
     grounding_scenes: Annotated[NonNegativeInt, Unless("demos")] = 6000
     """random pictures for the grounding stage (scripted demonstrations only)"""
     grounding_steps: Annotated[NonNegativeInt, Unless("demos")] = 300
@@ -247,6 +247,23 @@ class TokenHead(nn.Module):
         return self.tokenizer.decode_bins(actions).unflatten(1, self.shape).cpu().numpy()
 
 
+class DiscreteHead(TokenHead):
+    """A categorical over gymnasium's Discrete(n) for each action of the chunk. Actions are ints (B, K)."""
+
+    def __init__(self, backbone, args, num_actions):
+        super().__init__(backbone, args)
+        self.greedy = "mode"
+        self.logits = nn.Linear(backbone.hidden_size, num_actions)
+        nn.init.orthogonal_(self.logits.weight, 0.01)
+        nn.init.zeros_(self.logits.bias)
+
+    def forward(self, backbone, action_hidden):
+        return self.logits(action_hidden).float() / (self.temperature * self.exploration)  # (B, K, n)
+
+    def to_env(self, actions):
+        return actions.cpu().numpy()
+
+
 class GaussianHead(nn.Module):
     """A Gaussian per number of the continuous chunk: means from the hidden states, one standard deviation per
     action dimension. Actions are floats (B, K*A); the environment clips them, the log-prob is of the
@@ -400,11 +417,11 @@ class FlowHead(nn.Module):
         return (actions if self.velocity is None else actions.clamp(-1, 1)).cpu().numpy()
 
 
-def make_head(backbone, args):
-    if not backbone.vision_parameters():
-        raise UserError(
-            f"The backbone {backbone.config['name']!r} sees no images; give a --backbone that does."
-        )
+def make_head(backbone, args, envs):
+    discrete = hasattr(envs.single_action_space, "n")
+    if discrete != (args.head == "discrete"):
+        wanted = "discrete" if discrete else "tokens, gaussian or flow"
+        raise UserError(f"--env {args.env} has {envs.single_action_space} actions; use --head {wanted}.")
     if args.head != "flow" and hasattr(backbone, "velocity"):
         raise UserError(f"The backbone {backbone.config['name']!r} is a flow; use --head flow.")
     if args.head == "tokens" and not hasattr(backbone, "action_logits"):
@@ -415,16 +432,18 @@ def make_head(backbone, args):
         raise UserError(
             f"The backbone {backbone.config['name']!r} emits its tokens in turn; use --head tokens."
         )
+    if discrete:
+        return DiscreteHead(backbone, args, int(envs.single_action_space.n))
     return {"tokens": TokenHead, "gaussian": GaussianHead, "flow": FlowHead}[args.head](backbone, args)
 
 
 class Agent(nn.Module):
     """Backbone and action head; the value head comes with reinforcement learning."""
 
-    def __init__(self, backbone, args):
+    def __init__(self, backbone, args, envs):
         super().__init__()
         self.backbone, self.deterministic = backbone, args.deterministic
-        self.head = make_head(backbone, args)
+        self.head = make_head(backbone, args, envs)
 
     def get_action_and_value(self, batch, vision=None, deterministic=False, generator=None):
         """-> actions and their log-probs (B, K*A), no value"""
@@ -447,13 +466,16 @@ class Agent(nn.Module):
         return self.backbone.to_env(self.head.to_env(actions)), value
 
     def imitation_loss(self, batch, vision, targets, mask, args, generator, weights=None):
-        """targets: bins (tokens) or actions, and mask, both (B, K*A), or (B, n) of a backbone's own flow;
+        """targets: bins (tokens), or actions, and mask, both (B, K*A), or (B, n) of a backbone's own flow;
         weights (B,) or None for ones -> scalar, the mean over the mask"""
-        tokens = isinstance(self.head, TokenHead)
+        discrete = isinstance(self.head, DiscreteHead)
+        tokens = isinstance(self.head, TokenHead) and not discrete
         action_hidden = self.backbone(batch, vision, targets if tokens else None)[0]
         if tokens:  # logits of the valid ones only
             logits = self.backbone.action_logits(action_hidden[mask]).float()
             losses = soft_cross_entropy(logits, targets[mask], args.label_sigma)
+        elif discrete:
+            losses = soft_cross_entropy(self.head.logits(action_hidden[mask]).float(), targets[mask], 0)
         elif isinstance(self.head, FlowHead):
             noise = targets[:, None].repeat(1, args.flow_samples, 1).normal_(generator=generator)
             t = pi0_times(torch.empty_like(noise[..., 0]).uniform_(generator=generator))
@@ -480,6 +502,7 @@ def imitation_tensors(demos, args, envs, backbone, device):
     if has != wants and "image_size" in backbone.config:  # it resizes nothing
         raise UserError(f"{args.demos} holds images {has}; this run's world has {wants}.")
     actions = backbone.from_env(demos["actions"])
+    actions = actions[:, None] if args.head == "discrete" else actions
     chunk, numbers = getattr(backbone, "flow_shape", (args.chunk, actions.shape[1]))
     targets, mask = chunk_targets(actions, demos["episode_starts"], chunk)
     beyond = (0, numbers - actions.shape[1])
@@ -513,7 +536,11 @@ def train(args, run):
     if "image" not in eval_envs.single_observation_space.spaces:
         raise UserError(f"{args.env} has no pictures to imitate from; give another --env.")
     backbone = load_backbone(args, eval_envs, run, args.batch_size)
-    agent = Agent(backbone, args)
+    if not backbone.vision_parameters():
+        raise UserError(
+            f"The backbone {backbone.config['name']!r} sees no images; give a --backbone that does."
+        )
+    agent = Agent(backbone, args, eval_envs)
     load_weights(agent, args, run, new=("head.exploration",))
     if args.collect or args.evaluate:
         run.open()

@@ -394,6 +394,8 @@ def training_demonstrations(args, envs) -> dict:
         files = sorted(Path(args.demos).glob("*.hdf5")) if Path(args.demos).is_dir() else [args.demos]
         if not files:
             raise UserError(f"The folder {args.demos} holds no .hdf5 file; give one with demonstrations.")
+        if not envs.single_action_space.shape:
+            raise UserError(f"--demos are of numbers; --env {args.env} has {envs.single_action_space} here.")
         keys, width = demo_keys(args), envs.single_action_space.shape[0]
         which = args.demos_filter == "success", getattr(world, "kept_steps", None)
         demos = _concatenate(

@@ -50,15 +50,16 @@ def test_an_old_python_and_a_failing_step_end_in_one_sentence(tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-def test_libero_comes_without_its_own_dependencies(tmp_path, monkeypatch):
+@pytest.mark.parametrize("world", ["libero", "robosuite"])
+def test_a_world_comes_without_its_own_dependencies(tmp_path, monkeypatch, world):
     commands, done = [], install.subprocess.CompletedProcess([], 0)
     monkeypatch.setattr(install.subprocess, "run", lambda step, check: commands.append(step) or done)
     monkeypatch.setattr(install, "VENV", tmp_path)
     install.main([])
     plain = len(commands)
-    install.main(["--libero"])
+    install.main([f"--{world}"])
     assert commands[plain:-1] == commands[:plain]
-    wanted = ["install", "--quiet", "--no-deps", "-r", str(install.ROOT / "requirements-libero.txt")]
+    wanted = ["install", "--quiet", "--no-deps", "-r", str(install.ROOT / f"requirements-{world}.txt")]
     assert commands[-1][-5:] == wanted and Path(wanted[-1]).is_file()
-    with pytest.raises(SystemExit, match="takes --libero or nothing, not --liber"):
+    with pytest.raises(SystemExit, match="takes --libero, --robosuite or nothing, not --liber"):
         install.main(["--liber"])

@@ -20,7 +20,7 @@ import torch
 
 from common import UserError
 from common.datasets import load_demonstrations
-from common.envs import libero
+from common.envs import libero, simulation
 from common.envs.vector import vectorize
 
 RNG, WORLD = np.random.default_rng(0), ("libero", "common.envs.libero")
@@ -108,8 +108,10 @@ def test_stock_loop_bit_for_bit(assets, suite, task):
 class FakeSimulation:
     """Records how episodes begin."""
 
+    WORKER_GB, TASK_GB = 1.5, 0.4
+
     def __init__(self, suite, task, size):
-        self.task, self.owner, self.log, self.renderer = task, None, LOG, "the GPU's memory"
+        self.task, self.owner, self.log, self.renderers = task, None, LOG, "the GPU's memory"
 
     def save(self):
         return {}
@@ -118,7 +120,7 @@ class FakeSimulation:
         pass
 
     def release(self):
-        self.renderer = None
+        self.renderers = None
 
     def begin_fixed(self, state, resets):
         self.log.append((self.task, state, resets))
@@ -137,8 +139,8 @@ def fake(monkeypatch):
     package = types.SimpleNamespace(benchmark=types.SimpleNamespace(task_maps=maps))
     monkeypatch.setattr(libero, "_libero", lambda: package)
     monkeypatch.setattr(libero, "Simulation", FakeSimulation)
-    monkeypatch.setattr(libero, "_simulations", {})
-    monkeypatch.setattr(libero, "_open", weakref.WeakSet())
+    monkeypatch.setattr(simulation, "simulations", {})
+    monkeypatch.setattr(simulation, "_open", weakref.WeakSet())
     monkeypatch.setattr(libero.LiberoEnv, "observe", lambda self: {})
     LOG.clear()
 
@@ -184,30 +186,30 @@ def test_training_draws(fake):
 
 def test_simulations_are_kept_while_memory_allows(fake, monkeypatch):
     """Four fit beside the margin; the least recently used that no episode runs in gives way to a fifth."""
-    each = libero.TASK_GB
-    monkeypatch.setattr(libero, "GPUS", 1)  # whose memory only running episodes take
-    monkeypatch.setattr(libero, "_memory", lambda: ([each], 3.2 - each * len(libero._simulations)))
+    each, kept_ones = 0.4, simulation.simulations
+    monkeypatch.setattr(simulation, "GPUS", 1)  # whose memory only running episodes take
+    monkeypatch.setattr(simulation, "memory", lambda kind: ([each], 3.2 - each * len(kept_ones)))
     one, two = libero.make(split="eval"), libero.make(split="eval")
     two.reset(seed=0)
     for task in (1, 2, 1):
         one.reset(seed=task)
     kept = one.simulation
     one.reset(seed=3)
-    assert [task for _, task, _ in libero._simulations] == [0, 2, 1, 3]
+    assert [task for _, task, _ in kept_ones] == [0, 2, 1, 3]
     one.reset(seed=4)
-    assert [task for _, task, _ in libero._simulations] == [0, 1, 3, 4]
-    assert [bool(x.renderer) for x in libero._simulations.values()] == [True, False, False, True]
+    assert [task for _, task, _ in kept_ones] == [0, 1, 3, 4]
+    assert [bool(x.renderers) for x in kept_ones.values()] == [True, False, False, True]
     one.reset(seed=1)
     assert one.simulation is kept
-    monkeypatch.setattr(libero, "_memory", lambda: ([each], 0.1))
+    monkeypatch.setattr(simulation, "memory", lambda kind: ([each], 0.1))
     one.reset(seed=2)
-    assert [task for _, task, _ in libero._simulations] == [0, 2]
+    assert [task for _, task, _ in kept_ones] == [0, 2]
     one.close()
-    assert len(libero._simulations) == 2
+    assert len(kept_ones) == 2
     one.reset(seed=2)
     two.close()
     one.close()
-    assert not libero._simulations
+    assert not kept_ones
 
 
 def test_resets_are_replayed_once():
@@ -379,7 +381,7 @@ def test_environments_take_turns_and_states_are_exact(env):
     assert pair[0].np_random.integers(2**32) == pair[1].np_random.integers(2**32)
     for e in pair:
         e.close()
-    assert env.simulation in libero._simulations.values()
+    assert env.simulation in simulation.simulations.values()
 
 
 def test_a_kept_simulation_begins_the_same_episode(env, monkeypatch):
@@ -412,15 +414,15 @@ def test_a_kept_simulation_begins_the_same_episode(env, monkeypatch):
     ],
 )
 def test_egl_device_of_a_rank(environ, expected):
-    assert libero.egl_device(environ, 4).get("MUJOCO_EGL_DEVICE_ID") == expected
+    assert simulation.egl_device(environ, 4).get("MUJOCO_EGL_DEVICE_ID") == expected
 
 
 @pytest.mark.parametrize("angle", [1e-6, 0.7, 3.0, 4.5])
 def test_axis_angle(angle):
     axis = np.array([2.0, -1, 2]) / 3
-    turned = libero.axis_angle(np.r_[np.cos(angle / 2), np.sin(angle / 2) * axis])
+    turned = simulation.axis_angle(np.r_[np.cos(angle / 2), np.sin(angle / 2) * axis])
     np.testing.assert_allclose(turned, axis * angle, atol=1e-9, rtol=1e-4)
-    assert np.array_equal(libero.axis_angle(np.array([1.0, 0, 0, 0])), np.zeros(3))
+    assert np.array_equal(simulation.axis_angle(np.array([1.0, 0, 0, 0])), np.zeros(3))
 
 
 def test_unknown_names_are_told(fake):
@@ -463,8 +465,8 @@ def test_no_gl(env, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no\ndisplay")
 
-    monkeypatch.setattr(libero.mujoco, "Renderer", broken)
-    monkeypatch.setattr(env.simulation, "renderer", None)
+    monkeypatch.setattr(simulation.mujoco, "Renderer", broken)
+    monkeypatch.setattr(env.simulation, "renderers", {})
     with pytest.raises(UserError, match="no display; install EGL.*MUJOCO_EGL_DEVICE_ID.*MUJOCO_GL"):
         env.observe()
 
@@ -477,9 +479,8 @@ def test_no_gl_at_import():
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     last = run.stderr.strip().splitlines()[-1]
-    assert (
-        last.startswith("common.UserError: LIBERO needs OpenGL, which failed with ") and "install EGL" in last
-    )
+    assert last.startswith("common.UserError: robosuite needs OpenGL, which failed with ")
+    assert "install EGL" in last
 
 
 def test_a_worker_renders_what_this_process_renders(env):
@@ -495,8 +496,8 @@ def test_a_worker_renders_what_this_process_renders(env):
 
 
 def test_memory_is_short(monkeypatch):
-    monkeypatch.setattr(libero, "available_memory", lambda: 1e8)
-    with pytest.raises(UserError, match="--num-workers"):
-        libero._check_memory()
-    monkeypatch.setattr(libero, "available_memory", lambda: 2e9)
-    libero._check_memory()
+    monkeypatch.setattr(simulation, "available_memory", lambda: 1e8)
+    with pytest.raises(UserError, match="--env libero takes 1.5 GB for each .* use fewer --num-workers"):
+        simulation.check_memory(libero.Simulation)
+    monkeypatch.setattr(simulation, "available_memory", lambda: 2e9)
+    simulation.check_memory(libero.Simulation)

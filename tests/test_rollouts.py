@@ -428,7 +428,8 @@ def test_a_loss_is_weighed_by_its_decision(head):
         learn_std=False,
         deterministic=True,
     )
-    agent, hidden = bc_warmup.Agent(Backbone(), args), torch.randn(4, 6, 8)
+    envs = SimpleNamespace(single_action_space=gymnasium.spaces.Box(-1, 1, (3,)))
+    agent, hidden = bc_warmup.Agent(Backbone(), args, envs), torch.randn(4, 6, 8)
     targets = torch.randint(256, (4, 6)) if head == "tokens" else torch.rand(4, 6)
     mask = torch.rand(4, 6) < 0.7
     plain = agent.imitation_loss(hidden, None, targets, mask, args, None)

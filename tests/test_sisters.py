@@ -30,7 +30,8 @@ NAMES = [script.__name__ for script in SCRIPTS]
 
 SHARED = dict.fromkeys("TokenHead GaussianHead".split(), (bc_warmup, ppo_vla, grpo_vla))
 SHARED |= dict.fromkeys("Velocity FlowHead flow_times sde_std denoising_mean".split(), SHARED["TokenHead"])
-SHARED |= dict.fromkeys("DiscreteHead make_head weights_of micro_batches".split(), (ppo_vla, grpo_vla))
+SHARED |= dict.fromkeys("DiscreteHead make_head".split(), SHARED["TokenHead"])
+SHARED |= dict.fromkeys("weights_of micro_batches".split(), (ppo_vla, grpo_vla))
 SHARED |= dict.fromkeys("clipped_surrogate kl_k3 masked_mean ratio_metrics".split(), (ppo_vla, grpo_vla))
 SHARED |= {"current_log_probs": (ppo_vla, grpo_vla)}
 SHARED |= dict.fromkeys("td_target critic_loss".split(), (sac, iql, cql, td3_bc))
@@ -244,7 +245,7 @@ def test_the_detector_lets_the_rest_alone(fine):
 def test_every_world_and_model_has_its_file():
     """The tables name modules, and these are all files of their folders but those that are of no world."""
     for table, folder, rest in (
-        ({**WORLDS, "gymnasium": GYMNASIUM}, "envs", {"vector"}),
+        ({**WORLDS, "gymnasium": GYMNASIUM}, "envs", {"vector", "simulation", "jobs"}),
         (BACKBONES, "backbones", set()),
     ):
         stems = {path.stem for path in (ROOT / "common" / folder).glob("*.py")} - {"__init__"} - rest

@@ -42,7 +42,7 @@ from common import UserError, forkserver
 from common.envs.vector import START_METHOD, vectorize
 from common.memory import available_memory
 
-WORLDS = {"tabletop": "common.envs.tabletop", "libero": "common.envs.libero"}
+WORLDS = {name: f"common.envs.{name}" for name in ("tabletop", "libero", "robosuite")}
 GYMNASIUM = "common.envs.gymnasium_env"
 
 

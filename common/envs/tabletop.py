@@ -16,7 +16,6 @@ training layouts vary around what is nominal; up to 0.6 hands never start where 
 """
 
 import itertools
-import multiprocessing
 import os
 import sys
 import traceback
@@ -26,12 +25,11 @@ from typing import Literal
 import gymnasium as gym
 import mujoco
 import numpy as np
-from tqdm import tqdm
 
 from common import UserError
 from common.envs import task_chances
+from common.envs.jobs import in_parallel
 from common.flags import Share
-from common.memory import available_cores
 
 OBJECTS = ("red cube", "green cylinder", "blue ball")
 PLATES = ("yellow plate", "purple plate")
@@ -585,17 +583,6 @@ def _ground(job):
     return rows
 
 
-def _in_parallel(function, seeds, num_workers, *rest):
-    num_workers = available_cores() if num_workers is None else num_workers
-    jobs = [(chunk.tolist(), *rest) for chunk in np.array_split(seeds, max(num_workers, 1) * 4) if len(chunk)]
-    progress = dict(total=len(jobs), desc=function.__name__.strip("_"), leave=False, disable=None)
-    if num_workers < 2:
-        return [row for job in tqdm(jobs, **progress) for row in function(job)]
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with context.Pool(num_workers) as pool:
-        return [row for rows in tqdm(pool.imap(function, jobs), **progress) for row in rows]
-
-
 def demonstrations(num_episodes, seed, num_workers=None, noise=0.3, **env_kwargs):
     """Successful episodes of the scripted expert, on training layouts.
 
@@ -605,7 +592,7 @@ def demonstrations(num_episodes, seed, num_workers=None, noise=0.3, **env_kwargs
     added to the executed action; the label stays clean.
     """
     seeds = np.random.default_rng([1, seed]).integers(2**31, size=num_episodes)
-    episodes = _in_parallel(_demonstrate, seeds, num_workers, noise, env_kwargs)
+    episodes = in_parallel(_demonstrate, seeds, num_workers, noise, env_kwargs)
     if not episodes:
         raise UserError(
             f"The expert succeeded in none of {num_episodes} episodes with noise {noise}; use less noise."
@@ -628,6 +615,6 @@ def scenes(num_scenes, seed, num_workers=None, **env_kwargs):
     """Still pictures of training layouts with the place of what the instruction names: image, proprio,
     pixels, task."""
     seeds = np.random.default_rng([2, seed]).integers(2**31, size=num_scenes)
-    rows = _in_parallel(_ground, seeds, num_workers, env_kwargs)
+    rows = in_parallel(_ground, seeds, num_workers, env_kwargs)
     image, proprio, pixels, task = (np.stack([row[k] for row in rows]) for k in range(4))
     return {"image": image, "proprio": proprio, "pixels": pixels, "task": task.astype(np.int64)}

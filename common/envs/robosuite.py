@@ -1,0 +1,327 @@
+"""robosuite 1.4.1 (Zhu et al. 2020): one Panda arm or two, and what LIBERO shares with it.
+
+    pip install --no-deps -r requirements-robosuite.txt     # after requirements.txt
+    python ppo_vla.py --env robosuite --tasks PickPlaceCan --cameras wrist --actions discrete
+    python ppo_vla.py --env robosuite --tasks TwoArmLift --cameras agentview wrist0 wrist1
+
+Observation: `image` uint8 (cameras, size, size, 3), upright, without shadows and reflections, which cost half
+of a picture; `proprio` float32 (8 an arm,): end effector's position 3 (m) and axis-angle 3 (rad), fingers 2
+(m), as LIBERO's. With `--cameras none` robosuite's "object-state" follows, and the
+observation is `proprio` alone; of one task then, for its length is the task's.
+
+Action, continuous: float32 (7 an arm,), the set point's shift (1 = 5 cm), rotation (1 = 0.5 rad), gripper (-1
+opens, 1 closes): OSC_POSE. Discrete(8), one arm: 2 cm to +x, -x (forward, backward), +y, -y (left, right),
++z, -z (up, down), close, open; the gripper stays as it was told last. 20 Hz. The reward is 1 at success, or
+robosuite's staged one (`--reward shaped`); success, which robosuite lets pass, ends the episode.
+
+What an episode draws follows from `[split, seed]`. What robosuite draws when it compiles a task (Lift's cube
+size, Handover's hammer) is drawn once, and the same everywhere.
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+
+from common import UserError
+from common.envs import task_chances
+from common.envs.jobs import in_parallel
+from common.envs.simulation import SharingEnv, Simulation, axis_angle, check_installed, check_memory
+
+TASKS = {  # arms, steps of an episode, instruction
+    "Lift": (1, 200, "lift the cube"),
+    "Stack": (1, 300, "stack the red cube on the green cube"),
+    "PickPlaceCan": (1, 500, "put the can into its bin"),
+    "NutAssembly": (1, 800, "put both nuts on their pegs"),
+    "NutAssemblySquare": (1, 400, "put the square nut on its peg"),
+    "NutAssemblyRound": (1, 400, "put the round nut on its peg"),
+    "Door": (1, 300, "open the door"),
+    "TwoArmLift": (2, 300, "lift the pot with both arms"),
+    "TwoArmHandover": (2, 400, "hand the hammer to the other arm"),
+    "TwoArmTransport": (2, 700, "bring the hammer to the other table and clear its bin"),
+}
+CAMERAS = {name: name for name in ("agentview", "frontview", "birdview", "sideview")}
+CAMERAS |= {f"wrist{k}": f"robot{k}_eye_in_hand" for k in ("0", "1")} | {"wrist": "robot0_eye_in_hand"}
+DEMO_KEYS = {name: f"{camera}_image" for name, camera in CAMERAS.items()}
+SPLITS = ("train", "eval")
+DISCRETE = 0.4 * np.array([[1, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0], [0, 0, 1], [0, 0, -1]])  # 1 = 5 cm
+
+
+@dataclass
+class Args:
+    """The flags of `--env robosuite`."""
+
+    tasks: tuple[str, ...] = ("Lift",)
+    """Lift, Stack, PickPlaceCan, NutAssembly, NutAssemblySquare, NutAssemblyRound, Door, or, of two arms,
+    TwoArmLift, TwoArmHandover, TwoArmTransport"""
+    cameras: tuple[str, ...] = ("agentview", "wrist")
+    """the pictures that the policy sees (agentview, frontview, birdview, sideview, wrist; of two arms wrist0,
+    wrist1), or none: states"""
+    size: int = 84
+    """the pictures' height and width"""
+    actions: Literal["continuous", "discrete"] = "continuous"
+    """7 numbers an arm, or one of 8 moves"""
+    reward: Literal["sparse", "shaped"] = "sparse"
+    """1 at success, or robosuite's staged reward at every step"""
+
+    def defaults(self):
+        return {"head": "discrete"} if self.actions == "discrete" else {}
+
+
+class Task(Simulation):
+    """One of `TASKS`, with robosuite's own reset, rewards and object sensors."""
+
+    SHADOWS = False
+
+    def __init__(self, name, shaped):
+        check_memory(type(self))
+        import robosuite
+        from robosuite.controllers import load_controller_config
+
+        controller, outer = load_controller_config(default_controller="OSC_POSE"), np.random.get_state()
+        np.random.seed(0)
+        env = robosuite.make(
+            name, robots=["Panda"] * TASKS[name][0], controller_configs=controller, reward_shaping=shaped,
+            has_renderer=False, has_offscreen_renderer=False, use_camera_obs=False, ignore_done=True,
+            hard_reset=False, control_freq=20,
+        )  # fmt: skip
+        np.random.set_state(outer)
+        super().__init__(env)
+
+    def begin(self, seed):
+        """An episode from robosuite's placement distribution."""
+        for robot in self.robots:
+            robot.gripper.current_action = np.zeros(robot.gripper.dof)
+        self.draw(np.random.RandomState(seed).get_state())
+        fingers = [self.data.qpos[robot._ref_gripper_joint_pos_indexes] for robot in self.robots]
+        self.seen = self.data.qpos.copy(), np.concatenate(fingers)
+
+    def objects(self):
+        """robosuite's "object-state", float64, as the task has it."""
+        return self.env._get_observations(force_update=True)["object-state"]
+
+
+class RobosuiteEnv(SharingEnv):
+    """See the module's docstring. max_steps: default the task's. Raises UserError, one sentence, for what is
+    unknown or not installed."""
+
+    def __init__(self, tasks=("Lift",), split="train", cameras=("agentview", "wrist"), size=84,
+                 actions="continuous", reward="sparse", max_steps=None):  # fmt: skip
+        check_installed("robosuite", ("robosuite",))
+        self.cameras = () if tuple(cameras) == ("none",) else tuple(cameras)
+        for name, values, known in (
+            ("task", tasks or ("none",), TASKS),
+            ("camera", self.cameras, CAMERAS),
+            ("split", [split], SPLITS),
+            ("actions", [actions], ("continuous", "discrete")),
+            ("reward", [reward], ("sparse", "shaped")),
+        ):
+            if unknown := [value for value in values if value not in known]:
+                raise UserError(f"robosuite has no {name} {unknown[0]!r}; known: {', '.join(known)}.")
+        arms = {TASKS[task][0] for task in tasks}
+        if len(arms) > 1:
+            raise UserError(f"{' and '.join(tasks)} are not all of one arm, or of two; give such --tasks.")
+        (self.arms,) = arms
+        if self.arms == 1 and "wrist1" in self.cameras:
+            raise UserError(f"{tasks[0]} has one arm: its camera is wrist.")
+        if self.arms == 2 and actions == "discrete":
+            raise UserError("--actions discrete moves one arm; two need --actions continuous.")
+        if not self.cameras and len(tasks) > 1:
+            raise UserError("The states of tasks differ in length: give one of --tasks, or --cameras.")
+        if size < 1 or (max_steps is not None and max_steps < 1):
+            raise UserError(f"size and max_steps must be at least 1, got {size} and {max_steps}.")
+        self.tasks, self.split, self.size, self.discrete = list(tasks), split, size, actions == "discrete"
+        self.shaped, self.max_steps = reward == "shaped", max_steps
+        self.instructions = [TASKS[task][2] for task in tasks]
+        box, width, numbers, spaces = gym.spaces.Box, 8 * self.arms, 7 * self.arms, {}
+        if self.cameras:
+            spaces["image"] = box(0, 255, (len(self.cameras), size, size, 3), np.uint8)
+            spaces["task"] = box(0, len(tasks) - 1, (), np.int64)
+        else:
+            self._enter(0).begin(0)
+            width += len(self.simulation.objects())
+            self._leave()
+        spaces["proprio"] = box(-np.inf, np.inf, (width,), np.float32)
+        self.observation_space = gym.spaces.Dict(spaces)
+        self.action_space = gym.spaces.Discrete(8) if self.discrete else box(-1, 1, (numbers,), np.float32)
+        self.active_dims = np.ones(1 if self.discrete else numbers, bool)
+
+    def _enter(self, task):
+        self.task, self.limit = task, self.max_steps or TASKS[self.tasks[task]][1]
+        return self.enter(Task, (self.tasks[task], self.shaped))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        layout = int(self.np_random.integers(2**31)) if seed is None else seed
+        rng = np.random.default_rng([SPLITS.index(self.split), layout])  # training's are no evaluation's
+        chances = task_chances(options, np.arange(len(self.tasks)))
+        self._enter(int(rng.choice(len(self.tasks), p=chances))).begin(int(rng.integers(2**32)))
+        self.steps, self.grip = 0, -1.0
+        return self.observe(), {"success": False}
+
+    def advance(self, action):
+        """One control step (50 ms) of physics. action (7 an arm,) or an int -> reward, terminated, truncated,
+        info; renders nothing."""
+        if self.discrete:
+            self.grip = {6: 1.0, 7: -1.0}.get(int(action), self.grip)
+            move = DISCRETE[action] if action < 6 else np.zeros(3)
+            action = np.r_[move, 0, 0, 0, self.grip]
+        action = np.clip(action, -1, 1).astype(np.float64)
+        simulation = self.turn()
+        success = simulation.step(action)
+        self.steps += 1
+        reward = float(simulation.env.reward(action)) if self.shaped else float(success)
+        return reward, success, not success and self.steps >= self.limit, {"success": success}
+
+    def observe(self):
+        simulation = self.turn()
+        more = (lambda: []) if self.cameras else simulation.objects
+        pictures, hands, found = simulation.look([CAMERAS[name] for name in self.cameras], self.size, more)
+        parts = [part for hand in hands for part in (hand[:3], axis_angle(hand[3:7]), hand[7:])]
+        obs = {"proprio": np.concatenate([*parts, found]).astype(np.float32)}
+        return obs | ({"image": np.stack(pictures), "task": np.int64(self.task)} if pictures else {})
+
+    def render(self):
+        """For a video, uint8: overview and wrist side by side (224, 448, 3); of two arms, as in BEHAVIOR's
+        videos, the wrists left of the overview, (448, 672, 3)."""
+        simulation = self.turn()
+        wrists = [f"robot{k}_eye_in_hand" for k in range(self.arms)]
+        small = simulation.look(wrists, 224)[0]
+        (overview,) = simulation.look(["agentview"], 224 * self.arms)[0]
+        return np.concatenate([overview, *small] if self.arms == 1 else [np.concatenate(small), overview], 1)
+
+    def expert(self):
+        """The action of a scripted controller for Lift, PickPlaceCan and TwoArmLift, from the state alone."""
+        name = self.tasks[self.task]
+        if name not in EXPERTS:
+            raise UserError(f"robosuite's {name} has no scripted expert; {', '.join(EXPERTS)} have.")
+        wanted = EXPERTS[name](self.turn().env)
+        if not self.discrete:
+            each = [np.r_[move / 0.05, turn / 0.5, grip] for move, turn, grip in wanted]
+            return np.concatenate(each).clip(-1, 1).astype(np.float32)
+        ((move, _, grip),) = wanted
+        axis = int(np.abs(move).argmax())
+        if abs(move[axis]) < 0.01:
+            return 6 if grip > 0 else 7
+        return 2 * axis + int(move[axis] < 0)
+
+    def get_state(self):
+        own = {"simulation": self.turn().save(), "episode": [self.task, self.steps, self.grip]}
+        return own | self.random_state()
+
+    def set_state(self, state):
+        task, self.steps, self.grip = state["episode"]
+        self._enter(task).load(state["simulation"])
+        self.set_random_state(state)
+
+
+# --- demonstrations
+
+
+def _reach(env, goal, grip, robot=0):
+    """-> the way from a hand to `goal` (3,) in m, no turn, and the gripper's command."""
+    return goal - env.sim.data.site_xpos[env.robots[robot].eef_site_id], np.zeros(3), grip
+
+
+def _pick(env, thing, geoms, depth=0.0):
+    """-> the next move of a hand that grasps what is at `thing` (3,): above it, down, close; None once it
+    holds it."""
+    move, turn, grip = _reach(env, thing - [0, 0, depth], -1.0)
+    if env._check_grasp(env.robots[0].gripper, geoms):
+        return None
+    if np.hypot(*move[:2]) > 0.02:
+        move[2] = max(move[2] + 0.08, 0.0) if move[2] < -0.06 else move[2] + 0.08
+    elif abs(move[2]) < 0.015:
+        grip, move = 1.0, move * 0
+    return [(move, turn, grip)]
+
+
+def _lift(env):
+    cube = env.sim.data.body_xpos[env.cube_body_id]
+    return _pick(env, cube, env.cube) or [_reach(env, cube + [0, 0, 0.1], 1.0)]
+
+
+def _can(env):
+    can, hand = (
+        env.sim.data.body_xpos[env.obj_body_id["Can"]],
+        env.sim.data.site_xpos[env.robots[0].eef_site_id],
+    )
+    place = env.target_bin_placements[env.object_id]
+    if not env.not_in_bin(can, env.object_id):  # let go, then up
+        held = env._check_grasp(env.robots[0].gripper, env.objects[env.object_id])
+        return [_reach(env, hand + [0, 0, 0.0 if held else 0.1], -1.0)]
+    if pick := _pick(env, can, env.objects[env.object_id]):
+        return pick
+    over = np.hypot(*(place - can)[:2]) < 0.05
+    goal = np.r_[place[:2] if can[2] > 1.0 or over else hand[:2], place[2] + (0.1 if over else 0.3)]
+    return [_reach(env, goal, 1.0)]
+
+
+def _pot(env):
+    """Both hands turn to the pot, grasp a side of its handles, across from each other, and go up together."""
+    ready, moves = [], []
+    along = (env._handle0_xpos - env._handle1_xpos) / np.linalg.norm(env._handle0_xpos - env._handle1_xpos)
+    for k, (handle, side) in enumerate([(env._handle0_xpos, 1), (env._handle1_xpos, -1)]):
+        goal = handle - side * 0.035 * along + side * 0.035 * np.array([-along[1], along[0], 0])
+        move, turn, grip = _reach(env, goal, -1.0, k)
+        axis = env.sim.data.site_xmat[env.robots[k].eef_site_id].reshape(3, 3)[:, 1]  # across its fingers
+        angle = np.arctan2(along[1], along[0]) - np.arctan2(axis[1], axis[0])
+        turn[2] = (angle + np.pi / 2) % np.pi - np.pi / 2
+        if np.hypot(*move[:2]) > 0.015 or abs(turn[2]) > 0.1:
+            move[2] += 0.08
+        elif abs(move[2]) < 0.015:
+            grip = 1.0
+        ready.append(env._check_grasp(env.robots[k].gripper, getattr(env.pot, f"handle{k}_geoms")))
+        moves.append([move, turn, 1.0 if ready[k] else grip])
+    for move in moves if all(ready) else ():
+        move[0], move[1] = np.array([0, 0, 0.04]), np.zeros(3)
+    return moves
+
+
+EXPERTS = {"Lift": _lift, "PickPlaceCan": _can, "TwoArmLift": _pot}
+
+
+def make(**kwargs):
+    """The world's constructor for `common.envs.make_envs`."""
+    return RobosuiteEnv(**kwargs)
+
+
+def _demonstrate(job):
+    """Worker: episodes of the expert, its actions executed with noise -> of those that succeed their rows
+    (image, proprio, task, action, executed)."""
+    seeds, noise, kwargs = job
+    env, episodes = make(**kwargs), []
+    for seed in seeds:
+        obs, rows, rng = env.reset(seed=seed)[0], [], np.random.default_rng([7, seed])
+        over = success = False
+        while not over:
+            action = executed = env.expert()
+            if env.discrete:
+                executed = int(rng.integers(6)) if rng.random() < noise else action
+            elif noise:
+                scale = np.tile([1, 1, 1, 0, 0, 0.5, 0], env.arms)
+                executed = action + noise * scale * rng.standard_normal(len(action))
+                executed = executed.clip(-1, 1).astype(np.float32)
+            rows.append((obs["image"], obs["proprio"], obs["task"], action, executed))
+            obs, _, success, truncated, _ = env.step(executed)
+            over = success or truncated
+        episodes += [rows] if success else []
+    env.close()
+    return episodes
+
+
+def demonstrations(num_episodes, seed, num_workers=None, noise=0.3, **kwargs):
+    """Successful episodes of the scripted expert, as in the contract of `common/envs/__init__.py`. noise: the
+    standard deviation on moves and turn, or, of discrete actions, how often a random move is made instead."""
+    seeds = np.random.default_rng([1, seed]).integers(2**31, size=num_episodes)
+    episodes = in_parallel(_demonstrate, seeds, num_workers, noise, kwargs)
+    if not episodes:
+        raise UserError(
+            f"The expert succeeded in none of {num_episodes} episodes with noise {noise}; use less."
+        )
+    names, rows = ("image", "proprio", "task", "actions", "executed"), itertools.chain(*episodes)
+    columns = dict(zip(names, map(np.stack, zip(*rows, strict=True)), strict=True))
+    starts = np.cumsum([0, *map(len, episodes[:-1])])
+    return columns | {"episode_starts": starts.astype(np.int64)}
