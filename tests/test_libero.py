@@ -4,6 +4,7 @@ Needs requirements-libero.txt and the assets (LIBERO_ASSETS, or ../shared/data/l
 """
 
 import collections
+import hashlib
 import importlib.util
 import json
 import os
@@ -32,6 +33,36 @@ def physics(env):
 
 def same(a, b):
     return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+
+
+# --- the assets
+
+UPSTREAM = """
+6de4776381809fdc  scenes/floor_lamp/visual/floor_lamp_vis.msh
+6b2487166e07650b  scenes/kitchen_background/visual/kitchen_background_vis.msh
+0efe7517df5bb767  scenes/kitchen_background_stove/visual/kitchen_background_stove_vis.msh
+326c50b18dfce7d3  scenes/living_room/visual/living_room_vis.msh
+8a646d98b084b740  stable_scanned_objects/akita_black_bowl/texture.png
+6474d536a740e995  stable_scanned_objects/akita_black_bowl/visual/akita_black_bowl_vis.msh
+89c2107a39ce27d7  stable_scanned_objects/basket/texture.png
+51ca04e71fbca8a4  stable_scanned_objects/basket/visual/basket_vis.msh
+6b742142bf0e29a9  stable_scanned_objects/plate/texture.png
+a850aaf925421f49  stable_scanned_objects/white_bowl/texture.png
+ea07fb85ab5ef716  turbosquid_objects/desk_caddy/desk_caddy_texture.png
+bab4363b4e86e335  turbosquid_objects/porcelain_mug/porcelain_mug_texture.png
+056fe075297343bd  turbosquid_objects/red_coffee_mug/red_coffee_mug_texture.png
+152a4b711c33e8cb  turbosquid_objects/white_yellow_mug/white_yellow_mug_texture.png
+3524386ee45899ff  turbosquid_objects/wooden_tray/crate_mat_BaseColor.png
+"""  # what upstream's Git LFS pointers say of its large files, the first 64 bits
+
+
+def test_the_packaged_assets_are_upstreams(assets):
+    folder = libero._packaged_assets()
+    if folder is None:
+        pytest.skip("LIBERO'S PACKAGED ASSETS ARE NOT INSTALLED OR CHECKED: common/install.py --libero")
+    for line in UPSTREAM.split("\n")[1:-1]:
+        digest, name = line.split()
+        assert hashlib.sha256((Path(folder) / name).read_bytes()).hexdigest().startswith(digest), name
 
 
 # --- the protocol

