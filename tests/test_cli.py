@@ -676,6 +676,19 @@ def test_a_run_stopped_amid_a_rollout_goes_on_bit_identically(tmp_path, whole, m
     assert len(rollout) == at % 5 and saved["counters"][1] == at // 5 and num_steps > 0
     run(script, f"--resume {tmp_path}/stopped")
     assert_same_run(tmp_path / "stopped", wanted)
+    check_schedules(wanted, script, "--curriculum" in flags)
+
+
+def check_schedules(folder, script, scheduled):
+    """A finished run has drawn its tasks by what is teachable, and has what --exploration-end 0.5 leaves."""
+    saved = load_checkpoint(folder)
+    own = saved["processes"][0]["state"]
+    weights = np.asarray(own["envs"]["task_weights"])
+    recent = saved.get("recent", own.get("recent"))
+    left = saved["agent"]["head.exploration"]  # GRPO's last iteration may have had no update
+    assert (0.5 <= left < 0.6 if scheduled else left == 1) and len(recent) > 5
+    wanted = script.teachable(recent, weights.shape[1]) if scheduled else np.zeros(weights.shape[1])
+    assert (weights == wanted).all()
 
 
 @pytest.mark.parametrize("at", [2, 6])  # in the grounding stage, in the imitation

@@ -15,6 +15,7 @@ from test_cli import (
     assert_same_run,
     call,
     check_evaluation,
+    check_schedules,
     command,
     one_thread,  # noqa: F401 (a fixture)
     results,
@@ -330,6 +331,7 @@ def test_every_variant_goes_on_bit_identically(tmp_path, monkeypatch, flags):
     monkeypatch.undo()
     assert call(grpo_vla, f"--resume {tmp_path}/stopped/checkpoint.pt").code == 0
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    check_schedules(tmp_path / "whole", grpo_vla, "--curriculum" in flags)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
