@@ -48,7 +48,7 @@ from common.run import VLAArgs, check_decisions, check_episodes, main, mean_metr
 
 @dataclass
 class Args(VLAArgs):
-    total_timesteps: PositiveInt = 650_000
+    total_timesteps: PositiveInt = 300_000
     """environment steps to train for"""
     num_envs: PositiveInt = 64
     """parallel environments"""
@@ -57,21 +57,21 @@ class Args(VLAArgs):
     categorical over gymnasium's Discrete"""
     train_vision: bool = False
     """train the vision part too; frozen, its output is computed once and reused over the epochs"""
-    num_steps: PositiveInt = 8
+    num_steps: PositiveInt = 16
     """decisions per environment and iteration"""
     update_epochs: PositiveInt = 2
     """passes over an iteration's data"""
-    minibatch_size: PositiveInt = 128
+    minibatch_size: PositiveInt = 256
     """decisions per optimizer step"""
     micro_batch_size: PositiveInt = 128
     """decisions per backward pass; smaller fits less memory and gives the same gradient"""
-    learning_rate: NonNegative = 1e-4
+    learning_rate: NonNegative = 5e-5
     """AdamW, policy"""
     value_learning_rate: NonNegative = 1e-3
     """AdamW, value head"""
     anneal_lr: bool = True
     """linear decay of both learning rates to zero"""
-    policy_warmup: NonNegativeInt = 0
+    policy_warmup: NonNegativeInt = 20
     """iterations over which the policy's learning rate rises from 0"""
     gamma: Share = 0.9
     """discount per decision: an episode is 3 to 12 of them, and 0.9 makes a late success worth visibly
@@ -89,7 +89,7 @@ class Args(VLAArgs):
     recompute_logprobs: bool = False
     """old log-probs once more before the update, in micro-batches of its size: for kernels whose results
     depend on it, as on GPUs in bfloat16; one more forward pass"""
-    temperature: Annotated[Positive, KEPT] = 0.35
+    temperature: Annotated[Positive, KEPT] = 0.6
     """divides the logits, in sampling and in every log-prob alike"""
     greedy: Annotated[Literal["mean", "mode"], KEPT, Only("head", "tokens")] = "mean"
     """what an evaluation does: the bin of the action's mean, or the likeliest one"""
@@ -107,8 +107,8 @@ class Args(VLAArgs):
     """Huber's delta for the value loss; 0 for the squared error"""
     detach_value: bool = True
     """keep the value loss's gradient out of the backbone that the policy shares"""
-    critic_warmup: NonNegativeInt = 2
-    """iterations that train only the value head"""
+    critic_warmup: NonNegativeInt = 15
+    """iterations that train only the value head: by a poor one a good warm-up is unlearned"""
     normalize_advantages: bool = True
     """to mean 0 and std 1 over an iteration's data"""
     max_grad_norm: Positive = 1.0
@@ -149,15 +149,16 @@ class Args(VLAArgs):
 PRESETS = {  # what differs from the defaults, which are tabletop's; flags on the command line win
     "libero": dict(
         backbone="openvla", chunk=8, num_envs=32, eval_envs=32, num_steps=32, update_epochs=1,
-        minibatch_size=256, micro_batch_size=16, gamma=0.99, temperature=1.6, ratio_level="token",
-        critic_warmup=4, eval_freq=20, save_freq=5, total_timesteps=2_000_000,
+        minibatch_size=256, micro_batch_size=16, learning_rate=1e-4, gamma=0.99, temperature=1.6,
+        ratio_level="token", critic_warmup=4, policy_warmup=0, eval_freq=20, save_freq=5,
+        total_timesteps=2_000_000,
     ),
     "robosuite": dict(num_envs=16, eval_envs=16, eval_episodes=50, total_timesteps=100_000),
     "gymnasium": dict(  # any Gymnasium id: plain PPO
         backbone="mlp", chunk=1, num_envs=8, num_workers=0, eval_envs=20, eval_episodes=100, num_steps=128,
         update_epochs=10, minibatch_size=256, micro_batch_size=256, learning_rate=1e-3,
         value_learning_rate=1e-3, gamma=0.98, ratio_level="chunk", clip_high=0.2, temperature=1.0,
-        value_clip=0.0, detach_value=False, critic_warmup=0, max_grad_norm=0.5, save_freq=50,
+        value_clip=0.0, detach_value=False, critic_warmup=0, policy_warmup=0, max_grad_norm=0.5, save_freq=50,
         total_timesteps=150_000,
     ),
     "CartPole-v1": dict(head="discrete"),
@@ -168,7 +169,8 @@ PRESETS = {  # what differs from the defaults, which are tabletop's; flags on th
     "pi0": dict(
         head="flow", chunk=5, num_steps=16, num_envs=64, update_epochs=4, minibatch_size=512,
         micro_batch_size=32, learning_rate=5e-6, value_learning_rate=1e-4, gamma=0.99, ratio_level="chunk",
-        clip_high=0.2, dual_clip=3.0, huber_delta=10.0, flow_steps=4, noise_level=0.5,
+        clip_high=0.2, dual_clip=3.0, huber_delta=10.0, critic_warmup=4, policy_warmup=10, flow_steps=4,
+        noise_level=0.5,
     ),
 }  # fmt: skip
 
