@@ -400,7 +400,7 @@ def test_nothing_to_compare_means_equal_weights():
     assert late[0] > 1 > late[3] and late[8] == late[9]  # of two successes the faster one counts more
 
 
-@pytest.mark.parametrize("head", ["tokens", "gaussian"])
+@pytest.mark.parametrize("head", ["tokens", "gaussian", "discrete"])
 def test_a_loss_is_weighed_by_its_decision(head):
     """Weights of one change nothing, and one of zero leaves a decision out, but for its share of the mean."""
     torch.manual_seed(0)
@@ -428,11 +428,16 @@ def test_a_loss_is_weighed_by_its_decision(head):
         learn_std=False,
         deterministic=True,
     )
-    envs = SimpleNamespace(single_action_space=gymnasium.spaces.Box(-1, 1, (3,)))
-    agent, hidden = bc_warmup.Agent(Backbone(), args, envs), torch.randn(4, 6, 8)
-    targets = torch.randint(256, (4, 6)) if head == "tokens" else torch.rand(4, 6)
-    mask = torch.rand(4, 6) < 0.7
+    space = gymnasium.spaces.Discrete(5) if head == "discrete" else gymnasium.spaces.Box(-1, 1, (3,))
+    agent = bc_warmup.Agent(Backbone(), args, SimpleNamespace(single_action_space=space))
+    hidden, mask = torch.randn(4, 6, 8), torch.rand(4, 6) < 0.7
+    choices = {"tokens": 256, "discrete": 5}.get(head)
+    targets = torch.randint(choices, (4, 6)) if choices else torch.rand(4, 6)
     plain = agent.imitation_loss(hidden, None, targets, mask, args, None)
+    if choices:  # cross-entropy, a number at a time
+        logits = agent.head.logits if head == "discrete" else agent.backbone.logits
+        log_probs = [logits(hidden[b, n]).log_softmax(-1)[targets[b, n]] for b, n in mask.nonzero().tolist()]
+        torch.testing.assert_close(plain, -sum(log_probs) / len(log_probs))
     assert torch.equal(agent.imitation_loss(hidden, None, targets, mask, args, None, torch.ones(4)), plain)
     rows = [slice(i, i + 1) for i in range(4)]
     parts = [
