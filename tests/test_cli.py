@@ -42,7 +42,7 @@ FROM_FILE = BC.replace("--grounding-scenes 40 --grounding-steps 3", "")  # besid
 PPO = f"""{EVAL} --num-envs 4 --num-steps 2 --total-timesteps 120 --chunk 5 --update-epochs 2
     --minibatch-size 5 --micro-batch-size 3 --critic-warmup 1 --eval-freq 2 --save-freq 1 --learning-rate 1e-3
     --value-learning-rate 1e-3 --temperature 1.6 --ratio-level step --value-coef 0.5
-    --entropy-coef 0 --kl-coef 0"""
+    --entropy-coef 0 --kl-coef 0 --policy-warmup 0"""
 CARTPOLE = """--env CartPole-v1 --num-envs 4 --num-steps 16 --total-timesteps 800 --minibatch-size 24
     --micro-batch-size 24 --update-epochs 2 --eval-episodes 5 --eval-envs 3 --eval-freq 3 --save-freq 1
     --seed 3 --device cpu --num-workers 0"""

@@ -28,7 +28,7 @@ from common.checkpoint import load_checkpoint
 
 PPO = f"""{EVAL} --eval-episodes 4 --eval-envs 2 --num-envs 4 --num-steps 3 --chunk 5 --total-timesteps 30
     --update-epochs 1 --minibatch-size 99 --micro-batch-size 5 --critic-warmup 0 --eval-freq 0
-    --kl-coef 0.1 --entropy-coef 0.01 --ratio-level token --max-grad-norm 1e9"""
+    --policy-warmup 0 --kl-coef 0.1 --entropy-coef 0.01 --ratio-level token --max-grad-norm 1e9"""
 GRPO = f"""{EVAL} --eval-episodes 4 --eval-envs 2 --num-envs 4 --chunk 5 --group-size 2 --num-groups 2
     --total-timesteps 400 --minibatch-size 20 --micro-batch-size 5 --eval-freq 0 --save-freq 1
     --temperature 1.6 --accuracy-low 0 --accuracy-high 1 --max-steps 20"""
@@ -235,7 +235,7 @@ def test_two_processes_take_the_step_of_one_with_openvla(tmp_path, checkpoints):
     """All of it trained, the towers too, with prompts of unlike lengths, which each process has its own
     number of micro-batches of; merged weights and checkpoints are whole."""
     flags = f"""{PPO} --backbone {checkpoints["oft"]} --lora-rank 0 --unnorm-key none --chunk 2 --train-vision
-        --critic-warmup 1 --learning-rate 1e-3 --micro-batch-size 2 --gradient-checkpointing
+        --critic-warmup 1 --policy-warmup 0 --learning-rate 1e-3 --micro-batch-size 2 --gradient-checkpointing
         --recompute-logprobs"""
     for processes in (1, 2):
         merge = f"--merge-and-save {tmp_path}/merged_{processes}"

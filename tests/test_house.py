@@ -24,7 +24,8 @@ SMALL = "--eval-episodes 4 --eval-envs 2 --num-workers 0 --device cpu"
 EVAL = f"{SMALL} --seed 3"
 BC = f"--env reach {EVAL} --num-demos 6 --gradient-steps 4 --batch-size 8 --warmup-steps 1"
 PPO = (
-    f"--env reach {EVAL} --num-envs 4 --num-steps 2 --total-timesteps 90 --critic-warmup 0 --minibatch-size 6"
+    f"--env reach {EVAL} --num-envs 4 --num-steps 2 --total-timesteps 90 --critic-warmup 0 "
+    "--minibatch-size 6 --policy-warmup 0"
 )
 GRPO = f"--env reach {EVAL} --num-envs 4 --group-size 2 --num-groups 1 --total-timesteps 200 --accuracy-low 0"
 GRPO += " --accuracy-high 1"

@@ -65,10 +65,10 @@ def test_warmup_learns_to_point_and_to_imitate(tmp_path):
 def test_main_job(tmp_path):
     """The README's main job at one seed: 20 minutes on 2 idle cores."""
     warmup = run(tmp_path, "bc_warmup.py", name="warmup", threads=2)
-    assert 0.65 <= warmup["final"]["success_rate"] <= 0.97
+    assert warmup["final"]["success_rate"] >= 0.92  # 0.98, 0.965, 0.955 with seeds 1, 2, 3
     ppo = run(tmp_path, "ppo_vla.py", "--checkpoint", str(tmp_path / "warmup"), name="ppo", threads=2)
     assert ppo["initial"]["success_rate"] < warmup["final"]["success_rate"]  # at PPO's own temperature
-    assert ppo["final"]["success_rate"] >= 0.85  # 0.90 is the median's bar; a single seed's error is 0.02
+    assert ppo["final"]["success_rate"] >= max(0.93, ppo["initial"]["success_rate"] + 0.03)
 
 
 @pytest.mark.slow

@@ -529,6 +529,7 @@ PI0 = f"{FEW} --chunk 3 --eval-freq 0 --save-freq 1 --head flow --flow-steps 2"
 BC = f"{PI0} --num-demos 2 --gradient-steps 3 --batch-size 8 --warmup-steps 1"
 SHORT = "--update-epochs 2 --minibatch-size 6 --micro-batch-size 4 --learning-rate 1e-3"
 PPO = f"{PI0} {SHORT} --num-envs 4 --num-steps 2 --total-timesteps 40 --critic-warmup 0 --tasks lift"
+PPO += " --policy-warmup 0"
 GRPO = f"{PI0} {SHORT} --num-envs 4 --group-size 2 --num-groups 1 --total-timesteps 100"
 GRPO += " --accuracy-low 0 --accuracy-high 1 --max-steps 6"
 

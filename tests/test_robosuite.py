@@ -249,6 +249,7 @@ def test_without_robosuite_or_an_expert(make, monkeypatch):
 EVAL = "--env robosuite --eval-episodes 1 --eval-envs 1 --num-workers 0 --device cpu --size 32 --seed 3"
 BC = f"{EVAL} --num-demos 2 --gradient-steps 3 --batch-size 8 --warmup-steps 1 --demo-noise 0.1"
 PPO = "--num-envs 2 --num-steps 2 --total-timesteps 30 --minibatch-size 4 --critic-warmup 0 --save-freq 1"
+PPO += " --policy-warmup 0"
 
 
 @pytest.mark.parametrize("actions", ["continuous", "discrete"])

@@ -32,7 +32,7 @@ OFT = f"{EVAL} --chunk 2 --unnorm-key none --lora-rank 2 --temperature 1.6"
 BC = f"{OFT} --num-demos 2 --gradient-steps 3 --batch-size 8 --warmup-steps 1 --learning-rate 1e-3"
 SHORT = "--update-epochs 2 --minibatch-size 6 --micro-batch-size 4 --save-freq 1 --learning-rate 1e-3"
 PPO = f"{OFT} {SHORT} --num-envs 4 --num-steps 3 --total-timesteps 40 --eval-freq 0 --critic-warmup 0"
-PPO += " --ratio-level token --tasks lift"
+PPO += " --policy-warmup 0 --ratio-level token --tasks lift"
 GRPO = f"{OFT} {SHORT} --num-envs 4 --group-size 2 --num-groups 1 --total-timesteps 400 --eval-freq 0"
 GRPO += " --ratio-level token --accuracy-low 0 --accuracy-high 1 --max-steps 6"
 
