@@ -202,7 +202,7 @@ def test_times_of_flow_matching_are_beta():
 def bc_agent(**flags):
     agent = make_agent(head="flow")
     args = bc_warmup.Args(head="flow", **flags)
-    own = bc_warmup.Agent(agent.backbone, args)
+    own = bc_warmup.Agent(agent.backbone, args, SimpleNamespace(single_action_space=BOX))
     return own, args, make_batch(agent, 6)
 
 
@@ -306,6 +306,6 @@ def test_the_policy_moves_towards_the_reward(noise):
 def test_a_backbone_that_emits_tokens_in_turn_has_no_flow():
     backbone = SimpleNamespace(autoregressive=True, config={"name": "x"}, vision_parameters=lambda: [1])
     space = SimpleNamespace(single_action_space=BOX)
-    for script, rest in ((ppo_vla, (space,)), (bc_warmup, ())):
+    for script in (ppo_vla, bc_warmup):
         with pytest.raises(Exception, match="emits its tokens in turn"):
-            script.make_head(backbone, script.Args(head="flow"), *rest)
+            script.make_head(backbone, script.Args(head="flow"), space)

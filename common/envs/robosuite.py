@@ -226,14 +226,14 @@ def _reach(env, goal, grip, robot=0):
     return goal - env.sim.data.site_xpos[env.robots[robot].eef_site_id], np.zeros(3), grip
 
 
-def _pick(env, thing, geoms, depth=0.0):
+def _pick(env, thing, geoms):
     """-> the next move of a hand that grasps what is at `thing` (3,): above it, down, close; None once it
     holds it."""
-    move, turn, grip = _reach(env, thing - [0, 0, depth], -1.0)
+    move, turn, grip = _reach(env, thing, -1.0)
     if env._check_grasp(env.robots[0].gripper, geoms):
         return None
     if np.hypot(*move[:2]) > 0.02:
-        move[2] = max(move[2] + 0.08, 0.0) if move[2] < -0.06 else move[2] + 0.08
+        move[2] = max(move[2] + 0.08, 0.0)
     elif abs(move[2]) < 0.015:
         grip, move = 1.0, move * 0
     return [(move, turn, grip)]
@@ -245,10 +245,8 @@ def _lift(env):
 
 
 def _can(env):
-    can, hand = (
-        env.sim.data.body_xpos[env.obj_body_id["Can"]],
-        env.sim.data.site_xpos[env.robots[0].eef_site_id],
-    )
+    can = env.sim.data.body_xpos[env.obj_body_id["Can"]]
+    hand = env.sim.data.site_xpos[env.robots[0].eef_site_id]
     place = env.target_bin_placements[env.object_id]
     if not env.not_in_bin(can, env.object_id):  # let go, then up
         held = env._check_grasp(env.robots[0].gripper, env.objects[env.object_id])

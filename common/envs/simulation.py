@@ -41,7 +41,9 @@ INSTALL = "pip install --no-deps -r requirements-{}.txt"
 GPUS = len([*Path("/dev").glob("nvidia[0-9]*")])
 STATE = mujoco.mjtState.mjSTATE_INTEGRATION
 PLACED = ("body_pos", "body_quat", "site_rgba")  # what an episode changes in the model
-CONTROLLED = ("goal_pos", "goal_ori", "initial_joint")  # and in a controller
+# and in a controller, with what it has seen of the robot, which until its first step is of its making
+CONTROLLED = ("goal_pos", "goal_ori", "initial_joint", "new_update", "ee_pos", "ee_ori_mat", "ee_pos_vel")
+CONTROLLED += ("ee_ori_vel", "joint_pos", "joint_vel", "J_pos", "J_ori", "J_full", "mass_matrix")
 
 
 def check_installed(env, packages):
@@ -151,7 +153,6 @@ class Simulation:
         for k, robot in enumerate(self.robots):
             for name in CONTROLLED:
                 setattr(robot.controller, name, state[f"{name}{k or ''}"])
-            robot.controller.new_update = True  # what it has cached is another episode's
             robot.gripper.current_action = state[f"gripper{k or ''}"]
         mujoco.mj_setState(self.model, self.data, state["physics"], STATE)
         self.seen = state["qpos"], state["fingers"]
