@@ -1,5 +1,4 @@
-"""What a world does before any training, its demonstrations say, in worker processes as clean as its
-environments'."""
+"""What a world makes before any training, as its demonstrations, in processes as clean as its workers."""
 
 import contextlib
 import multiprocessing
@@ -24,7 +23,11 @@ def in_parallel(function, seeds, num_workers, *rest):
     bar = tqdm(total=len(jobs), desc=function.__name__.strip("_"), leave=False, disable=None)
     with bar, contextlib.ExitStack() as stack:
         if num_workers < 2:
-            return [item for job in jobs for item in (function(job), bar.update())[0]]
+            found = []
+            for job in jobs:
+                found += function(job)
+                bar.update()
+            return found
         workers = dict(_start(stack, function) for _ in range(min(num_workers, len(jobs))))
         waiting, found = list(enumerate(jobs)), {}
         for conn in workers:

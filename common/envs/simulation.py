@@ -1,7 +1,7 @@
 """robosuite's simulation as its environments here share it: the ground of `robosuite.py` and `libero.py`.
 
 A `Simulation` is a task's compiled model and its renderers; the environments of a worker process take turns
-in it, `SharingEnv`. Physics and pictures are those of robosuite 1.4.1, bit for bit, in half its time.
+in it, `SharingEnv`. Physics and, with SHADOWS, pictures are robosuite 1.4.1's, bit for bit, in half its time.
 """
 
 import atexit
