@@ -126,7 +126,7 @@ class _Slice:
         }
         self.spec |= {"instructions": list(env.instructions), "has_success": bool(env.has_success)}
         self.spec |= {"active_dims": np.array(env.active_dims, bool)}
-        self.spec |= {name: getattr(env, name, None) for name in ("dataset", "action_bounds")}
+        self.spec |= {name: getattr(env, name, None) for name in ("dataset", "action_bounds", "action_names")}
         self.spec |= {"draws_tasks": bool(getattr(env, "draws_tasks", False))}
         width = 0 if self.discrete else env.action_space.shape[0]
         self.history = [np.zeros((action_history, width), np.float32) for _ in self.rows]
