@@ -91,6 +91,7 @@ def write_config(folder, family, eye, text, tie=True):
     ids = {name: tokenizer.token_to_id(f"<|{name}|>") for name in SPECIAL}
     config = {f"{x}_token_id": ids[x] for x in ("vision_start", "vision_end")}
     config |= {"image_token_id": ids["image_pad"], "video_token_id": ids["video_pad"]}
+    text = text | dict(bos_token_id=ids["endoftext"], eos_token_id=ids["im_end"])
     config |= dict(model_type=family, torch_dtype="bfloat16", tie_word_embeddings=tie)
     if family == "qwen3_vl":
         eye = eye | dict(patch_size=16, model_type=family)
@@ -471,7 +472,7 @@ BAD = {
     "a shard less": (lambda f: (f / SHARD).unlink(), "missing, truncated or damaged"),
     "half a shard": (lambda f: (f / SHARD).write_bytes(b"12345678"), "missing, truncated or damaged"),
     "a tensor more": (lambda f: retensor(f, lambda t: t.update(new=torch.zeros(1))), "such as new"),
-    "a tensor less": (lambda f: retensor(f, lambda t: t.pop(sorted(t)[0])), "tensors that do not fit, such as"),
+    "a tensor less": (lambda f: retensor(f, lambda t: t.pop(sorted(t)[0])), "that do not fit, such as"),
     "a shape": (lambda f: change(f, "config.json", vocab_size=81), "that do not fit"),
 }  # fmt: skip
 
@@ -655,12 +656,23 @@ class MovesEnv(ReachEnv):
         return super().advance(((1, 0), (-1, 0), (0, 1), (0, -1))[action])
 
 
-@pytest.mark.parametrize("flags", ["--lora-rank 2", "--chunk 2", "--train-vision"])
-def test_ppo_trains_named_moves(tmp_path, monkeypatch, checkpoints, flags):
+@pytest.fixture
+def moves(monkeypatch):
     world = ModuleType("moves_world")
     world.Args, world.make = NoFlags, MovesEnv
     monkeypatch.setitem(sys.modules, "moves_world", world)
     monkeypatch.setitem(WORLDS, "moves", "moves_world")
+
+
+@pytest.mark.parametrize("names", [robosuite.MOVES, ("up", "down", "left", 4)])
+def test_a_world_must_name_each_of_its_actions(monkeypatch, moves, names):
+    monkeypatch.setattr(MovesEnv, "action_names", names)
+    done = call(ppo_vla, "--env moves --head discrete --num-workers 0 --device cpu")
+    assert done.code == 2 and "action_names must be a word for each action" in done.err
+
+
+@pytest.mark.parametrize("flags", ["--lora-rank 2", "--chunk 2", "--train-vision"])
+def test_ppo_trains_named_moves(tmp_path, moves, checkpoints, flags):
     few = f"--env moves --head discrete {PPO} --eval-episodes 2 --eval-envs 2 --num-workers 0 --device cpu"
     few += f" --seed 3 --total-timesteps 20 --eval-freq 0 --save-freq 1 --output-dir {tmp_path} {flags}"
     run(ppo_vla, few, f"--backbone {checkpoints['qwen3_vl'].folder} --run-name r")

@@ -18,13 +18,9 @@ import re
 
 import torch
 import torch.nn.functional as F
+import transformers
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import (
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLForConditionalGeneration,
-    Qwen3VLForConditionalGeneration,
-)
 
 from common import UserError
 from common.backbones import LoraArgs as Args  # noqa: F401 (its flags)
@@ -36,9 +32,9 @@ PROMPT = 35  # tokens of a prompt, about: memory is estimated before there is on
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # mean and std of colours
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 FAMILIES = {  # a config's model_type -> class, colours, system turn; all else is in the config
-    "qwen2_vl": (Qwen2VLForConditionalGeneration, CLIP, SYSTEM),
-    "qwen2_5_vl": (Qwen2_5_VLForConditionalGeneration, CLIP, SYSTEM),
-    "qwen3_vl": (Qwen3VLForConditionalGeneration, ((0.5,) * 3, (0.5,) * 3), ""),
+    "qwen2_vl": (transformers.Qwen2VLForConditionalGeneration, CLIP, SYSTEM),
+    "qwen2_5_vl": (transformers.Qwen2_5_VLForConditionalGeneration, CLIP, SYSTEM),
+    "qwen3_vl": (transformers.Qwen3VLForConditionalGeneration, ((0.5,) * 3, (0.5,) * 3), ""),
 }
 
 

@@ -79,6 +79,7 @@ def _check_contract(name, env):
     spaces, action = env.observation_space.spaces, env.action_space
     image, proprio = spaces.get("image"), spaces.get("proprio")
     width = action.shape[0] if action.shape else 1
+    names = getattr(env, "action_names", None)
     wrong = {
         "its observations need 'proprio', float32 (P,)": proprio is None
         or (proprio.dtype, len(proprio.shape)) != (np.float32, 1),
@@ -87,6 +88,8 @@ def _check_contract(name, env):
         "observations with 'image' need 'task' too": image is not None and "task" not in spaces,
         f"active_dims must be bool ({width},)": np.shape(env.active_dims) != (width,),
         "instructions must be a list of texts": not all(isinstance(text, str) for text in env.instructions),
+        "action_names must be a word for each action": names is not None
+        and (len(names) != getattr(action, "n", 0) or not all(isinstance(x, str) and x for x in names)),
     }
     if found := [sentence for sentence, is_so in wrong.items() if is_so]:
         raise UserError(f"environment {name!r} breaks the contract in common/envs/__init__.py: {found[0]}")
