@@ -50,7 +50,7 @@ EYES = {
 }  # fmt: skip
 TEXT = dict(
     hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
-    rms_norm_eps=1e-6, vocab_size=80, max_position_embeddings=4096,
+    rms_norm_eps=1e-6, vocab_size=80, max_position_embeddings=4096, attention_dropout=0.1,
 )  # fmt: skip
 FULL = {  # as the hub has them: vision, text, parameters in all and of vision, and adapters of rank 32
     "qwen2_vl": (
@@ -585,8 +585,9 @@ QWEN = f"{FEW} --chunk 3 --eval-freq 0 --save-freq 1"
 SHORT = "--update-epochs 2 --minibatch-size 6 --micro-batch-size 4 --learning-rate 1e-3 --num-envs 4"
 PPO = f"{SHORT} --num-steps 2 --critic-warmup 0 --policy-warmup 0"
 TABLETOP = f"{QWEN} {PPO} --total-timesteps 40 --tasks lift"
-GRPO = f"{QWEN} {SHORT} --group-size 2 --num-groups 1 --total-timesteps 60 --accuracy-low 0 --accuracy-high 1"
-BC = f"{QWEN} --num-demos 2 --gradient-steps 3 --batch-size 8 --warmup-steps 1"
+GRPO = f"{QWEN} {SHORT} --group-size 2 --num-groups 1 --total-timesteps 100 --max-steps 6"
+GRPO += " --accuracy-low 0 --accuracy-high 1 --tasks lift"
+BC = f"{QWEN} --tasks lift --num-demos 2 --gradient-steps 3 --batch-size 8 --warmup-steps 1"
 
 
 def read(script, *flags):
