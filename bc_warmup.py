@@ -113,6 +113,10 @@ PRESETS = {  # what differs from the defaults, which are tabletop's; flags on th
         head="flow", chunk=5, grounding_steps=0, gradient_steps=30_000, batch_size=32, learning_rate=2.5e-5,
         warmup_steps=1000, flow_steps=10, flow_samples=1, save_freq=1000,
     ),
+    "qwen": dict(  # with adapters
+        chunk=1, grounding_steps=0, eval_envs=16, eval_episodes=50, gradient_steps=10_000, batch_size=16,
+        learning_rate=1e-4, warmup_steps=100, save_freq=1000,
+    ),
 }  # fmt: skip
 MAX_WEIGHT = 20.0  # of a step with a large advantage (AWR's)
 
@@ -266,12 +270,14 @@ class TokenHead(nn.Module):
 class DiscreteHead(TokenHead):
     """A categorical over gymnasium's Discrete(n) for each action of the chunk. Actions are ints (B, K)."""
 
-    def __init__(self, backbone, args, num_actions):
+    def __init__(self, backbone, args, num_actions, names):
         super().__init__(backbone, args)
         self.greedy = "mode"
         self.logits = nn.Linear(backbone.hidden_size, num_actions)
         nn.init.orthogonal_(self.logits.weight, 0.01)
         nn.init.zeros_(self.logits.bias)
+        if names and hasattr(backbone, "embed_words"):  # it begins with what a language model would say
+            self.logits.weight.data.copy_(backbone.embed_words(names))
 
     def forward(self, backbone, action_hidden):
         return self.logits(action_hidden).float() / (self.temperature * self.exploration)  # (B, K, n)
@@ -449,7 +455,8 @@ def make_head(backbone, args, envs):
             f"The backbone {backbone.config['name']!r} emits its tokens in turn; use --head tokens."
         )
     if discrete:
-        return DiscreteHead(backbone, args, int(envs.single_action_space.n))
+        names = getattr(envs, "action_names", None)
+        return DiscreteHead(backbone, args, int(envs.single_action_space.n), names)
     return {"tokens": TokenHead, "gaussian": GaussianHead, "flow": FlowHead}[args.head](backbone, args)
 
 

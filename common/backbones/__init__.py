@@ -31,14 +31,19 @@ continuous actions. One with a trained flow (its `action_hidden` may be of any k
 velocity(action_hidden, x, t) -> as x, where x is (B, n) and t () or (B,), or (B, P, n) and (B, P), and
 `flow_shape`, the chunk that it denoises, n numbers as (actions, numbers of one): the first K and A are
 executed. One with the flag --merge-and-save has save_merged(folder) and check_merge_target(folder).
-`lora_alpha`, where there is one, is new adapters' (else twice the rank). A large one has layers() -> list,
+`lora_alpha`, where there is one, is new adapters' (else twice the rank); `new_parts`, a list of modules
+and parameters that are in no file of the base, train beside adapters. A language model has
+embed_words(words) -> (n, D), with which a head over n named actions starts: its logits are then what the
+model would say. A large one has layers() -> list,
 the modules, each of which runs by its __call__, whose weights torchrun's processes gather one after another
 where they train all. To copy: `mlp.py`, `tiny.py`.
 """
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,12 +57,14 @@ from common import UserError, distributed, say
 from common.checkpoint import atomic_path, check_kinds, readable
 from common.evaluation import evaluate
 from common.flags import NonNegativeInt
+from common.memory import available_memory
 
 BACKBONES = {
     "tiny": "common.backbones.tiny",
     "mlp": "common.backbones.mlp",
     "openvla": "common.backbones.openvla",
     "pi0": "common.backbones.pi0",
+    "qwen": "common.backbones.qwen",
 }
 LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "rank_pattern")
 LORA += ("alpha_pattern", "bias")  # what an adapter's function depends on
@@ -90,6 +97,21 @@ def family_of(name):
         if getattr(importlib.import_module(file), "owns", lambda path: False)(name):
             return family
     return "openvla"
+
+
+def kind_of(path):
+    """What a checkpoint's folder says of itself in its config.json, or a hub id in its name, in lower case;
+    nothing where it says nothing."""
+    file = Path(path) / "config.json"
+    if not Path(path).is_dir():
+        return Path(path).name.lower()
+    if not file.is_file():  # a pipe would be waited for
+        return ""
+    try:
+        published = json.loads(file.read_text())
+        return str(published.get("type") or published.get("model_type")).lower()
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return ""
 
 
 def model_module(name):
@@ -272,6 +294,8 @@ def inject_lora(backbone, config):
     for name, parameter in backbone.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()  # Adam's small steps would be lost in bfloat16
+    for part in getattr(backbone, "new_parts", ()):  # frozen, they would stay random
+        part.requires_grad_(True)
     for module in backbone.modules():
         if isinstance(module, peft().tuners.tuners_utils.BaseTunerLayer):
             module.cast_input_dtype_enabled = False  # the backbone's autocast does it once
@@ -312,6 +336,50 @@ def intact(file):
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{file} is missing, truncated or damaged ({reason}): download it again.") from error
+
+
+def read_weights(Model, path, folder, config, dtype, missing=(), unexpected=()):
+    """transformers' class `Model` of `config` with the weights in `folder`, rounded to `dtype`. UserError for
+    damaged files, and for tensors that do not fit, but for those that may be missing or unexpected."""
+    from transformers.utils import logging  # whose import takes seconds
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # what does not fit is told below
+    logging.disable_progress_bar()
+    with intact(folder):
+        model, report = Model.from_pretrained(
+            folder, config=config, dtype=getattr(torch, dtype), output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    logging.set_verbosity(level)
+    wrong = {key[0] for key in report["mismatched_keys"]} | set(report["missing_keys"]) - set(missing)
+    wrong |= set(report["unexpected_keys"]) - set(unexpected)
+    if wrong:
+        names = ", ".join(sorted(wrong)[:3])
+        raise UserError(f"{path} has {len(wrong)} tensors that do not fit, such as {names}.")
+    return model
+
+
+def check_memory(path, device, weights, update):
+    """UserError if `device` has too little free memory for the weights, or for an update (0 for none)."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    if weights + update > free:
+        needs = f"{weights / 1e9:.1f} GB for its weights"
+        needs += f" and {update / 1e9:.1f} GB for an update" if update else ""
+        smaller = "--lora-rank 32, a smaller --micro-batch-size (bc_warmup.py: --batch-size), "
+        hints = smaller if update and weights < free else ""
+        raise UserError(
+            f"{path} needs {needs}, and {device} has {free / 1e9:.1f} GB free; use {hints}another device, or "
+            "--backbone tiny."
+        )
+
+
+def fingerprint(model):
+    """A few numbers of every weight, by which an adapter knows its base."""
+    digest = hashlib.sha256()
+    for tensor in model.parameters():
+        digest.update(tensor.detach().flatten()[:8].cpu().bfloat16().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def save_adapter(backbone, folder):

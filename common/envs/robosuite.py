@@ -48,6 +48,7 @@ CAMERAS = {name: name for name in ("agentview", "frontview", "birdview", "sidevi
 CAMERAS |= {f"wrist{k}": f"robot{k}_eye_in_hand" for k in ("0", "1")} | {"wrist": "robot0_eye_in_hand"}
 DEMO_KEYS = {name: f"{camera}_image" for name, camera in CAMERAS.items()}
 SPLITS = ("train", "eval")
+MOVES = ("forward", "backward", "left", "right", "up", "down", "close", "open")
 DISCRETE = 0.4 * np.array([[1, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0], [0, 0, 1], [0, 0, -1]])  # 1 = 5 cm
 
 
@@ -151,6 +152,7 @@ class RobosuiteEnv(SharingEnv):
         self.observation_space = gym.spaces.Dict(spaces)
         self.action_space = gym.spaces.Discrete(8) if self.discrete else box(-1, 1, (numbers,), np.float32)
         self.active_dims = np.ones(1 if self.discrete else numbers, bool)
+        self.action_names = MOVES if self.discrete else None
 
     def _enter(self, task):
         self.task, self.limit = task, self.horizon or TASKS[self.tasks[task]][1]
