@@ -248,7 +248,7 @@ def sample_batch(states, rest, starts, size, context, generator):
 
 def train(args, run):
     """Sample pieces of episodes, update, repeat (arXiv:2106.01345, algorithm 1)."""
-    dataset, device = load_dataset(args.dataset), run.device
+    dataset, device = load_dataset(args.dataset, args.keys), run.device
     returns = np.add.reduceat(dataset.rewards, dataset.episode_starts, dtype=np.float64)
     targets = args.target_returns or (float(returns.max()),)
     episodes = args.eval_episodes * len(targets)
