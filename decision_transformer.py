@@ -212,7 +212,8 @@ def evaluate_targets(agent, envs, args, run, references, targets, videos=False):
     per_target = {}
     for i, target in enumerate(targets):
         rows = outcomes[i * args.eval_episodes : (i + 1) * args.eval_episodes]
-        per_target[f"{target:.12g}"] = summarize(rows, False, (), references) | {"target_return": target}
+        found = summarize(rows, envs.has_success, (), references)
+        per_target[f"{target:.12g}"] = found | {"target_return": target}
     return max(per_target.values(), key=score) | {"per_target": per_target}
 
 

@@ -150,7 +150,7 @@ def named_environment(text, where):
             config = config if isinstance(config, dict) else {"body_parts": config}
         # 1.4's moves in the world's frame; the base of a single arm stands like it
         frames = {"input_ref_frame": ["world"] if arms == 2 else ["world", "base"]}
-        check(where, {"type": None} | frame | config, OSC | frames)
+        check(where, frame | config | {"type": config.get("type")}, OSC | frames)
         gains = {name: config[name] for name in NUMBERS if name in config}
         osc.append({"type": "OSC_POSE", "interpolation": None} | gains)
     named = {"controller_configs": osc}

@@ -70,6 +70,8 @@ def recorded(path):
                 kwargs = json.loads(data.attrs["env_info"])
                 text = json.dumps({"env_name": kwargs.pop("env_name"), "env_kwargs": kwargs})
             numbers = sorted(int(name[5:]) for name in data if re.fullmatch(r"demo_\d+", name))
+            if not numbers:
+                raise KeyError("no demo_0")
             demos = [data[f"demo_{number}"] for number in numbers]
             return text, [(demo["states"][()], demo["actions"][()]) for demo in demos]
     except (OSError, RuntimeError, KeyError, ValueError, AttributeError, TypeError) as error:
@@ -78,25 +80,28 @@ def recorded(path):
 
 def played(task, args):
     """The same of a task's scripted expert; states (T + 1, 1 + nq + nv)."""
+    from robosuite.controllers import load_controller_config
+
     env, episodes = RobosuiteEnv((task,), cameras=("none",)), []
 
     def state(_=None):
         return (env.turn().env.sim.get_state().flatten(),)
 
-    for layout in np.random.default_rng([1, args.seed]).integers(2**31, size=args.episodes):
+    for layout in np.random.default_rng([1, args.seed]).integers(2**31, size=args.episodes).tolist():
         rows, _ = expert_episode(env, layout, args.noise, state)
         states, _, actions = map(np.stack, zip(*rows, strict=True))
         episodes.append((np.concatenate([states, state()]), actions))
     env.close()
-    kwargs = {"robots": ["Panda"] * TASKS[task][0], "controller_configs": {"type": "OSC_POSE"}}
+    kwargs = {"robots": ["Panda"] * TASKS[task][0]}
+    kwargs |= {"controller_configs": load_controller_config(default_controller="OSC_POSE")}
     return json.dumps({"env_name": task, "env_kwargs": kwargs}), episodes
 
 
-def columns(simulation, states, actions, cameras, size):
+def columns(simulation, states, actions, cameras, size, where):
     """One episode -> its datasets {name: (T, ...)}, T the steps whose outcome is known."""
     env, sizes = simulation.env, (simulation.model.nq, simulation.model.nv)
     if states.ndim != 2 or states.shape[1] != 1 + sum(sizes) or not np.isfinite(states).all():
-        raise UserError(f"states {states.shape} are none of this model's, which are (T, {1 + sum(sizes)}).")
+        raise UserError(f"{where} has states {states.shape}, not finite ones (T, {1 + sum(sizes)}).")
     rows, success = [], []
     for state in states:
         env.sim.set_state_from_flattened(state)
@@ -115,7 +120,12 @@ def columns(simulation, states, actions, cameras, size):
 
 
 def convert(args):
+    """`args.source` -> the file `args.out`. UserError, one sentence, for what is wrong."""
     check_installed("robosuite", ("robosuite",))
+    if min(args.size, args.episodes) < 1 or args.noise < 0 or args.seed < 0:
+        raise UserError("--size and --episodes must be positive, --noise and --seed not negative.")
+    if unknown := [name for name in args.cameras if name not in CAMERAS]:
+        raise UserError(f"robosuite has no camera {unknown[0]!r}; known: {', '.join(CAMERAS)}.")
     import robosuite
 
     package = Path(robosuite.__file__).parent / "models/assets/demonstrations"
@@ -124,18 +134,21 @@ def convert(args):
     else:
         text, episodes = recorded(package / PEOPLES[args.source] if args.source in PEOPLES else args.source)
     named = named_environment(text, args.source)
-    if unknown := [name for name in args.cameras if name not in CAMERAS]:
-        raise UserError(f"robosuite has no camera {unknown[0]!r}; known: {', '.join(CAMERAS)}.")
     simulation = Task(named["task"], False, named["named"])
-    kwargs = json.loads(text)["env_kwargs"] | {"control_freq": 20, "ignore_done": True}
     longest = 100 * math.ceil(max(len(actions) for _, actions in episodes) / 100)
-    kwargs["horizon"] = named["horizon"] or max(STEPS, longest)
+    kwargs = json.loads(text)["env_kwargs"] | {"control_freq": 20, "ignore_done": True, "has_renderer": False}
+    kwargs |= {"horizon": named["horizon"] or max(STEPS, longest), "reward_shaping": False}
+    kwargs |= dict.fromkeys(("use_camera_obs", "has_offscreen_renderer"), bool(args.cameras))
+    if args.cameras:
+        kwargs |= {"camera_names": [CAMERAS[name] for name in args.cameras]}
+        kwargs |= {"camera_heights": args.size, "camera_widths": args.size}
     env_args = {"env_name": named["task"], "env_version": robosuite.__version__, "type": 1}
     won = steps = 0
     with demonstrations_file(args.out) as (data, disk):
         data.attrs["env_args"] = json.dumps(env_args | {"env_kwargs": kwargs})
         for number, (states, actions) in enumerate(episodes):
-            found, demo = columns(simulation, states, actions, args.cameras, args.size), f"demo_{number}"
+            where, demo = f"{args.source}, episode {number}", f"demo_{number}"
+            found = columns(simulation, states, actions, args.cameras, args.size, where)
             append_rows(data.create_group(demo), found)
             success = bool(found["rewards"].any())
             data[demo].attrs["num_samples"], data[demo].attrs["success"] = len(found["actions"]), success
