@@ -106,6 +106,7 @@ PRESETS = {  # what differs from the defaults, which are tabletop's; flags on th
         batch_size=16, learning_rate=5e-4, label_sigma=0.0, temperature=1.6, save_freq=1000,
     ),
     "robosuite": dict(num_demos=100, eval_envs=16, eval_episodes=50),
+    "robomimic": dict(eval_envs=16, eval_episodes=50),
     "openvla": dict(lora_modules=("language_model", "projector", "vision"), greedy="mode"),
     "pi0": dict(  # openpi's
         head="flow", chunk=5, grounding_steps=0, gradient_steps=30_000, batch_size=32, learning_rate=2.5e-5,

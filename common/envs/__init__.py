@@ -45,7 +45,7 @@ from common.envs.vector import START_METHOD, vectorize
 from common.memory import available_memory
 
 WORLDS = {name: f"common.envs.{name}" for name in ("tabletop", "libero", "robosuite", "robomimic")}
-NAMED = "robomimic"  # the world of what files say that robosuite's are of
+NAMED = "robomimic"  # the world that a file in RoboMimic's layout names
 GYMNASIUM = "common.envs.gymnasium_env"
 
 

@@ -21,7 +21,6 @@ size, Handover's hammer) is drawn once, and the same everywhere.
 
 import itertools
 import json
-import operator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -109,13 +108,11 @@ class Task(Simulation):
 
 
 class RobosuiteEnv(SharingEnv):
-    """See the module's docstring. max_steps: default the task's. Raises UserError, one sentence, for what is
-    unknown or not installed."""
-
-    named = "{}"  # of `Task`
+    """See the module's docstring. max_steps: default the task's. named: of `Task`. Raises UserError, one
+    sentence, for what is unknown or not installed."""
 
     def __init__(self, tasks=("Lift",), split="train", cameras=("agentview", "wrist"), size=84,
-                 actions="continuous", reward="sparse", max_steps=None):  # fmt: skip
+                 actions="continuous", reward="sparse", max_steps=None, named="{}"):  # fmt: skip
         check_installed("robosuite", ("robosuite",))
         self.cameras = () if tuple(cameras) == ("none",) else tuple(cameras)
         for name, values, known in (
@@ -140,7 +137,7 @@ class RobosuiteEnv(SharingEnv):
         if size < 1 or (max_steps is not None and max_steps < 1):
             raise UserError(f"size and max_steps must be at least 1, got {size} and {max_steps}.")
         self.tasks, self.split, self.size, self.discrete = list(tasks), split, size, actions == "discrete"
-        self.shaped, self.max_steps = reward == "shaped", max_steps
+        self.shaped, self.max_steps, self.named = reward == "shaped", max_steps, named
         self.instructions = [TASKS[task][2] for task in tasks]
         box, width, numbers, spaces = gym.spaces.Box, 8 * self.arms, 7 * self.arms, {}
         if self.cameras:
@@ -292,8 +289,8 @@ def expert_episode(env, seed, noise, seen):
     """The expert's episode on layout `seed`, its actions executed with noise -> rows (*seen(obs), action,
     executed), success."""
     obs, rows, rng = env.reset(seed=seed)[0], [], np.random.default_rng([7, seed])
-    over = success = False
-    while not over:
+    success = truncated = False
+    while not (success or truncated):
         action = executed = env.expert()
         if env.discrete:
             executed = int(rng.integers(6)) if rng.random() < noise else action
@@ -303,15 +300,14 @@ def expert_episode(env, seed, noise, seen):
             executed = executed.clip(-1, 1).astype(np.float32)
         rows.append((*seen(obs), action, executed))
         obs, _, success, truncated, _ = env.step(executed)
-        over = success or truncated
     return rows, success
 
 
 def _demonstrate(job):
     """Worker: of the episodes that succeed their rows (image, proprio, task, action, executed)."""
-    (seeds, noise, kwargs), seen = job, operator.itemgetter("image", "proprio", "task")
+    (seeds, noise, kwargs), names = job, ("image", "proprio", "task")
     env = make(**kwargs)
-    episodes = [expert_episode(env, seed, noise, seen) for seed in seeds]
+    episodes = [expert_episode(env, seed, noise, lambda obs: [obs[k] for k in names]) for seed in seeds]
     env.close()
     return [rows for rows, success in episodes if success]
 
