@@ -146,20 +146,21 @@ WRONG = {
         placement_initializer={"__reduce__": "os.system"}
     ),
     "custom_fpath /etc/passwd": env_args(custom_fpath="/etc/passwd"),
-    "hard_reset_hook x, which is not run here, but no such argument": env_args(hard_reset_hook="x"),
+    "hard_reset_hook x, which is not run here; known: no such name": env_args(hard_reset_hook="x"),
     "gripper_types WipingGripper": env_args(gripper_types="WipingGripper"),
     "initialization_noise {'magnitude': 9}": env_args(initialization_noise={"magnitude": 9}),
     "env_configuration bimanual": env_args(env_configuration="bimanual"),
     "controller_configs /tmp/x.json": env_args(controller_configs="/tmp/x.json"),
     "controller_configs [": env_args(controller_configs=[FLAT, FLAT]),
-    "type IK_POSE, which is not run here, but OSC_POSE": osc(type="IK_POSE"),
+    "type IK_POSE, which is not run here; known: OSC_POSE": osc(type="IK_POSE"),
     "type None": env_args(controller_configs={"kp": 1}),
     "type WHOLE_BODY_IK": env_args(controller_configs=BASIC | {"type": "WHOLE_BODY_IK"}),
     "body_parts None": env_args(controller_configs={"type": "BASIC", "body_parts": {}}),
     "body_parts 3": env_args(controller_configs={"type": "BASIC", "body_parts": {"right": 3}}),
     "kp 1e999": json.dumps(osc(kp=1)).replace('"kp": 1', '"kp": 1e999'),
     "kp [1, 2]": osc(kp=[1, 2]),
-    "kp eval, which is not run here, but a number, or six": osc(kp="eval"),
+    "kp eval, which is not run here; known: a number, or six": osc(kp="eval"),
+    "kp 99999": osc(kp=int("9" * 400)),
     "kp NaN": json.dumps(osc(kp=float("nan"))),
     "control_delta False": osc(control_delta=False),
     "impedance_mode variable": osc(impedance_mode="variable"),
@@ -167,6 +168,11 @@ WRONG = {
     "interpolation linear": osc(interpolation="linear"),
     "sim x": osc(sim="x"),
     "input_ref_frame base": env_args("TwoArmLift", robots=["Panda"] * 2, controller_configs=BASIC),
+    "input_ref_frame base, which is not run here; known: world": env_args(  # 1.5's own
+        "TwoArmLift",
+        robots=["Panda"] * 2,
+        controller_configs={"type": "BASIC", "body_parts": {"right": FLAT}},
+    ),
     "f has no env_args that": "[" * 100_000,
     "has no env_args that name an": "no json",
 }
@@ -269,11 +275,19 @@ def test_keys_and_cameras_are_the_files_or_those_asked_for(file):
         ("head_pos", {}, "has 3 numbers of head_pos, robosuite's Lift shows 0"),
         (None, dict(file=None), "--env robomimic needs --file"),
         (None, dict(file="gone.hdf5"), "gone.hdf5 is not in RoboMimic's layout"),
+        ("obs", {}, "lift.hdf5 is not in RoboMimic's layout"),
+        ("none", {}, "lift.hdf5 is not in RoboMimic's layout"),
     ],
 )
 def test_keys_that_are_not_the_environments(file, edit, kwargs, said):
     if edit == "PickPlaceCan":
         name(file, json.dumps(env_args(edit)))
+    elif edit == "obs":
+        change(
+            file, lambda f: (f.__delitem__("data/demo_0/obs"), f.__setitem__("data/demo_0/obs", np.ones(3)))
+        )
+    elif edit == "none":
+        change(file, lambda f: [f["data"].__delitem__(demo) for demo in list(f["data"])])
     elif edit:
         change(file, lambda f: f["data/demo_0/obs"].create_dataset(edit, data=np.zeros((3, 3))))
     with pytest.raises(UserError) as error:

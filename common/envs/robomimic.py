@@ -13,7 +13,6 @@ the environment, and the model that it holds is never read.
 """
 
 import json
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +37,8 @@ LAYOUTS |= {name: name for name in ("default", *LAYOUTS.values())}
 
 def numbers(x):
     """a number, or six"""
-    return all(
-        type(each) in (int, float) and math.isfinite(each)
-        for each in (x if isinstance(x, list) and len(x) == 6 else [x])
-    )
+    x = x if isinstance(x, list) and len(x) == 6 else [x]
+    return all(type(each) in (int, float) and abs(each) < 1e6 for each in x)  # nor nan
 
 
 def steps(x):
@@ -98,10 +95,10 @@ def read(path):
     try:
         with h5py.File(path, "r", locking=False) as file:
             data, text = file["data"], file["data"].attrs.get("env_args")
-            first = min(int(name[5:]) for name in data if re.fullmatch(r"demo_\d+", name))
-            obs = data[f"demo_{first}/obs"]
+            demos = [int(name[5:]) for name in data if re.fullmatch(r"demo_\d+", name)]
+            obs = data[f"demo_{min(demos, default=0)}/obs"]
             shapes = {key: obs[key].shape for key in sorted(obs) if isinstance(obs[key], h5py.Dataset)}
-    except (OSError, RuntimeError, KeyError, ValueError, AttributeError) as error:
+    except (OSError, RuntimeError, KeyError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{path} is not in RoboMimic's layout ({error}); give another file.") from error
     widths = {key: shape[1] for key, shape in shapes.items() if len(shape) == 2}
     cameras = {NAMES[key]: shape[1] for key, shape in shapes.items() if len(shape) == 4 and key in NAMES}
@@ -118,8 +115,8 @@ def check(where, given, known):
         fits = known.get(name, ())
         if fits is not None and not (fits(value) if callable(fits) else value in fits):
             shown = " ".join(str(value).split())[:60]
-            names = fits.__doc__ if callable(fits) else " or ".join(map(str, fits)) or "no such argument"
-            raise UserError(f"{where}: env_args have {name} {shown}, which is not run here, but {names}.")
+            names = fits.__doc__ if callable(fits) else ", ".join(map(str, fits)) or "no such name"
+            raise UserError(f"{where}: env_args have {name} {shown}, which is not run here; known: {names}.")
 
 
 def named_environment(text, where):
@@ -143,10 +140,8 @@ def named_environment(text, where):
             check(where, {"type": config.get("type")}, {"type": ["BASIC"]})
             parts = config["body_parts"]
             parts = parts.get("arms", parts) if isinstance(parts, dict) else {}
-            config, frame = (
-                parts.get("right") if isinstance(parts, dict) else None,
-                {"input_ref_frame": "base"},
-            )
+            config = parts.get("right") if isinstance(parts, dict) else None
+            frame = {"input_ref_frame": "base"}  # its own, where it does not say
             config = config if isinstance(config, dict) else {"body_parts": config}
         # 1.4's moves in the world's frame; the base of a single arm stands like it
         frames = {"input_ref_frame": ["world"] if arms == 2 else ["world", "base"]}
