@@ -108,6 +108,7 @@ PRESETS = {  # what differs from the defaults, which are tabletop's; flags on th
         batch_size=16, learning_rate=5e-4, label_sigma=0.0, temperature=1.6, save_freq=1000,
     ),
     "robosuite": dict(num_demos=100, eval_envs=16, eval_episodes=50),
+    "robomimic": dict(eval_envs=16, eval_episodes=50),
     "openvla": dict(lora_modules=("language_model", "projector", "vision"), greedy="mode"),
     "pi0": dict(  # openpi's
         head="flow", chunk=5, grounding_steps=0, gradient_steps=30_000, batch_size=32, learning_rate=2.5e-5,
@@ -521,9 +522,10 @@ def imitation_tensors(demos, args, envs, backbone, device):
     episode has and the world feels; with --advantage-weight `weights` (S,). S are the steps, of a policy's
     rollouts those where it decided: what it did amid a chunk it chose without having seen the step. A
     backbone that is a flow learns all that it denoises: (S, n), 0 and not in the mask beyond the world's."""
-    has, wants = demos["image"].shape[1:], envs.single_observation_space["image"].shape
-    if has != wants and "image_size" in backbone.config:  # it resizes nothing
-        raise UserError(f"{args.demos} holds images {has}; this run's world has {wants}.")
+    if "image" in demos and "image_size" in backbone.config:  # it resizes nothing
+        has, wants = demos["image"].shape[1:], envs.single_observation_space["image"].shape
+        if has != wants:
+            raise UserError(f"{args.demos} holds images {has}; this run's world has {wants}.")
     actions = backbone.from_env(demos["actions"])
     actions = actions[:, None] if args.head == "discrete" else actions
     chunk, numbers = getattr(backbone, "flow_shape", (args.chunk, actions.shape[1]))
@@ -534,8 +536,8 @@ def imitation_tensors(demos, args, envs, backbone, device):
         for key in ("proprio", "task", "pixels")
         if key in demos
     }
-    # those of files may be larger than a GPU
-    data["image"] = torch.as_tensor(demos["image"], device="cpu" if args.demos else device)
+    if "image" in demos:  # those of files may be larger than a GPU
+        data["image"] = torch.as_tensor(demos["image"], device="cpu" if args.demos else device)
     data["targets"] = F.pad(torch.as_tensor(targets, device=device), beyond).flatten(1)
     mask = torch.as_tensor(mask[..., None] & envs.active_dims, device=device)
     data["mask"] = F.pad(mask, beyond).flatten(1)
@@ -556,10 +558,13 @@ def imitation_tensors(demos, args, envs, backbone, device):
 def train(args, run):
     """Make or read the data, ground, imitate, evaluate."""
     eval_envs, device = run.closing(make_envs(args, "eval", args.eval_envs)), run.device
-    if "image" not in eval_envs.single_observation_space.spaces:
+    pictures = "image" in eval_envs.single_observation_space.spaces
+    if not pictures and not args.demos:
         raise UserError(f"{args.env} has no pictures to imitate from; give another --env.")
+    if args.image_aug and not pictures:
+        raise UserError(f"--image-aug varies pictures, and --env {args.env} shows none; drop it.")
     backbone = load_backbone(args, eval_envs, run, args.batch_size)
-    if not backbone.vision_parameters():
+    if pictures and not backbone.vision_parameters():
         raise UserError(
             f"The backbone {backbone.config['name']!r} sees no images; give a --backbone that does."
         )
@@ -609,7 +614,8 @@ def train(args, run):
         optimizer.param_groups[0]["lr"] = learning_rate_at(step, args)
         source = scenes if grounding else data
         index = torch.randint(len(source["task"]), (args.batch_size,), generator=shuffler).to(device)
-        obs = {key: source[key][index.to(source[key].device)] for key in ("image", "proprio", "task")}
+        names = [key for key in ("image", "proprio", "task") if key in source]
+        obs = {key: source[key][index.to(source[key].device)] for key in names}
         if args.image_aug:
             obs["image"] = jitter_colours(obs["image"].to(device), args.image_aug, sampler)
         batch = backbone.preprocess(obs, eval_envs.instructions)

@@ -212,7 +212,8 @@ def evaluate_targets(agent, envs, args, run, references, targets, videos=False):
     per_target = {}
     for i, target in enumerate(targets):
         rows = outcomes[i * args.eval_episodes : (i + 1) * args.eval_episodes]
-        per_target[f"{target:.12g}"] = summarize(rows, False, (), references) | {"target_return": target}
+        found = summarize(rows, envs.has_success, (), references)
+        per_target[f"{target:.12g}"] = found | {"target_return": target}
     return max(per_target.values(), key=score) | {"per_target": per_target}
 
 
@@ -248,7 +249,7 @@ def sample_batch(states, rest, starts, size, context, generator):
 
 def train(args, run):
     """Sample pieces of episodes, update, repeat (arXiv:2106.01345, algorithm 1)."""
-    dataset, device = load_dataset(args.dataset), run.device
+    dataset, device = load_dataset(args.dataset, args.keys), run.device
     returns = np.add.reduceat(dataset.rewards, dataset.episode_starts, dtype=np.float64)
     targets = args.target_returns or (float(returns.max()),)
     episodes = args.eval_episodes * len(targets)

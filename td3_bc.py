@@ -161,7 +161,7 @@ def sample_batch(states, next_index, rest, size, generator):
 
 def train(args, run):
     """Sample transitions, update, repeat (arXiv:2106.06860)."""
-    dataset, device = load_dataset(args.dataset), run.device
+    dataset, device = load_dataset(args.dataset, args.keys), run.device
     eval_envs, bounds, references = evaluation_world(args, dataset, run, args.eval_episodes)
     action_dim = dataset.actions.shape[1]
     agent = Agent(dataset.states.shape[1], action_dim, args)

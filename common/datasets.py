@@ -2,6 +2,7 @@
 transitions from states (D4RL, Minari, RoboMimic)."""
 
 import contextlib
+import dataclasses
 import difflib
 import fcntl
 import http.client
@@ -9,11 +10,13 @@ import io
 import json
 import os
 import re
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO
 
 import h5py
@@ -23,7 +26,7 @@ from tqdm import tqdm
 
 from common import UserError, say
 from common.checkpoint import atomic_path
-from common.envs import world_flags, world_module
+from common.envs import NAMED, world_flags, world_module
 
 IMAGE_KEYS = ("agentview_rgb", "eye_in_hand_rgb")  # LIBERO's names, and RoboMimic's for the same cameras
 ROBOMIMIC_IMAGE_KEYS = {"agentview_rgb": "agentview_image", "eye_in_hand_rgb": "robot0_eye_in_hand_image"}
@@ -33,12 +36,14 @@ PROPRIO_KEYS = (  # the first set that a demonstration has; ours, LIBERO's, Robo
     ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos"),
 )
 
+RAW = 10.0  # what a device of teleoperation may say where the controller hears 1
 BLOCK_STEPS = 16  # of a recorded episode, that are packed and written together
 
 
 def load_demonstrations(
     path: str | os.PathLike, max_demos: int | None = None, image_keys: tuple[str, ...] = IMAGE_KEYS,
     action_dim: int = 7, only_success: bool = False, kept_steps: Callable | None = None,
+    proprio_keys: tuple[str, ...] = (), names: Mapping = MappingProxyType({}),
 ) -> dict:  # fmt: skip
     """Read the first `max_demos` demonstrations by number as flat arrays of S steps in E episodes.
 
@@ -47,11 +52,13 @@ def load_demonstrations(
     (E,), `success` bool (E,), the demonstration's attribute (published files have none and successes alone),
     `decided` bool (S,), where a recorded policy chose its next chunk (all of demonstrations that do not say),
     and `left_out`, how many steps are not among S.
-    only_success: those that succeeded alone. kept_steps: actions (T, A) -> bool (T,), the steps to read; a
-    demonstration without any is left out.
-    `proprio` is the file's own, or position (m), axis-angle (rad) and the two fingers (m), P = 8.
-    The instruction is the demonstration's, LIBERO's name of the task, the file's, or RoboMimic's environment
-    name, in words. Images are as stored: LIBERO's published files hold them upside down, RoboMimic's upright.
+    image_keys: the pictures to read; with none there is no `image`. only_success: those that succeeded alone.
+    kept_steps: actions (T, A) -> bool (T,), the steps to read; a demonstration without any is left out.
+    `proprio` is what `proprio_keys` name, or the file's own, or position (m), axis-angle (rad) and the two
+    fingers (m) of each arm, P = 8 or 16.
+    The instruction is the demonstration's, LIBERO's name of the task, the file's, or that of RoboMimic's
+    environment: names[its name], or this in words. Images are as stored: LIBERO's published files hold them
+    upside down, RoboMimic's upright. Actions of robosuite beyond [-1, 1] are clipped, which is said.
     UserError naming file, demonstration and key if one is missing, misshaped, not finite or out of range.
     """
     path = Path(path)
@@ -61,14 +68,39 @@ def load_demonstrations(
         raise UserError(f"max_demos is {max_demos}, it must be at least 1.")
     try:
         with h5py.File(path, "r") as file:
-            return _load(file, path, max_demos, image_keys, action_dim, only_success, kept_steps)
+            read = image_keys, action_dim, proprio_keys, _action_limit(file.get("data"))
+            return _load(file, path, max_demos, read, only_success, kept_steps, names)
     except (OSError, RuntimeError, KeyError) as error:  # what h5py raises for bytes that are no HDF5
         raise UserError(f"{path} is truncated or not HDF5 ({error}); download or record it again.") from error
 
 
+def _action_limit(data: h5py.Group | None) -> float:
+    """What actions may be: more than 1 where `env_args` are robosuite's, whose controllers clip."""
+    with contextlib.suppress(TypeError, ValueError, AttributeError, RecursionError):
+        if json.loads(data.attrs.get("env_args")).get("type") == 1:
+            return RAW
+    return 1.001  # 0.001 for what recorders round
+
+
+def _clip(actions: np.ndarray, limit: float) -> tuple[np.ndarray, int]:
+    """Of robosuite, actions as the controller hears them, and how many rows of them are others; else none."""
+    if limit != RAW:
+        return actions, 0
+    return np.clip(actions, -1, 1), int((np.abs(actions) > 1.001).any(axis=1).sum())
+
+
+def _say_clipped(where: str | os.PathLike, beyond: int, steps: int) -> None:
+    if beyond:
+        say(
+            f"warning: {where}: {beyond} of {steps} actions are beyond [-1, 1], and clipped as robosuite's "
+            "controllers do.",
+            sys.stderr,
+        )
+
+
 def _load(
-    file: h5py.File, path: Path, max_demos: int | None, image_keys: tuple, action_dim: int,
-    only_success: bool, kept_steps: Callable | None,
+    file: h5py.File, path: Path, max_demos: int | None, read: tuple, only_success: bool,
+    kept_steps: Callable | None, names: Mapping,
 ) -> dict:  # fmt: skip
     data = file.get("data")
     if not isinstance(data, h5py.Group):
@@ -80,10 +112,11 @@ def _load(
     demos = {i: data[f"demo_{i}"] for i in numbers if success[i] or not only_success}
     demos = dict([*demos.items()][:max_demos])
     room = sum(len(_array(demo, "actions", f"{path}, demo_{i}")) for i, demo in demos.items())
-    arrays, instructions, tasks, edges, succeeded = {}, [], [], [0], []
+    arrays, instructions, tasks, edges, succeeded, clipped = {}, [], [], [0], [], 0
     for number, demo in demos.items():
         where = f"{path}, demo_{number}"
-        episode = _load_episode(demo, where, image_keys, action_dim)
+        episode, beyond = _load_episode(demo, where, *read)
+        clipped += beyond
         if kept_steps:
             kept = kept_steps(episode["actions"])
             episode = {key: value[kept] for key, value in episode.items()}
@@ -98,7 +131,7 @@ def _load(
                     f"{where} has {key} of shape {value.shape[1:]}, those before {arrays[key].shape[1:]}."
                 )
             arrays[key][start:end] = value
-        instruction = _instruction(demo, data, where)
+        instruction = _instruction(demo, data, where, names)
         instructions += [] if instruction in instructions else [instruction]
         tasks.append(instructions.index(instruction))
         edges.append(end)
@@ -106,6 +139,7 @@ def _load(
     if not tasks:
         what = "step worth imitating" if demos else "successful demonstration"
         raise UserError(f"{path} has no {what}; give another file, or --demos-filter all.")
+    _say_clipped(path, clipped, room)
     arrays = {key: value[: edges[-1]] for key, value in arrays.items()}
     return arrays | {
         "task": np.repeat(np.array(tasks, np.int64), np.diff(edges)), "instructions": instructions,
@@ -121,28 +155,35 @@ def _array(group: h5py.Group, key: str, where: str) -> h5py.Dataset:
     return found
 
 
-def _load_episode(demo: h5py.Group, where: str, image_keys: tuple[str, ...], action_dim: int) -> dict:
+def _load_episode(
+    demo: h5py.Group, where: str, image_keys: tuple[str, ...], action_dim: int, keys: tuple[str, ...],
+    limit: float,
+) -> tuple[dict, int]:  # fmt: skip
     proprio_keys = next((keys for keys in PROPRIO_KEYS if f"obs/{keys[0]}" in demo), PROPRIO_KEYS[0])
+    if proprio_keys == PROPRIO_KEYS[-1] and "obs/robot1_eef_pos" in demo:
+        proprio_keys += tuple(key.replace("robot0", "robot1") for key in proprio_keys)
     camera_keys = [key if f"obs/{key}" in demo else ROBOMIMIC_IMAGE_KEYS.get(key, key) for key in image_keys]
     actions = _array(demo, "actions", where)[()]
-    parts = {key: _array(demo, f"obs/{key}", where)[()] for key in proprio_keys}
+    parts = {key: _array(demo, f"obs/{key}", where)[()] for key in keys or proprio_keys}
     cameras = {key: _array(demo, f"obs/{key}", where)[()] for key in camera_keys}
-    _check_episode(actions, parts, cameras, where, action_dim)
+    _check_episode(actions, parts, cameras, where, action_dim, limit)
+    actions, beyond = _clip(actions, limit)
     decided = _array(demo, "decided", where)[()] if "decided" in demo else np.ones(len(actions))
     if decided.shape != (len(actions),):
         raise UserError(f"{where} has decided of shape {decided.shape}; it needs ({len(actions)},).")
-    parts = [_axis_angle(value) if key.endswith("_quat") else value for key, value in parts.items()]
-    return {
-        "image": np.stack(list(cameras.values()), axis=1),  # (T, cameras, H, W, 3)
+    turned = {} if keys else {key for key in parts if key.endswith("_quat")}
+    parts = [_axis_angle(value) if key in turned else value for key, value in parts.items()]
+    pictures = {"image": np.stack(list(cameras.values()), axis=1)} if cameras else {}  # (T, cameras, H, W, 3)
+    return pictures | {
         "proprio": np.concatenate(parts, axis=1).astype(np.float32),
         "actions": actions.astype(np.float32),
         "decided": decided.astype(bool),
-    }
+    }, beyond  # fmt: skip
 
 
 def _check_episode(
     actions: np.ndarray, parts: dict[str, np.ndarray], cameras: dict[str, np.ndarray], where: str,
-    action_dim: int,
+    action_dim: int, limit: float = 1.001,
 ) -> None:  # fmt: skip
     """UserError unless actions are (T, action_dim), parts of the proprio (T, p), cameras (T, H, W, 3)."""
     for key, value in {"actions": actions, **parts}.items():
@@ -159,10 +200,10 @@ def _check_episode(
         raise UserError(
             f"{where} has actions of shape {actions.shape}; it needs (T, {action_dim}), T at least 1."
         )
-    outside = np.flatnonzero((np.abs(actions) > 1.001).any(axis=1))  # 0.001 for what recorders round
+    outside = np.flatnonzero((np.abs(actions) > limit).any(axis=1))
     if len(outside):
         raise UserError(f"{where} has actions outside [-1, 1] in row {outside[0]}; normalise them first.")
-    size = next(iter(cameras.values())).shape[1:]
+    size = next(iter(cameras.values())).shape[1:] if cameras else None
     for key, value in cameras.items():
         if value.ndim != 4 or len(value) != len(actions) or value.shape[3] != 3 or value.dtype != np.uint8:
             raise UserError(
@@ -180,7 +221,7 @@ def _axis_angle(quaternion: np.ndarray) -> np.ndarray:
     return 2.0 * np.arctan2(length, w) * xyz / np.maximum(length, 1e-12)
 
 
-def _instruction(demo: h5py.Group, data: h5py.Group, where: str) -> str:
+def _instruction(demo: h5py.Group, data: h5py.Group, where: str, names: Mapping) -> str:
     try:
         if "language_instruction" in demo.attrs:
             instruction = demo.attrs["language_instruction"]
@@ -191,7 +232,8 @@ def _instruction(demo: h5py.Group, data: h5py.Group, where: str) -> str:
             instruction = "".join(json.loads(data.attrs["problem_info"])["language_instruction"])
         else:  # NutAssemblySquare -> nut assembly square
             name = json.loads(data.attrs["env_args"])["env_name"]
-            instruction = re.sub(r"[\W_]+|(?<=[a-z0-9])(?=[A-Z])", " ", name).lower()
+            words = re.sub(r"[\W_]+|(?<=[a-z0-9])(?=[A-Z])", " ", name).lower()
+            instruction = names.get(name, words)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where} has no instruction; set its attribute 'language_instruction'.") from error
     instruction = instruction.decode() if isinstance(instruction, bytes) else str(instruction)
@@ -209,7 +251,7 @@ def save_demonstrations(
     `load_demonstrations`, CheckpointError if the disk refuses.
     """
     count = 0
-    with _demonstrations_file(path) as (data, _):
+    with demonstrations_file(path) as (data, _):
         for count, episode in enumerate(episodes, start=1):
             where = f"{path}, demo_{count - 1}"
             image, proprio, actions = (np.asarray(episode[key]) for key in ("image", "proprio", "actions"))
@@ -223,7 +265,7 @@ def save_demonstrations(
             demo.attrs["num_samples"] = len(actions)
             demo.attrs["language_instruction"] = episode["instruction"]
             columns = {"actions": actions.astype(np.float32), "obs/proprio": proprio.astype(np.float32)}
-            _append(demo, columns | {f"obs/{key}": value for key, value in cameras.items()})
+            append_rows(demo, columns | {f"obs/{key}": value for key, value in cameras.items()})
 
 
 class _Disk(io.FileIO):
@@ -247,7 +289,7 @@ class _Disk(io.FileIO):
 
 
 @contextlib.contextmanager
-def _demonstrations_file(path: str | os.PathLike) -> Iterator[tuple[h5py.Group, _Disk]]:
+def demonstrations_file(path: str | os.PathLike) -> Iterator[tuple[h5py.Group, _Disk]]:
     """The group that holds the demonstrations of a new file, which is there once the body has written them,
     and the file on the disk, whose `error` ends the body. UserError for no demonstrations."""
     with atomic_path(path) as temporary, _Disk(temporary, "w+") as disk:
@@ -264,7 +306,7 @@ def _demonstrations_file(path: str | os.PathLike) -> Iterator[tuple[h5py.Group, 
                 raise disk.error
 
 
-def _append(demo: h5py.Group, columns: dict[str, np.ndarray]) -> None:
+def append_rows(demo: h5py.Group, columns: dict[str, np.ndarray]) -> None:
     """More rows of a demonstration, columns {name: (n, ...)}; pictures are packed without loss."""
     for name, rows in columns.items():
         if name not in demo:
@@ -280,7 +322,7 @@ def _append(demo: h5py.Group, columns: dict[str, np.ndarray]) -> None:
 class Recording:
     """Episodes while they are played: their steps go to the file in blocks, so that memory holds few of them.
 
-    data, disk: `_demonstrations_file`'s. cameras: their names in it, in the order of `image`. parts: {name:
+    data, disk: `demonstrations_file`'s. cameras: their names in it, in the order of `image`. parts: {name:
     width}, what `proprio` consists of there; what follows in it (--action-history) is left out, since
     `training_demonstrations` makes it anew. to_file: pictures as the world shows them -> as files hold them,
     or None.
@@ -323,7 +365,7 @@ class Recording:
         columns |= {f"obs/{name}": part for name, part in zip(self.parts, parts, strict=True)}
         columns |= {"actions": actions.clip(-1, 1), "rewards": rewards, "dones": dones.astype(np.uint8)}
         columns |= {"decided": decided.astype(np.uint8)}
-        _append(self.data.require_group(f"demo_{number}"), columns)
+        append_rows(self.data.require_group(f"demo_{number}"), columns)
         self.steps[number].clear()
         if self.disk.error:
             raise self.disk.error
@@ -347,13 +389,20 @@ def recording(path: str | os.PathLike, args, envs) -> Iterator[Recording]:
     world, flags = world_module(args.env), world_flags(args)
     width = envs.single_observation_space["proprio"].shape[0]
     own = width - args.action_history * envs.single_action_space.shape[0]
-    parts = getattr(world, "DEMO_PROPRIO", {"proprio": own})
-    with _demonstrations_file(path) as (data, disk):
+    parts = _parts(world, flags) or {"proprio": own}
+    with demonstrations_file(path) as (data, disk):
         data.attrs["env_args"] = json.dumps({"env_name": args.env, "env_kwargs": flags})
         record = Recording(data, disk, demo_keys(args), parts, getattr(world, "to_file", None), envs)
         yield record
         for number in [*record.steps]:
             record.drop(number)
+
+
+def _parts(world, flags: dict) -> dict[str, int]:
+    """{name: width} of what `proprio` consists of in files of the world with these flags; {} if unsaid."""
+    if hasattr(world, "demo_proprio"):
+        return world.demo_proprio(**flags)
+    return getattr(world, "DEMO_PROPRIO", {})
 
 
 def demo_keys(args) -> tuple[str, ...]:
@@ -396,13 +445,15 @@ def training_demonstrations(args, envs) -> dict:
             raise UserError(f"The folder {args.demos} holds no .hdf5 file; give one with demonstrations.")
         if not envs.single_action_space.shape:
             raise UserError(f"--demos are of numbers; --env {args.env} has {envs.single_action_space} here.")
-        keys, width = demo_keys(args), envs.single_action_space.shape[0]
-        which = args.demos_filter == "success", getattr(world, "kept_steps", None)
-        demos = _concatenate(
-            [load_demonstrations(file, args.num_demos, keys, width, *which) for file in files]
-        )
+        pictures = "image" in envs.single_observation_space.spaces
+        read = demo_keys(args) if pictures else (), envs.single_action_space.shape[0]
+        read += args.demos_filter == "success", getattr(world, "kept_steps", None)
+        read += (tuple(_parts(world, flags)) if hasattr(world, "demo_proprio") else (),)
+        read += (getattr(world, "DEMO_TASKS", {}),)
+        demos = _concatenate([load_demonstrations(file, args.num_demos, *read) for file in files])
         _say_what_was_read(demos, args, envs)
-        demos["image"] = world.from_file(demos["image"]) if hasattr(world, "from_file") else demos["image"]
+        if pictures and hasattr(world, "from_file"):
+            demos["image"] = world.from_file(demos["image"])
         unknown = [text for text in demos["instructions"] if text not in envs.instructions]
         if unknown:
             raise UserError(
@@ -440,6 +491,8 @@ def _say_what_was_read(demos, args, envs):
     success, steps = demos["success"], len(demos["task"])
     text = f"{len(success)} demonstrations of {steps} steps, {success.sum()} successful"
     say(text + (f"; {demos['left_out']} steps of no motion left out" if demos["left_out"] else ""))
+    if "image" not in demos:
+        return
     has, wants = demos["image"].shape[2:4], envs.single_observation_space["image"].shape[1:3]
     if has != wants:
         say(
@@ -467,7 +520,7 @@ def _concatenate(parts: list[dict]) -> dict:
     """What `load_demonstrations` returns, of several files, as of one."""
     instructions = list(dict.fromkeys(text for part in parts for text in part["instructions"]))
     keys = ("image", "proprio", "actions", "success", "decided")
-    whole = {key: np.concatenate([part[key] for part in parts]) for key in keys}
+    whole = {key: np.concatenate([part[key] for part in parts]) for key in keys if key in parts[0]}
     tasks = [np.array([instructions.index(t) for t in p["instructions"]])[p["task"]] for p in parts]
     offsets = np.cumsum([0] + [len(part["task"]) for part in parts])
     starts = [part["episode_starts"] + offset for part, offset in zip(parts, offsets, strict=False)]
@@ -556,7 +609,7 @@ class OfflineDataset:
     """
 
     name: str  # as asked for
-    env_id: str | None  # Gymnasium id to evaluate in
+    env_id: str | None  # Gymnasium id, or world, to evaluate in
     states: np.ndarray  # (N + F, S) float32
     next_index: np.ndarray  # (N,) int64 into states
     actions: np.ndarray  # (N, A) float32
@@ -564,6 +617,7 @@ class OfflineDataset:
     terminations: np.ndarray  # (N,) bool, no time-outs
     episode_starts: np.ndarray  # (E,) int64, ascending from 0
     reference_scores: tuple[float, float] | None  # return of the random and of the expert policy
+    env_flags: dict = field(default_factory=dict)  # of the world `env_id`, by name
 
     @property
     def observations(self) -> np.ndarray:
@@ -629,13 +683,14 @@ def d4rl_name(name_or_path: str) -> str:
     return published.get(path.name, path.stem if path.suffix else name_or_path)
 
 
-def load_dataset(name_or_path: str | os.PathLike) -> OfflineDataset:
+def load_dataset(name_or_path: str | os.PathLike, keys: tuple[str, ...] = ()) -> OfflineDataset:
     """Read a data set for offline RL, downloading it if it is a name and not on this disk.
 
     Takes a D4RL name (`hopper-medium-v2`; the file is in $D4RL_DATASET_DIR or ~/.d4rl/datasets), a file in
-    D4RL's or RoboMimic's low-dimensional HDF5 layout, or a Minari id (`mujoco/hopper/medium-v0`). A
-    RoboMimic or Minari observation of several parts is their concatenation in the order of their names.
-    Transitions whose next observation was not recorded are left out, unless they are terminations.
+    D4RL's or RoboMimic's HDF5 layout, or a Minari id (`mujoco/hopper/medium-v0`). A RoboMimic or Minari
+    observation of several parts is their concatenation in the order of their names, or of a RoboMimic file
+    that of `keys`; pictures are not read. An episode ends with its first termination. Transitions whose next
+    observation was not recorded are left out, unless they are terminations.
     UserError naming file, key and row if something is missing, misshaped, not finite, or out of reach.
     """
     name = os.fspath(name_or_path)
@@ -656,9 +711,9 @@ def load_dataset(name_or_path: str | os.PathLike) -> OfflineDataset:
         if minari_id:
             return _load_minari(name)
         with h5py.File(path, "r", locking=False) as file:  # who downloaded it may hold its lock yet
-            return (_load_robomimic if isinstance(file.get("data"), h5py.Group) else _load_d4rl)(
-                file, str(path), name
-            )
+            if isinstance(file.get("data"), h5py.Group):
+                return _load_robomimic(file, str(path), name, keys)
+            return _load_d4rl(file, str(path), name)
     except (OSError, RuntimeError, KeyError) as error:  # what h5py raises for bytes that are no HDF5
         raise UserError(
             f"{path} is truncated or not HDF5 ({error}); delete and download it again."
@@ -776,30 +831,54 @@ def _identify(file: h5py.File, where: str, name: str, widths: tuple) -> tuple:
     return task, TASKS[task][0], reference_scores(known)
 
 
-def _load_robomimic(file: h5py.File, where: str, name: str) -> OfflineDataset:
-    data = file["data"]
+def _load_robomimic(file: h5py.File, where: str, name: str, keys: tuple[str, ...]) -> OfflineDataset:
+    data, limit, lengths, clipped = file["data"], _action_limit(file["data"]), [], []
     numbers = sorted(int(key[5:]) for key in data if re.fullmatch(r"demo_\d+", key))
     demos = {f"{where}, demo_{number}": data[f"demo_{number}"] for number in numbers}
-    lengths = [len(_checked(demo, "rewards", here, (None,))) for here, demo in demos.items()]
-    if not lengths:
+    if not demos:
         raise UserError(f"{where} has no demonstrations, its group 'data' holds no 'demo_0'.")
+    for here, demo in demos.items():
+        rows = len(_checked(demo, "rewards", here, (None,)))
+        done = np.flatnonzero(_read(demo, "dones", here, (rows,)))
+        # success ends the world, not a person's hand; and without next_obs the last row has no outcome
+        lengths.append(done[0] + 1 if len(done) else rows - ("next_obs" not in demo))
+    demos = {here: demo for (here, demo), steps in zip(demos.items(), lengths, strict=True) if steps}
+    lengths = [int(steps) for steps in lengths if steps]
+    if not lengths:
+        raise UserError(f"{where} has only episodes of one row, and so no transition; take another.")
+
+    def low_dim(demo) -> list[str]:
+        obs = demo.get("obs") if isinstance(demo.get("obs"), h5py.Group) else {}
+        return sorted(key for key, value in obs.items() if getattr(value, "ndim", 4) < 4)  # no images
 
     def episodes() -> Iterator[tuple[str, dict]]:
         for (here, demo), steps in zip(demos.items(), lengths, strict=True):
-            obs, next_obs = demo.get("obs"), demo.get("next_obs")
-            obs, parts = obs if isinstance(obs, h5py.Group) else {}, []
-            for key in sorted(
-                key for key, value in obs.items() if getattr(value, "ndim", 4) < 4
-            ):  # no images
-                part = _read(obs, key, f"{here}, obs", (steps, None))
-                final = _read(next_obs, key, f"{here}, next_obs", part.shape)[-1:]
-                parts.append(np.concatenate([part, final]))
+            rows, parts = len(demo["rewards"]), []
+            for key in keys or low_dim(demo):
+                part = _read(demo.get("obs"), key, f"{here}, obs", (rows, None))
+                if "next_obs" in demo:
+                    final = _read(demo["next_obs"], key, f"{here}, next_obs", part.shape)[-1:]
+                    part = np.concatenate([part, final])
+                # what follows a termination, where it was not recorded, is its own observation
+                parts.append(part[np.minimum(np.arange(steps + 1), len(part) - 1)])
             if not parts:
                 raise UserError(f"{here} has no low-dimensional observation in its group 'obs'.")
-            arrays = {key: demo.get(key) for key in ("actions", "rewards", "dones")}
-            yield here, {"obs": np.concatenate(parts, axis=1), **arrays}
+            actions = _checked(demo, "actions", here, (rows, None))[:steps]
+            outside = np.flatnonzero((np.abs(actions) > limit).any(axis=1)) if limit == RAW else ()
+            if len(outside):
+                raise UserError(f"{here} has actions beyond {limit:g}, row {outside[0]}; normalise them.")
+            actions, beyond = _clip(actions, limit)
+            clipped.append(beyond)
+            ends = {key: _checked(demo, key, here, (rows,))[:steps] for key in ("rewards", "dones")}
+            yield here, {"obs": np.concatenate(parts, axis=1), "actions": actions, **ends}
 
-    return _from_episodes(name, None, None, episodes(), lengths)
+    dataset = _from_episodes(name, None, None, episodes(), lengths)
+    _say_clipped(where, sum(clipped), sum(lengths))
+    if limit != RAW:
+        return dataset
+    keys = tuple(keys or low_dim(next(iter(demos.values()))))
+    flags = {"file": where, "keys": keys, "cameras": ("none",)}
+    return dataclasses.replace(dataset, env_id=NAMED, env_flags=flags)
 
 
 def _load_minari(name: str) -> OfflineDataset:

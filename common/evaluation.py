@@ -215,11 +215,13 @@ def evaluation_world(args, dataset, run, episodes):
     env, references = args.env or dataset.env_id, dataset.reference_scores
     if env is None and args.eval_episodes:
         raise UserError(f"{dataset.name} names no environment; give --env, or --eval-episodes 0.")
-    if env is None:
-        return None, None, references
+    if env is None or (dataset.env_flags and not args.env and not args.eval_episodes):
+        return None, None, references  # actions that need no world to be understood
     if dataset.env_id and env != dataset.env_id:
         references = reference_scores(env)
-    envs = make_envs(dataclasses.replace(args, env=env), "eval", max(1, episodes), states=True)
+    world = dataclasses.replace(args, env=env)
+    vars(world).update({} if args.env else dataset.env_flags)
+    envs = make_envs(world, "eval", max(1, episodes), states=True)
     run.closing(envs)  # also for a run without evaluations it says what the actions mean
     has = dataset.states.shape[1], dataset.actions.shape[1]
     wants = envs.single_observation_space["proprio"].shape + envs.single_action_space.shape

@@ -196,9 +196,10 @@ class OfflineArgs(StateArgs):
     dataset: Annotated[str, KEPT] = "hopper-medium-v2"
     """D4RL's name, a file in D4RL's or RoboMimic's layout, or a Minari id"""
     env: Annotated[str | None, KEPT] = None
-    """the Gymnasium id to evaluate in; default the data set's"""
+    """the Gymnasium id, or world, to evaluate in; default the data set's"""
     total_timesteps: PositiveInt = 1_000_000
     """updates to train for"""
+    keys: ClassVar[tuple[str, ...]] = ()  # of the data's observations, where a world has a flag for them
 
 
 def flag(name):

@@ -25,7 +25,9 @@ For imitation the file may also have
 - `DEMO_KEYS`, camera -> its name in an HDF5 file (all are read, or those of a flag `cameras`),
   `from_file(images)`, pictures as files hold them -> as the world shows them, where these differ, and
   `to_file(images)`, the way back; `DEMO_PROPRIO`, {name in a file: width}, what `proprio` consists of there
-  (default: "proprio" whole); `kept_steps(actions)`, (T, A) -> bool (T,), where not all are imitated;
+  (default: "proprio" whole), or `demo_proprio(**flags)`, which gives it, all as the world shows it;
+  `DEMO_TASKS`, {RoboMimic's name of a task: instruction}; `kept_steps(actions)`, (T, A) -> bool (T,), where
+  not all are imitated;
 - `demonstrations(num_episodes, seed, noise, num_workers, **flags)` of a scripted expert -> flat arrays of S
   steps: `image`, `proprio`, `task` as observed, `actions` (S, A) as labelled, `episode_starts` (E,),
   optionally `executed` (S, A), where these are not the labels, and `pixels` (S, cameras, 2, 2), where the
@@ -43,7 +45,8 @@ from common import UserError, forkserver
 from common.envs.vector import START_METHOD, vectorize
 from common.memory import available_memory
 
-WORLDS = {name: f"common.envs.{name}" for name in ("tabletop", "libero", "robosuite")}
+WORLDS = {name: f"common.envs.{name}" for name in ("tabletop", "libero", "robosuite", "robomimic")}
+NAMED = "robomimic"  # the world that a file in RoboMimic's layout names
 GYMNASIUM = "common.envs.gymnasium_env"
 
 

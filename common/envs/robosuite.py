@@ -1,4 +1,4 @@
-"""robosuite 1.4.1 (Zhu et al. 2020): ten tasks for one Panda arm or two.
+"""robosuite 1.4.1 (Zhu et al. 2020): eleven tasks for one Panda arm or two.
 
     pip install --no-deps -r requirements-robosuite.txt     # after requirements.txt
     python ppo_vla.py --env robosuite --tasks PickPlaceCan --cameras wrist --actions discrete
@@ -20,6 +20,7 @@ size, Handover's hammer) is drawn once, and the same everywhere.
 """
 
 import itertools
+import json
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,7 +44,9 @@ TASKS = {  # arms, steps of an episode, instruction
     "TwoArmLift": (2, 300, "lift the pot with both arms"),
     "TwoArmHandover": (2, 400, "hand the hammer to the other arm"),
     "TwoArmTransport": (2, 700, "bring the hammer to the other table and clear its bin"),
+    "ToolHang": (1, 700, "assemble the frame and hang the tool on it"),
 }
+DEMO_TASKS = {name: instruction for name, (_, _, instruction) in TASKS.items()}
 CAMERAS = {name: name for name in ("agentview", "frontview", "birdview", "sideview")}
 CAMERAS |= {f"wrist{k}": f"robot{k}_eye_in_hand" for k in ("0", "1")} | {"wrist": "robot0_eye_in_hand"}
 DEMO_KEYS = {name: f"{camera}_image" for name, camera in CAMERAS.items()}
@@ -57,8 +60,8 @@ class Args:
     """The flags of `--env robosuite`."""
 
     tasks: tuple[str, ...] = ("Lift",)
-    """Lift, Stack, PickPlaceCan, NutAssembly, NutAssemblySquare, NutAssemblyRound, Door, or, of two arms,
-    TwoArmLift, TwoArmHandover, TwoArmTransport"""
+    """Lift, Stack, PickPlaceCan, NutAssembly, NutAssemblySquare, NutAssemblyRound, Door, ToolHang, or, of two
+    arms, TwoArmLift, TwoArmHandover, TwoArmTransport"""
     cameras: tuple[str, ...] = ("agentview", "wrist")
     """the pictures that the policy sees (agentview, frontview, birdview, sideview, wrist; of two arms wrist0,
     wrist1), or none: states"""
@@ -76,11 +79,11 @@ class Args:
 
 
 class Task(Simulation):
-    """One of `TASKS`, with robosuite's own reset, rewards and object sensors."""
+    """One of `TASKS`, with robosuite's own reset, rewards and object sensors. named: JSON, for its `make`."""
 
     SHADOWS = False
 
-    def __init__(self, name, shaped):
+    def __init__(self, name, shaped, named="{}"):
         check_memory(type(self))
         import robosuite
         from robosuite.controllers import load_controller_config
@@ -88,9 +91,9 @@ class Task(Simulation):
         controller, outer = load_controller_config(default_controller="OSC_POSE"), np.random.get_state()
         np.random.seed(0)
         env = robosuite.make(
-            name, robots=["Panda"] * TASKS[name][0], controller_configs=controller, reward_shaping=shaped,
-            has_renderer=False, has_offscreen_renderer=False, use_camera_obs=False, ignore_done=True,
-            hard_reset=False, control_freq=20,
+            name, robots=["Panda"] * TASKS[name][0], reward_shaping=shaped, has_renderer=False,
+            has_offscreen_renderer=False, use_camera_obs=False, ignore_done=True, hard_reset=False,
+            control_freq=20, **{"controller_configs": controller} | json.loads(named),
         )  # fmt: skip
         np.random.set_state(outer)
         super().__init__(env)
@@ -109,11 +112,11 @@ class Task(Simulation):
 
 
 class RobosuiteEnv(SharingEnv):
-    """See the module's docstring and `Args`. Raises UserError, one sentence, for what is unknown or not
-    installed."""
+    """See the module's docstring and `Args`; named: of `Task`. Raises UserError, one sentence, for what is
+    unknown or not installed."""
 
     def __init__(self, tasks=("Lift",), split="train", cameras=("agentview", "wrist"), size=84,
-                 actions="continuous", reward="sparse", horizon=0):  # fmt: skip
+                 actions="continuous", reward="sparse", horizon=0, named="{}"):  # fmt: skip
         check_installed("robosuite", ("robosuite",))
         self.cameras = () if tuple(cameras) == ("none",) else tuple(cameras)
         for name, values, known in (
@@ -138,7 +141,7 @@ class RobosuiteEnv(SharingEnv):
         if size < 1 or horizon < 0:
             raise UserError(f"size must be at least 1 and horizon 0 or more, got {size} and {horizon}.")
         self.tasks, self.split, self.size, self.discrete = list(tasks), split, size, actions == "discrete"
-        self.shaped, self.horizon = reward == "shaped", horizon
+        self.shaped, self.horizon, self.named = reward == "shaped", horizon, named
         self.instructions = [TASKS[task][2] for task in tasks]
         box, width, numbers, spaces = gym.spaces.Box, 8 * self.arms, 7 * self.arms, {}
         if self.cameras:
@@ -156,7 +159,7 @@ class RobosuiteEnv(SharingEnv):
 
     def _enter(self, task):
         self.task, self.limit = task, self.horizon or TASKS[self.tasks[task]][1]
-        return self.enter(Task, (self.tasks[task], self.shaped))
+        return self.enter(Task, (self.tasks[task], self.shaped, self.named))
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -193,8 +196,7 @@ class RobosuiteEnv(SharingEnv):
         """For a video, uint8: overview and wrist side by side (224, 448, 3); of two arms, as in BEHAVIOR's
         videos, the wrists left of the overview, (448, 672, 3)."""
         simulation = self.turn()
-        wrists = [f"robot{k}_eye_in_hand" for k in range(self.arms)]
-        small = simulation.look(wrists, 224)[0]
+        small = simulation.look([f"robot{k}_eye_in_hand" for k in range(self.arms)], 224)[0]
         (overview,) = simulation.look(["agentview"], 224 * self.arms)[0]
         return np.concatenate([overview, *small] if self.arms == 1 else [np.concatenate(small), overview], 1)
 
@@ -285,35 +287,34 @@ def _pot(env):
 
 
 EXPERTS = {"Lift": _lift, "PickPlaceCan": _can, "TwoArmLift": _pot}
+make = RobosuiteEnv
 
 
-def make(**kwargs):
-    """The world's constructor for `common.envs.make_envs`."""
-    return RobosuiteEnv(**kwargs)
+def expert_episode(env, seed, noise, seen):
+    """The expert's episode on layout `seed`, its actions executed with noise -> rows (*seen(obs), action,
+    executed), success."""
+    obs, rows, rng = env.reset(seed=seed)[0], [], np.random.default_rng([7, seed])
+    success = truncated = False
+    while not (success or truncated):
+        action = executed = env.expert()
+        if env.discrete:
+            executed = int(rng.integers(6)) if rng.random() < noise else action
+        elif noise:
+            scale = np.tile([1, 1, 1, 0, 0, 0.5, 0], env.arms)
+            executed = action + noise * scale * rng.standard_normal(len(action))
+            executed = executed.clip(-1, 1).astype(np.float32)
+        rows.append((*seen(obs), action, executed))
+        obs, _, success, truncated, _ = env.step(executed)
+    return rows, success
 
 
 def _demonstrate(job):
-    """Worker: episodes of the expert, its actions executed with noise -> of those that succeed their rows
-    (image, proprio, task, action, executed)."""
-    seeds, noise, kwargs = job
-    env, episodes = make(**kwargs), []
-    for seed in seeds:
-        obs, rows, rng = env.reset(seed=seed)[0], [], np.random.default_rng([7, seed])
-        over = success = False
-        while not over:
-            action = executed = env.expert()
-            if env.discrete:
-                executed = int(rng.integers(6)) if rng.random() < noise else action
-            elif noise:
-                scale = np.tile([1, 1, 1, 0, 0, 0.5, 0], env.arms)
-                executed = action + noise * scale * rng.standard_normal(len(action))
-                executed = executed.clip(-1, 1).astype(np.float32)
-            rows.append((obs["image"], obs["proprio"], obs["task"], action, executed))
-            obs, _, success, truncated, _ = env.step(executed)
-            over = success or truncated
-        episodes += [rows] if success else []
+    """Worker: of the episodes that succeed their rows (image, proprio, task, action, executed)."""
+    (seeds, noise, kwargs), names = job, ("image", "proprio", "task")
+    env = make(**kwargs)
+    episodes = [expert_episode(env, seed, noise, lambda obs: [obs[k] for k in names]) for seed in seeds]
     env.close()
-    return episodes
+    return [rows for rows, success in episodes if success]
 
 
 def demonstrations(num_episodes, seed, num_workers=None, noise=0.3, **kwargs):
@@ -322,9 +323,7 @@ def demonstrations(num_episodes, seed, num_workers=None, noise=0.3, **kwargs):
     seeds = np.random.default_rng([1, seed]).integers(2**31, size=num_episodes)
     episodes = in_parallel(_demonstrate, seeds, num_workers, noise, kwargs)
     if not episodes:
-        raise UserError(
-            f"The expert succeeded in none of {num_episodes} episodes with noise {noise}; use less."
-        )
+        raise UserError(f"The expert succeeded in none of {num_episodes} episodes; use less --demo-noise.")
     names, rows = ("image", "proprio", "task", "actions", "executed"), itertools.chain(*episodes)
     columns = dict(zip(names, map(np.stack, zip(*rows, strict=True)), strict=True))
     starts = np.cumsum([0, *map(len, episodes[:-1])])

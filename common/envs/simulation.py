@@ -107,8 +107,8 @@ class Simulation:
         mujoco.mj_kinematics(self.model, d)
         mujoco.mj_camlight(self.model, d)
         pictures = [self.render(camera, size) for camera in cameras]
-        found = more()
         d.qpos[:] = now  # what was computed from the other the next step computes anew
+        found = more()
         hands = [d.body(robot.robot_model.eef_name).xquat.copy() for robot in self.robots]
         places = [d.site_xpos[robot.eef_site_id].copy() for robot in self.robots]
         fingers = self.seen[1].reshape(len(self.robots), -1)
