@@ -212,13 +212,20 @@ def test_every_token_sees_every_other(towers):
 
 
 def tokens_of(backbone, batch):
-    """What goes into the fusion, (B, S, width)."""
-    seen = []
-    hook = backbone.fusion.register_forward_pre_hook(
-        lambda module, args, inputs: seen.append(inputs["inputs_embeds"]), with_kwargs=True
-    )
+    """-> what goes into the fusion (B, S, width), and the backbone's results: what comes out at the slots and
+    at the last word."""
+    seen, fused = [], []
+    hooks = [
+        backbone.fusion.register_forward_pre_hook(
+            lambda module, args, inputs: seen.append(inputs["inputs_embeds"]), with_kwargs=True
+        ),
+        backbone.fusion.register_forward_hook(lambda *args: fused.append(args[2].last_hidden_state)),
+    ]
     hidden = backbone(batch)
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
+    slots = len(backbone.action_slots)
+    assert hidden[0].equal(fused[0][:, -slots:]) and hidden[1].equal(fused[0][:, -slots - 1])
     return seen[0], hidden
 
 
@@ -242,8 +249,10 @@ def test_what_changes_moves_its_own_token(towers):
         assert where == list(range(4 * camera, 4 * camera + 4))
     twins = {key: x.copy() for key, x in obs.items()}
     twins["proprio"][:, 8:] = 0.5  # the same action three times is three tokens
+    twins["image"][:, 1] = twins["image"][:, 0]
     after, _ = tokens_of(backbone, backbone.preprocess(twins, INSTRUCTIONS))
     assert (after[:, 8] != after[:, 9]).all() and (after[:, 9] != after[:, 10]).all()
+    assert (after[:, :4] != after[:, 4:8]).all()
 
 
 def test_the_worlds_past_actions_are_the_tokens(towers):
