@@ -24,7 +24,9 @@ there, is the prompts'; names that PPO and GRPO give to their own columns are re
 that `build_backbone(**config)` rebuilds: a vocabulary made from `instructions` belongs there), `lora_targets`
 (a regular expression of module names, or None), `has_attention` (encode_vision returns attention logits and
 not None), `own_critic` (prompt_hidden comes from parameters that no action depends on) and `has_files` (the
-base's weights are in files of their own, which no checkpoint repeats beside adapters). An autoregressive one
+base's weights are in files of their own, and no checkpoint repeats them while they are frozen: True for all,
+or how the names of those that are begin, a tuple). The last of `proprio`'s numbers are args.action_history
+past actions, oldest first. An autoregressive one
 emits its tokens in turn: forward conditions on `actions`, and generate(batch, draw, vision=None) samples
 them. One with an `action_head` that is not None has action_mean(action_hidden) -> (B, K*A), the trained
 continuous actions. One with a trained flow (its `action_hidden` may be of any kind that has a length, B) has
@@ -65,6 +67,7 @@ BACKBONES = {
     "openvla": "common.backbones.openvla",
     "pi0": "common.backbones.pi0",
     "qwen": "common.backbones.qwen",
+    "dinobert": "common.backbones.dinobert",
 }
 LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "rank_pattern")
 LORA += ("alpha_pattern", "bias")  # what an adapter's function depends on
@@ -202,8 +205,8 @@ def load_weights(agent, args, run, new=(), train_vision=None):
             missing, unexpected = agent.load_state_dict(weights, strict=False)
         missing = [name for name in missing if not name.startswith(new)]
         backbone.moved = {name.replace(".base_layer", "") for name in weights}
-        if backbone.has_files:  # the rest of the base is in them
-            missing = [name for name in missing if "lora_" in name or not name.startswith("backbone.")]
+        if files := in_files(backbone):  # the rest of the base
+            missing = [name for name in missing if "lora_" in name or not name.startswith(files)]
         if missing or unexpected:
             names = ", ".join((*missing, *unexpected)[:4])
             raise UserError(f"The checkpoint's tensors do not fit this agent ({names}); give its own flags.")
@@ -220,6 +223,7 @@ def load_weights(agent, args, run, new=(), train_vision=None):
         for parameter in backbone.vision_parameters():
             parameter.requires_grad_(False)
         blind = model_module(args.backbone).FROM_SCRATCH and not saved and backbone.vision_parameters()
+        blind = blind and not backbone.has_files
         if blind and not run.rank:
             say(
                 "warning: the policy starts at random weights, and its eye stays so; "
@@ -228,13 +232,17 @@ def load_weights(agent, args, run, new=(), train_vision=None):
     agent.to(run.device)
 
 
+def in_files(backbone):
+    """How the names in an agent begin of the weights that are in files of the backbone's own."""
+    files = ("",) if backbone.has_files is True else backbone.has_files or ()
+    return tuple(f"backbone.{name}" for name in files)
+
+
 def stored_weights(agent):
     """What a checkpoint holds of `agent.backbone` and its heads: all adapters, and all weights but those that
     are in the base's own files as they are, for they are frozen and came from no other checkpoint."""
     weights, backbone = agent.state_dict(), agent.backbone
-    if not backbone.has_files:
-        return weights
-    frozen = {f"backbone.{name}" for name in backbone.state_dict() if "lora_" not in name}
+    frozen = {name for name in weights if name.startswith(in_files(backbone)) and "lora_" not in name}
     frozen -= {f"backbone.{name}" for name, p in backbone.named_parameters() if p.requires_grad}
     frozen = {name for name in frozen if name.replace(".base_layer", "") not in backbone.moved}
     return {name: x for name, x in weights.items() if name not in frozen}
@@ -310,8 +318,9 @@ def find_checkpoint(path):
         return folder
     if path.count("/") != 1 or path[0] in "./~":
         raise UserError(f"{path} does not exist; give a checkpoint's folder or a hub id.")
+    others = ["*/*", "*.bin", "*.h5", "*.msgpack", "*.onnx", "*.ot"]  # the weights once more
     try:
-        return Path(huggingface_hub.snapshot_download(path, ignore_patterns=["*/*", "*.bin"]))
+        return Path(huggingface_hub.snapshot_download(path, ignore_patterns=others))
     except huggingface_hub.errors.LocalEntryNotFoundError as error:
         raise UserError(
             f"{path} is neither a folder nor, complete, in the hub's cache, and the hub cannot be reached; "
