@@ -417,11 +417,11 @@ BAD = {
     "a list": (lambda f: (f / "eye/config.json").write_text("[]"), "eye/config.json is missing, truncated"),
     "heads": (lambda f: change(f / "text", "config.json", num_attention_heads=5), "text/config.json is miss"),
     "a kind": (lambda f: change(f / "eye", "config.json", hidden_size="x"), "eye/config.json is missing"),
-    "a shape": (lambda f: change(f / "eye", "config.json", hidden_size=32), "or has other shapes of them"),
+    "a shape": (lambda f: change(f / "eye", "config.json", hidden_size=32), "tensors that do not fit"),
     "no weights": (lambda f: (f / "eye/model.safetensors").unlink(), "eye is missing, truncated or damaged"),
     "half the weights": (lambda f: (f / "text/model.safetensors").write_bytes(b"1234"), "text is missing"),
     "a tensor less": (lambda f: retensor(f / "eye", lambda t: t.pop("layernorm.bias")),
-                      "lacks 1 tensors, or has other shapes of them, such as layernorm.bias"),
+                      "has 1 tensors that do not fit, such as layernorm.bias"),
     "no tokenizer": (lambda f: (f / "text/tokenizer.json").unlink(), "tokenizer.json is missing"),
     "half a tokenizer": (lambda f: (f / "text/tokenizer.json").write_text("{"), "tokenizer.json is missing"),
 }  # fmt: skip
@@ -480,12 +480,12 @@ def test_wrong_flags_are_one_sentence(tmp_path, towers, monkeypatch, flags, said
 
 
 def test_too_little_memory_is_said_before_loading(towers, monkeypatch):
-    monkeypatch.setattr(dinobert, "available_memory", lambda: 1_000)
-    monkeypatch.setattr(dinobert, "load", lambda *_: pytest.fail("loads"))
+    monkeypatch.setattr("common.backbones.available_memory", lambda: 1_000)
+    monkeypatch.setattr(dinobert, "read_weights", lambda *_, **__: pytest.fail("loads"))
     with pytest.raises(UserError, match="GB free; use another device, or --backbone tiny"):
         load(towers, micro_batch_size=8)
-    monkeypatch.setattr(dinobert, "available_memory", lambda: 10_000_000)
-    with pytest.raises(UserError, match="for an update, .* --micro-batch-size .* or --picture-size, another"):
+    monkeypatch.setattr("common.backbones.available_memory", lambda: 10_000_000)
+    with pytest.raises(UserError, match="for an update, .* --picture-size, a smaller --micro-batch-size .*, another"):
         load(towers, micro_batch_size=512)
 
 

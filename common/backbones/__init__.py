@@ -347,9 +347,10 @@ def intact(file):
         raise UserError(f"{file} is missing, truncated or damaged ({reason}): download it again.") from error
 
 
-def read_weights(Model, path, folder, config, dtype, missing=(), unexpected=()):
+def read_weights(Model, path, folder, config, dtype, missing=(), unexpected=(), **options):
     """transformers' class `Model` of `config` with the weights in `folder`, rounded to `dtype`. UserError for
-    damaged files, and for tensors that do not fit, but for those that may be missing or unexpected."""
+    damaged files, and for tensors that do not fit, but for those that may be missing or unexpected (None:
+    any may be, as heads of another use)."""
     from transformers.utils import logging  # whose import takes seconds
 
     level = logging.get_verbosity()
@@ -358,25 +359,26 @@ def read_weights(Model, path, folder, config, dtype, missing=(), unexpected=()):
     with intact(folder):
         model, report = Model.from_pretrained(
             folder, config=config, dtype=getattr(torch, dtype), output_loading_info=True,
-            ignore_mismatched_sizes=True,
+            ignore_mismatched_sizes=True, use_safetensors=True, **options,
         )  # fmt: skip
     logging.set_verbosity(level)
     wrong = {key[0] for key in report["mismatched_keys"]} | set(report["missing_keys"]) - set(missing)
-    wrong |= set(report["unexpected_keys"]) - set(unexpected)
+    wrong |= set(report["unexpected_keys"]) - set(unexpected) if unexpected is not None else set()
     if wrong:
         names = ", ".join(sorted(wrong)[:3])
         raise UserError(f"{path} has {len(wrong)} tensors that do not fit, such as {names}.")
     return model
 
 
-def check_memory(path, device, weights, update):
-    """UserError if `device` has too little free memory for the weights, or for an update (0 for none)."""
+def check_memory(path, device, weights, update, smaller="--lora-rank 32"):
+    """UserError if `device` has too little free memory for the weights, or for an update (0 for none), which
+    `smaller` would shrink."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     if weights + update > free:
         needs = f"{weights / 1e9:.1f} GB for its weights"
         needs += f" and {update / 1e9:.1f} GB for an update" if update else ""
-        smaller = "--lora-rank 32, a smaller --micro-batch-size (bc_warmup.py: --batch-size), "
-        hints = smaller if update and weights < free else ""
+        hints = f"{smaller}, a smaller --micro-batch-size (bc_warmup.py: --batch-size), "
+        hints = hints if update and weights < free else ""
         raise UserError(
             f"{path} needs {needs}, and {device} has {free / 1e9:.1f} GB free; use {hints}another device, or "
             "--backbone tiny."

@@ -10,7 +10,6 @@ a decision, words once an instruction, and a checkpoint holds the rest alone, wi
 PPO's and GRPO's --train-vision trains DINOv2 too.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from typing import Annotated
@@ -20,12 +19,11 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import BertModel, Dinov2Model, LlamaConfig, LlamaModel
-from transformers.utils import logging
 
 from common import UserError
-from common.backbones import find_checkpoint, intact
+from common.backbones import check_memory, find_checkpoint, intact, read_weights
+from common.backbones import fingerprint as fingerprint_of
 from common.flags import FIXED, Layers, PositiveInt
-from common.memory import available_memory
 
 FROM_SCRATCH = True
 HEADS = 4  # of the fusion
@@ -217,9 +215,15 @@ def build(
         picture_size=picture_size, fusion_layers=fusion_layers, fusion_width=fusion_width,
     )  # fmt: skip
     with torch.device("meta"):
-        check_memory(DinoBert(config, eye, text, None), device, micro_batch_size, train_vision)
-    eye, text = load(vision_tower, eye), load(text_tower, text, add_pooling_layer=False)
-    config["fingerprint"] = fingerprint_of(eye, text)
+        needs = memory_needed(DinoBert(config, eye, text, None), micro_batch_size, train_vision)
+    check_memory("--backbone dinobert", device, *needs, smaller="a smaller --picture-size")
+    eye = read_weights(
+        Dinov2Model, vision_tower, find_checkpoint(vision_tower), eye.config, "float32", unexpected=None
+    )
+    text = read_weights(
+        BertModel, text_tower, folder, text.config, "float32", unexpected=None, add_pooling_layer=False
+    ).requires_grad_(False)
+    config["fingerprint"] = fingerprint_of(nn.ModuleList([eye, text]))
     if fingerprint not in (None, config["fingerprint"]):
         raise UserError(
             f"{vision_tower} or {text_tower} has other weights than those that the checkpoint was trained "
@@ -243,24 +247,6 @@ def read_tower(path, folder, kind, **options):
     raise UserError(f"{path} is of the type {found}; only {kind.config_class.model_type} loads here.")
 
 
-def load(path, tower, **options):
-    """-> the weights of the folder or hub id `path`, without heads, in a frozen model as `tower`, which is on
-    the meta device. UserError for missing ones."""
-    folder, level = find_checkpoint(path), logging.get_verbosity()
-    logging.set_verbosity_error()  # what does not fit is told below
-    logging.disable_progress_bar()
-    with intact(folder):
-        model, report = type(tower).from_pretrained(
-            folder, config=tower.config, dtype=torch.float32, use_safetensors=True,
-            output_loading_info=True, ignore_mismatched_sizes=True, **options,
-        )  # fmt: skip
-    logging.set_verbosity(level)
-    if wrong := set(report["missing_keys"]) | {key[0] for key in report["mismatched_keys"]}:
-        names = ", ".join(sorted(wrong)[:3])
-        raise UserError(f"{path} lacks {len(wrong)} tensors, or has other shapes of them, such as {names}.")
-    return model.requires_grad_(False)
-
-
 def memory_needed(model, micro_batch_size, train_vision):
     """About how many bytes the weights of `model`, on whatever device, and an update of it hold, in float32.
 
@@ -281,25 +267,3 @@ def memory_needed(model, micro_batch_size, train_vision):
     if train_vision:
         kept += patches * eye.num_hidden_layers * (10 + 2 * eye.mlp_ratio) * eye.hidden_size
     return weights, trained + 4 * micro_batch_size * kept
-
-
-def check_memory(model, device, micro_batch_size, train_vision):
-    """UserError if `device` has too little free memory for the weights, or for an update (0 for none)."""
-    weights, update = memory_needed(model, micro_batch_size, train_vision)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    if weights + update > free:
-        needs = f"{weights / 1e9:.1f} GB for its weights"
-        needs += f" and {update / 1e9:.1f} GB for an update" if update else ""
-        smaller = "a smaller --micro-batch-size (bc_warmup.py: --batch-size) or --picture-size, "
-        raise UserError(
-            f"--backbone dinobert needs {needs}, and {device} has {free / 1e9:.1f} GB free; use "
-            f"{smaller if update and weights < free else ''}another device, or --backbone tiny."
-        )
-
-
-def fingerprint_of(*towers):
-    """A few numbers of every weight, by which a checkpoint knows its towers."""
-    digest = hashlib.sha256()
-    for tensor in (p for tower in towers for p in tower.parameters()):
-        digest.update(tensor.flatten()[:8].numpy().tobytes())
-    return digest.hexdigest()[:16]
