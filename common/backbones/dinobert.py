@@ -38,8 +38,7 @@ class Args:
     vision_tower: Annotated[str, FIXED] = "facebook/dinov2-small"
     """a DINOv2 without registers, a folder or hub id"""
     text_tower: Annotated[str, FIXED] = "sentence-transformers/all-MiniLM-L6-v2"
-    """a BERT with its tokenizer.json, a folder or hub id; google-bert/bert-base-uncased is five times as
-    large"""
+    """a BERT with its tokenizer.json, such as google-bert/bert-base-uncased too, a folder or hub id"""
     picture_size: Annotated[PositiveInt, FIXED] = 224
     """side, in pixels, to which pictures are resized for it: a multiple of its patches' 14"""
     fusion_layers: Annotated[PositiveInt, FIXED, Layers("fusion_width")] = 4
@@ -59,10 +58,8 @@ def from_flags(args, dataset, instructions, image_size, **shape):
 
 def own_options(args, device, cameras, micro_batch_size, train_vision):
     """What `build` takes that is the run's affair and not the weights'."""
-    return dict(
-        train_vision=bool(train_vision) and not args.evaluate,
-        micro_batch_size=0 if args.evaluate else micro_batch_size,
-    )
+    train_vision = bool(train_vision) and not args.evaluate
+    return dict(train_vision=train_vision, micro_batch_size=0 if args.evaluate else micro_batch_size)
 
 
 def pixels(image, size):
@@ -103,9 +100,9 @@ class DinoBert(nn.Module):
         self.kinds = nn.Parameter(0.5 * torch.randn(self.cameras + self.history + 2, width))
         self.action_slots = nn.Parameter(0.5 * torch.randn(self.chunk * self.action_dim, width))
         sizes = LlamaConfig(
-            vocab_size=1, hidden_size=width, intermediate_size=2 * width, num_attention_heads=HEADS,
-            num_hidden_layers=config["fusion_layers"], initializer_range=width**-0.5, bos_token_id=None,
-            eos_token_id=None,
+            vocab_size=1, hidden_size=width, num_hidden_layers=config["fusion_layers"],
+            num_attention_heads=HEADS, intermediate_size=2 * width, initializer_range=width**-0.5,
+            bos_token_id=None, eos_token_id=None,
         )  # fmt: skip
         self.fusion = LlamaModel(sizes)
         self.fusion.embed_tokens = None  # its tokens are no words
@@ -114,8 +111,7 @@ class DinoBert(nn.Module):
     def train(self, mode=True):
         """The towers stay as they are in an evaluation: with their dropout no ratio would be 1."""
         super().train(mode)
-        for tower in (self.vision, self.text):
-            tower.eval()
+        self.vision.eval(), self.text.eval()
         return self
 
     def vision_parameters(self):
@@ -225,10 +221,8 @@ def build(
     ).requires_grad_(False)
     config["fingerprint"] = fingerprint_of(nn.ModuleList([eye, text]))
     if fingerprint not in (None, config["fingerprint"]):
-        raise UserError(
-            f"{vision_tower} or {text_tower} has other weights than those that the checkpoint was trained "
-            "with; put these back."
-        )
+        names = f"{vision_tower} or {text_tower}"
+        raise UserError(f"{names} has other weights than the checkpoint was trained with; put those back.")
     eye.requires_grad_(train_vision)
     if eye.embeddings.mask_token is not None:  # of pretraining alone
         eye.embeddings.mask_token.requires_grad_(False)
