@@ -70,7 +70,7 @@ def test_the_packaged_assets_are_upstreams(assets):
 
 def test_in_a_worker_with_chunks(assets):
     """Two environments of two tasks in one process, chunks of actions, exact resume in another worker."""
-    world = (*WORLD, dict(suite="libero_object", tasks=("0", "5"), split="eval", size=32, max_steps=6))
+    world = (*WORLD, dict(suite="libero_object", tasks=("0", "5"), split="eval", size=32, horizon=6))
     actions = RNG.uniform(-1, 1, (3, 2, 2, 7)).astype(np.float32)
     envs = vectorize(world, 2, seed=0, chunk=2, num_workers=1, autoreset=False)
     first = envs.reset(np.array([0, 1]))
@@ -380,7 +380,7 @@ def test_training_states_are_fresh_and_repeatable(env):
 
 
 def test_time_limit_video_and_spaces(env):
-    limited = libero.make(suite="libero_object", tasks=(0,), size=48, max_steps=3)
+    limited = libero.make(suite="libero_object", tasks=(0,), size=48, horizon=3)
     obs, _ = limited.reset(seed=0)
     assert limited.observation_space.contains(obs) and obs["task"] == 0
     ends = [limited.advance(np.zeros(7))[1:3] for _ in range(3)]
@@ -466,7 +466,7 @@ def test_unknown_names_are_told(fake):
         (dict(tasks=("5",)), ("'5'", "0 to 4")),
         (dict(tasks=("open the fridge",)), ("open the fridge", "instructions")),
         (dict(size=0), ("size",)),
-        (dict(max_steps=0), ("max_steps",)),
+        (dict(horizon=0), ("horizon",)),
     ):
         with pytest.raises(UserError) as error:
             libero.make(**kwargs)
