@@ -1,4 +1,4 @@
-"""What the scripted experts of robosuite's worlds share: the moves of a hand, and demonstrations made of them.
+"""What the scripted experts of robosuite's worlds share: the moves of a hand, and demonstrations of them.
 
 A move is (way, turn, grip): of the hand, in m and rad along the world's axes, (3,) each, and the gripper's
 command, -1 to open and 1 to close. All follow from the state alone, so that an expert finds back after noise.
@@ -18,8 +18,8 @@ def reach(env, goal, grip, robot=0):
 
 
 def pick(env, goal, geoms, hover=0.08):
-    """-> the next move of a hand that grasps at `goal` (3,) what has the `geoms`: from up to `hover` m above it
-    down, the closer the lower, close; None once it holds them."""
+    """-> the next move of a hand that grasps at `goal` (3,) what has the `geoms`: from up to `hover` m above
+    it down, the closer the lower, close; None once it holds them."""
     move, turn, grip = reach(env, goal, -1.0)
     fingers = env.robots[0].gripper.important_geoms
     if env._check_grasp([fingers["left_finger"], fingers["right_finger"]], geoms):
@@ -42,8 +42,8 @@ def carry(thing, place, high, low):
 
 
 def play(env, seeds, noise):
-    """Worker: episodes of `env.expert()`, its actions executed with noise -> of those that succeed their rows,
-    dicts of what `demonstrations` has columns of."""
+    """Worker: episodes of `env.expert()`, its actions executed with noise -> of those that succeed their
+    rows, dicts of what `demonstrations` has columns of."""
     episodes, discrete = [], hasattr(env.action_space, "n")
     for seed in seeds:
         obs, rows, rng = env.reset(seed=seed)[0], [], np.random.default_rng([7, seed])

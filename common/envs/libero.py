@@ -190,8 +190,8 @@ class LiberoEnv(SharingEnv):
 
     suite: one of `SUITES`. tasks: numbers in the suite, or instructions; default all. split: "train" or
     "eval". protocol: "oft" or "simplevla". cameras: of "agentview" and "wrist". size: of the pictures, 256 in
-    both protocols. horizon: steps, default the protocol's. Raises UserError, in one sentence, for what is unknown,
-    not installed or missing.
+    both protocols. horizon: steps, default the protocol's. Raises UserError, in one sentence, for what is
+    unknown, not installed or missing.
     """
 
     active_dims = np.ones(7, bool)
@@ -283,7 +283,7 @@ class LiberoEnv(SharingEnv):
         model, data, out = self.simulation.model, self.simulation.data, []
         for name in self.cameras:
             camera = data.camera(CAMERAS[name])
-            ways = (np.stack([env.sim.data.body_xpos[env.obj_body_id[thing.name]], place]) - camera.xpos)
+            ways = np.stack([env.sim.data.body_xpos[env.obj_body_id[thing.name]], place]) - camera.xpos
             ways = ways @ camera.xmat.reshape(3, 3)
             tan = np.tan(np.deg2rad(model.camera(CAMERAS[name]).fovy[0]) / 2)
             out.append(ways[:, :2] / ways[:, 2:] / tan)  # x, by the mirror, and y are turned round
@@ -291,8 +291,8 @@ class LiberoEnv(SharingEnv):
         return np.stack(out).astype(np.float32)
 
     def _goal(self):
-        """-> robosuite's environment in its present state, and of the task's goal the predicate, "in" or "on",
-        the object and the place (3,)."""
+        """-> robosuite's environment in its present state, and of the task's goal the predicate, "in" or
+        "on", the object and the place (3,)."""
         simulation = self.turn()
         mujoco.mj_fwdPosition(simulation.model, simulation.data)  # after a step it is of the last substep's
         env = simulation.env
