@@ -59,6 +59,8 @@ class Args(VLAArgs):
     """gradient steps of the grounding stage"""
     grounding_coef: Annotated[NonNegative, Unless("demos")] = 0.1
     """weight of the grounding loss beside the imitation loss"""
+    image_aug: Share = 0.0
+    """the pictures' colours vary in training, by factors in 1 +- this"""
     gradient_steps: PositiveInt = 1000
     """gradient steps of imitation"""
     batch_size: PositiveInt = 128
@@ -185,6 +187,19 @@ def learning_rate_at(step, args):
     done = step - args.grounding_steps
     cosine = 0.5 * (1 + np.cos(np.pi * done / args.gradient_steps))
     return args.learning_rate * cosine * min(1.0, (done + 1) / args.warmup_steps)
+
+
+def jitter_colours(image, strength, generator):
+    """Pictures uint8 (B, ..., 3), each in other colours: contrast about its mean, saturation about its
+    grey and each channel are multiplied by factors uniform in 1 +- strength."""
+    one = [1] * (image.dim() - 2)
+    factors = torch.rand(len(image), *one, 5, generator=generator, device=image.device)
+    contrast, saturation, channels = (1 + strength * (2 * factors - 1)).split([1, 1, 3], -1)
+    mean = image.float().mean(tuple(range(1, image.dim())), keepdim=True)
+    x = mean + contrast * (image - mean)
+    grey = x.mean(-1, keepdim=True)
+    x = grey + saturation * (x - grey)
+    return (x * channels).round().clamp(0, 255).to(torch.uint8)
 
 
 def flow_times(steps):
@@ -588,6 +603,8 @@ def train(args, run):
         source = scenes if grounding else data
         index = torch.randint(len(source["task"]), (args.batch_size,), generator=shuffler).to(device)
         obs = {key: source[key][index.to(source[key].device)] for key in ("image", "proprio", "task")}
+        if args.image_aug:
+            obs["image"] = jitter_colours(obs["image"].to(device), args.image_aug, sampler)
         batch = backbone.preprocess(obs, eval_envs.instructions)
         vision, attention = backbone.encode_vision(batch)
         losses, loss = {}, 0.0

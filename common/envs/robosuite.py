@@ -29,6 +29,7 @@ from common import UserError
 from common.envs import experts, task_chances
 from common.envs.experts import carry, pick, play, reach
 from common.envs.simulation import SharingEnv, Simulation, axis_angle, check_installed, check_memory
+from common.flags import NonNegativeInt
 
 TASKS = {  # arms, steps of an episode, instruction
     "Lift": (1, 200, "lift the cube"),
@@ -65,6 +66,8 @@ class Args:
     """7 numbers an arm, or one of 8 moves"""
     reward: Literal["sparse", "shaped"] = "sparse"
     """1 at success, or robosuite's staged reward less 1 at every step"""
+    horizon: NonNegativeInt = 0
+    """control steps after which an episode ends; 0 for the task's (Lift 200, PickPlaceCan 500)"""
 
     def defaults(self):
         return {"head": "discrete"} if self.actions == "discrete" else {}
@@ -104,11 +107,11 @@ class Task(Simulation):
 
 
 class RobosuiteEnv(SharingEnv):
-    """See the module's docstring. max_steps: default the task's. Raises UserError, one sentence, for what is
-    unknown or not installed."""
+    """See the module's docstring and `Args`. Raises UserError, one sentence, for what is unknown or not
+    installed."""
 
     def __init__(self, tasks=("Lift",), split="train", cameras=("agentview", "wrist"), size=84,
-                 actions="continuous", reward="sparse", max_steps=None):  # fmt: skip
+                 actions="continuous", reward="sparse", horizon=0):  # fmt: skip
         check_installed("robosuite", ("robosuite",))
         self.cameras = () if tuple(cameras) == ("none",) else tuple(cameras)
         for name, values, known in (
@@ -130,10 +133,10 @@ class RobosuiteEnv(SharingEnv):
             raise UserError("--actions discrete moves one arm; two need --actions continuous.")
         if not self.cameras and len(tasks) > 1:
             raise UserError("The states of tasks differ in length: give one of --tasks, or --cameras.")
-        if size < 1 or (max_steps is not None and max_steps < 1):
-            raise UserError(f"size and max_steps must be at least 1, got {size} and {max_steps}.")
+        if size < 1 or horizon < 0:
+            raise UserError(f"size must be at least 1 and horizon 0 or more, got {size} and {horizon}.")
         self.tasks, self.split, self.size, self.discrete = list(tasks), split, size, actions == "discrete"
-        self.shaped, self.max_steps = reward == "shaped", max_steps
+        self.shaped, self.horizon = reward == "shaped", horizon
         self.instructions = [TASKS[task][2] for task in tasks]
         box, width, numbers, spaces = gym.spaces.Box, 8 * self.arms, 7 * self.arms, {}
         if self.cameras:
@@ -149,7 +152,7 @@ class RobosuiteEnv(SharingEnv):
         self.active_dims = np.ones(1 if self.discrete else numbers, bool)
 
     def _enter(self, task):
-        self.task, self.limit = task, self.max_steps or TASKS[self.tasks[task]][1]
+        self.task, self.limit = task, self.horizon or TASKS[self.tasks[task]][1]
         return self.enter(Task, (self.tasks[task], self.shaped))
 
     def reset(self, *, seed=None, options=None):
