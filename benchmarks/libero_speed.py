@@ -45,8 +45,8 @@ def vector(args, num_envs, num_workers, cameras, num_tasks):
     """-> seconds until the first observation, environment steps per second, memory of a worker in GB (its own
     pages), and of the same share of what the workers have in common"""
     rng, start, shape = np.random.default_rng(0), time.perf_counter(), (num_envs, CHUNK, 7)
-    tasks, max_steps = range(num_tasks or 1), None if num_tasks else 10**9
-    kwargs = dict(suite=args.suite, cameras=cameras, tasks=tuple(map(str, tasks)), horizon=max_steps)
+    tasks, horizon = range(num_tasks or 1), 0 if num_tasks else 10**9
+    kwargs = dict(suite=args.suite, cameras=cameras, tasks=tuple(map(str, tasks)), horizon=horizon)
     world = ("libero", libero.__name__, kwargs)
     envs = vectorize(world, num_envs, seed=1, chunk=CHUNK, num_workers=num_workers)
     envs.reset()

@@ -525,7 +525,7 @@ def test_unknown_names_are_told(fake):
         (dict(tasks=("5",)), ("'5'", "0 to 4")),
         (dict(tasks=("open the fridge",)), ("open the fridge", "instructions")),
         (dict(size=0), ("size",)),
-        (dict(horizon=0), ("horizon",)),
+        (dict(horizon=-1), ("horizon",)),
     ):
         with pytest.raises(UserError) as error:
             libero.make(**kwargs)

