@@ -114,7 +114,7 @@ PRESETS = {  # what differs from the defaults, which are tabletop's; flags on th
         head="flow", chunk=5, grounding_steps=0, gradient_steps=30_000, batch_size=32, learning_rate=2.5e-5,
         warmup_steps=1000, flow_steps=10, flow_samples=1, save_freq=1000,
     ),
-    "qwen": dict(  # with adapters
+    "qwen": dict(  # of adapters; not tuned
         chunk=1, grounding_steps=0, eval_envs=16, eval_episodes=50, gradient_steps=10_000, batch_size=16,
         learning_rate=1e-4, warmup_steps=100, save_freq=1000,
     ),

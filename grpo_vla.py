@@ -193,7 +193,7 @@ PRESETS = {  # what differs from the defaults; flags on the command line win
         head="flow", chunk=5, micro_batch_size=32, learning_rate=5e-6, ratio_level="chunk", flow_steps=4,
         noise_level=0.5,
     ),
-    "qwen": dict(  # as PPO's
+    "qwen": dict(  # from PPO's, not tuned
         chunk=1, num_groups=4, num_envs=16, eval_envs=16, eval_episodes=50, micro_batch_size=4,
         learning_rate=3e-5, clip_high=0.2, temperature=1.0, total_timesteps=100_000,
     ),

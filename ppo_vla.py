@@ -173,7 +173,8 @@ PRESETS = {  # what differs from the defaults, which are tabletop's; flags on th
         noise_level=0.5,
     ),
     # A public run's of Qwen2-VL-2B with adapters of rank 16 on robosuite's eight moves: 128 decisions of one
-    # step an iteration. Without its dropout, under which no ratio is 1; its critic had no warm-up.
+    # step an iteration. Without its dropout, under which no ratio is 1; the value head's rate and warm-up are
+    # ours, not tuned.
     "qwen": dict(
         chunk=1, num_envs=16, num_steps=8, eval_envs=16, eval_episodes=50, update_epochs=4, minibatch_size=4,
         micro_batch_size=4, learning_rate=3e-5, value_learning_rate=1e-4, gamma=0.99, clip_high=0.2,
