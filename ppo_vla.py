@@ -146,7 +146,8 @@ class Args(VLAArgs):
             raise UserError(f"--dual-clip must be above 1, or 0 for none, not {self.dual_clip}.")
 
 
-PRESETS = {  # what differs from the defaults, which are tabletop's; flags on the command line win
+PRESETS = {  # what differs from the defaults; flags on the command line win
+    "tabletop": dict(randomize=0.6),
     "libero": dict(
         backbone="openvla", chunk=8, num_envs=32, eval_envs=32, num_steps=32, update_epochs=1,
         minibatch_size=256, micro_batch_size=16, learning_rate=1e-4, gamma=0.99, temperature=1.6,
