@@ -537,7 +537,7 @@ def train(args, run):
     """Make or read the data, ground, imitate, evaluate."""
     eval_envs, device = run.closing(make_envs(args, "eval", args.eval_envs)), run.device
     pictures = "image" in eval_envs.single_observation_space.spaces
-    if not pictures and not args.demos:
+    if not pictures and not (args.demos or args.evaluate):
         raise UserError(f"{args.env} has no pictures to imitate from; give another --env.")
     backbone = load_backbone(args, eval_envs, run, args.batch_size)
     if pictures and not backbone.vision_parameters():
