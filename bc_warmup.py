@@ -59,6 +59,8 @@ class Args(VLAArgs):
     """gradient steps of the grounding stage"""
     grounding_coef: Annotated[NonNegative, Unless("demos")] = 0.1
     """weight of the grounding loss beside the imitation loss"""
+    image_aug: Share = 0.0
+    """the pictures' colours vary in training, by factors in 1 +- this"""
     gradient_steps: PositiveInt = 1000
     """gradient steps of imitation"""
     batch_size: PositiveInt = 128
@@ -101,16 +103,20 @@ class Args(VLAArgs):
 
 
 PRESETS = {  # what differs from the defaults, which are tabletop's; flags on the command line win
-    "libero": dict(
-        backbone="openvla", chunk=8, eval_envs=32, num_demos=50, grounding_steps=0, gradient_steps=10_000,
+    "libero": dict(backbone="openvla", chunk=8, eval_envs=32, num_demos=50, grounding_steps=0),
+    "robosuite": dict(num_demos=100, eval_envs=16, eval_episodes=50),
+    "openvla": dict(
+        lora_modules=("language_model", "projector", "vision"), greedy="mode", gradient_steps=10_000,
         batch_size=16, learning_rate=5e-4, label_sigma=0.0, temperature=1.6, save_freq=1000,
     ),
-    "robosuite": dict(num_demos=100, eval_envs=16, eval_episodes=50),
     "robomimic": dict(eval_envs=16, eval_episodes=50),
-    "openvla": dict(lora_modules=("language_model", "projector", "vision"), greedy="mode"),
     "pi0": dict(  # openpi's
         head="flow", chunk=5, grounding_steps=0, gradient_steps=30_000, batch_size=32, learning_rate=2.5e-5,
         warmup_steps=1000, flow_steps=10, flow_samples=1, save_freq=1000,
+    ),
+    "qwen": dict(  # with adapters
+        chunk=1, grounding_steps=0, eval_envs=16, eval_episodes=50, gradient_steps=10_000, batch_size=16,
+        learning_rate=1e-4, warmup_steps=100, save_freq=1000,
     ),
 }  # fmt: skip
 MAX_WEIGHT = 20.0  # of a step with a large advantage (AWR's)
@@ -188,6 +194,19 @@ def learning_rate_at(step, args):
     return args.learning_rate * cosine * min(1.0, (done + 1) / args.warmup_steps)
 
 
+def jitter_colours(image, strength, generator):
+    """Pictures uint8 (B, ..., 3), each in other colours: contrast about its mean, saturation about its
+    grey and each channel are multiplied by factors uniform in 1 +- strength."""
+    one = [1] * (image.dim() - 2)
+    factors = torch.rand(len(image), *one, 5, generator=generator, device=image.device)
+    contrast, saturation, channels = (1 + strength * (2 * factors - 1)).split([1, 1, 3], -1)
+    mean = image.float().mean(tuple(range(1, image.dim())), keepdim=True)
+    x = mean + contrast * (image - mean)
+    grey = x.mean(-1, keepdim=True)
+    x = grey + saturation * (x - grey)
+    return (x * channels).round().clamp(0, 255).to(torch.uint8)
+
+
 def flow_times(steps):
     """t_k = 1 - k / S, k = 0..S-1: when each denoising step begins. t is 1 at the noise, 0 at the action."""
     return torch.arange(steps, 0, -1) / steps
@@ -252,12 +271,14 @@ class TokenHead(nn.Module):
 class DiscreteHead(TokenHead):
     """A categorical over gymnasium's Discrete(n) for each action of the chunk. Actions are ints (B, K)."""
 
-    def __init__(self, backbone, args, num_actions):
+    def __init__(self, backbone, args, num_actions, names):
         super().__init__(backbone, args)
         self.greedy = "mode"
         self.logits = nn.Linear(backbone.hidden_size, num_actions)
         nn.init.orthogonal_(self.logits.weight, 0.01)
         nn.init.zeros_(self.logits.bias)
+        if names and hasattr(backbone, "embed_words"):  # it begins with what a language model would say
+            self.logits.weight.data.copy_(backbone.embed_words(names))
 
     def forward(self, backbone, action_hidden):
         return self.logits(action_hidden).float() / (self.temperature * self.exploration)  # (B, K, n)
@@ -435,7 +456,8 @@ def make_head(backbone, args, envs):
             f"The backbone {backbone.config['name']!r} emits its tokens in turn; use --head tokens."
         )
     if discrete:
-        return DiscreteHead(backbone, args, int(envs.single_action_space.n))
+        names = getattr(envs, "action_names", None)
+        return DiscreteHead(backbone, args, int(envs.single_action_space.n), names)
     return {"tokens": TokenHead, "gaussian": GaussianHead, "flow": FlowHead}[args.head](backbone, args)
 
 
@@ -539,6 +561,8 @@ def train(args, run):
     pictures = "image" in eval_envs.single_observation_space.spaces
     if not pictures and not (args.demos or args.evaluate):
         raise UserError(f"{args.env} has no pictures to imitate from; give another --env.")
+    if args.image_aug and not pictures:
+        raise UserError(f"--image-aug varies pictures, and --env {args.env} shows none; drop it.")
     backbone = load_backbone(args, eval_envs, run, args.batch_size)
     if pictures and not backbone.vision_parameters():
         raise UserError(
@@ -592,6 +616,8 @@ def train(args, run):
         index = torch.randint(len(source["task"]), (args.batch_size,), generator=shuffler).to(device)
         names = [key for key in ("image", "proprio", "task") if key in source]
         obs = {key: source[key][index.to(source[key].device)] for key in names}
+        if args.image_aug:
+            obs["image"] = jitter_colours(obs["image"].to(device), args.image_aug, sampler)
         batch = backbone.preprocess(obs, eval_envs.instructions)
         vision, attention = backbone.encode_vision(batch)
         losses, loss = {}, 0.0

@@ -193,6 +193,10 @@ PRESETS = {  # what differs from the defaults; flags on the command line win
         head="flow", chunk=5, micro_batch_size=32, learning_rate=5e-6, ratio_level="chunk", flow_steps=4,
         noise_level=0.5,
     ),
+    "qwen": dict(  # as PPO's
+        chunk=1, num_groups=4, num_envs=16, eval_envs=16, eval_episodes=50, micro_batch_size=4,
+        learning_rate=3e-5, clip_high=0.2, temperature=1.0, total_timesteps=100_000,
+    ),
 }  # fmt: skip
 
 
@@ -436,12 +440,14 @@ class TokenHead(nn.Module):
 class DiscreteHead(TokenHead):
     """A categorical over gymnasium's Discrete(n) for each action of the chunk. Actions are ints (B, K)."""
 
-    def __init__(self, backbone, args, num_actions):
+    def __init__(self, backbone, args, num_actions, names):
         super().__init__(backbone, args)
         self.greedy = "mode"
         self.logits = nn.Linear(backbone.hidden_size, num_actions)
         nn.init.orthogonal_(self.logits.weight, 0.01)
         nn.init.zeros_(self.logits.bias)
+        if names and hasattr(backbone, "embed_words"):  # it begins with what a language model would say
+            self.logits.weight.data.copy_(backbone.embed_words(names))
 
     def forward(self, backbone, action_hidden):
         return self.logits(action_hidden).float() / (self.temperature * self.exploration)  # (B, K, n)
@@ -619,7 +625,8 @@ def make_head(backbone, args, envs):
             f"The backbone {backbone.config['name']!r} emits its tokens in turn; use --head tokens."
         )
     if discrete:
-        return DiscreteHead(backbone, args, int(envs.single_action_space.n))
+        names = getattr(envs, "action_names", None)
+        return DiscreteHead(backbone, args, int(envs.single_action_space.n), names)
     return {"tokens": TokenHead, "gaussian": GaussianHead, "flow": FlowHead}[args.head](backbone, args)
 
 

@@ -45,8 +45,8 @@ def vector(args, num_envs, num_workers, cameras, num_tasks):
     """-> seconds until the first observation, environment steps per second, memory of a worker in GB (its own
     pages), and of the same share of what the workers have in common"""
     rng, start, shape = np.random.default_rng(0), time.perf_counter(), (num_envs, CHUNK, 7)
-    tasks, max_steps = range(num_tasks or 1), None if num_tasks else 10**9
-    kwargs = dict(suite=args.suite, cameras=cameras, tasks=tuple(map(str, tasks)), max_steps=max_steps)
+    tasks, horizon = range(num_tasks or 1), 0 if num_tasks else 10**9
+    kwargs = dict(suite=args.suite, cameras=cameras, tasks=tuple(map(str, tasks)), horizon=horizon)
     world = ("libero", libero.__name__, kwargs)
     envs = vectorize(world, num_envs, seed=1, chunk=CHUNK, num_workers=num_workers)
     envs.reset()
@@ -77,7 +77,7 @@ def main(args):
         numbers = f"{steps:.1f} | {began:.1f} | {own:.2f} | {shared:.2f}"
         which = f"{num_tasks}, episodes end" if num_tasks else "0, no end"
         print(f"| {num_envs} | {num_workers} | {', '.join(cameras)} | {which} | {numbers} |", flush=True)
-    env = libero.make(suite=args.suite, tasks=(0,), split="eval", max_steps=10**9)
+    env = libero.make(suite=args.suite, tasks=(0,), split="eval", horizon=10**9)
     rng, seeds = np.random.default_rng(0), itertools.count()
     env.reset(seed=0)
     step = rate(args.seconds / 2, lambda: env.advance(rng.uniform(-0.3, 0.3, 7)))

@@ -2,12 +2,14 @@
 
     python benchmarks/plot.py --collect runs/ppo ppo_1   # -> benchmarks/results/ppo_1.json
     python benchmarks/plot.py                            # benchmarks/curve.png      (pip install matplotlib)
+    python benchmarks/plot.py --splits                   # benchmarks/splits.png, of tabletop's variations
     python benchmarks/plot.py --table                    # the tabletop's runs, in Markdown
     python benchmarks/plot.py --tabletop                 # benchmarks/tabletop.png, a film strip
 
 A file holds the command, the date, the commit of the working tree when it was collected, the run's
-results.json (whose `args`, `versions` and `hardware` say the rest) and its evaluations' curve. Collect a run
-before its folder, or that of the run that it started from, is moved.
+results.json (whose `args`, `versions` and `hardware` say the rest), its evaluations' curve and, of those
+on another split whose folder is called RUN_FOLDER_vision or the like, the success. Collect a run before its
+folder, or that of the run that it started from, is moved.
 """
 
 import argparse
@@ -32,6 +34,7 @@ from common.run import flag, read_flags  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results"
 CURVES = ("eval/success_rate", "eval/mean_reward")  # the first that a run has is its curve
 SEEDS = (8, 4, 6)  # of the film strip: a lift, a put and a move
+SPLITS = ("eval", "vision", "semantics", "execution")  # tabletop's
 
 
 # --- a run -> a text file
@@ -113,9 +116,15 @@ def collect(folder, name, script=None, results=RESULTS):
         line = line.replace(f" --output-dir {shlex.quote(args['output_dir'])}", "")
         line = shlex.join(map(tidy, shlex.split(line)))
         found["args"] = {name: tidy(x) for name, x in found["args"].items()} | {"output_dir": "runs"}
+    content = dict(command=line, date=date, commit=commit(), results=found, curve=curve)
+    for split in SPLITS[1:]:
+        if (file := Path(f"{folder}_{split}") / "results.json").is_file():
+            final = read(file)["final"]
+            shown = {key: final[key] for key in ("episodes", "success_rate", "success_rate_ci95")}
+            content.setdefault("splits", {})[split] = shown
     results.mkdir(exist_ok=True)
     path = results / f"{name}.json"
-    write_results(path, dict(command=line, date=date, commit=commit(), results=found, curve=curve))
+    write_results(path, content)
     return path
 
 
@@ -144,18 +153,59 @@ def lines(results=RESULTS):
     return found
 
 
-def draw(path, results=RESULTS):
-    """Greedy success over environment steps."""
-    found = lines(results)
-    if not found:
-        raise UserError(f"No file in {results} has a curve of tabletop; --collect a run first.")
+def pyplot():
     try:
         import matplotlib
     except ModuleNotFoundError as error:
         raise UserError("The curve is drawn by matplotlib: pip install matplotlib.") from error
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    return importlib.import_module("matplotlib.pyplot")
 
+
+def splits(results=RESULTS):
+    """-> {method: {split: [(success rate, lower and upper end of its interval) of each seed]}} of the runs
+    that were evaluated on the held-out splits too; a file is called METHOD_SEED."""
+    found = {}
+    for path in sorted(results.glob("*.json")):
+        content = json.loads(path.read_text())
+        if "splits" not in content:
+            continue
+        method = found.setdefault(path.stem.rpartition("_")[0], {split: [] for split in SPLITS})
+        for split, success in ({"eval": content["results"]["final"]} | content["splits"]).items():
+            method[split].append((success["success_rate"], *success["success_rate_ci95"]))
+    return found
+
+
+def draw_splits(path, results=RESULTS):
+    """Bars: the seeds' mean success of each method on each split; on them each seed with its interval."""
+    found = splits(results)
+    if not found:
+        raise UserError(f"No file in {results} has the splits of tabletop; --collect such runs first.")
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(9, 3.8), dpi=130)
+    width = 0.8 / len(found)
+    for k, (method, by_split) in enumerate(found.items()):
+        for i, split in enumerate(SPLITS):
+            seeds = 100 * np.array(by_split[split])
+            x = i + (k - (len(found) - 1) / 2) * width
+            axis.bar(x, seeds[:, 0].mean(), 0.9 * width, color=f"C{k}", label=method if i == 0 else None)
+            spread = x + np.linspace(-0.25, 0.25, len(seeds) + 2)[1:-1] * width
+            bars = np.abs(seeds[:, 1:].T - seeds[:, 0])
+            axis.errorbar(spread, seeds[:, 0], bars, fmt=".", color="black", markersize=3, linewidth=0.7)
+    axis.set(ylabel="greedy success, %", ylim=(0, 100), xticks=range(len(SPLITS)), xticklabels=SPLITS)
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.1))
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def draw(path, results=RESULTS):
+    """Greedy success over environment steps."""
+    found = lines(results)
+    if not found:
+        raise UserError(f"No file in {results} has a curve of tabletop; --collect a run first.")
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 3.6), dpi=130)
     for name, style, steps, success in found:
         axis.plot(steps, success, style, marker="o", markersize=3, label=name)
@@ -217,6 +267,7 @@ def main(words=None):
     parser.add_argument("--collect", nargs=2, metavar=("RUN_FOLDER", "NAME"), help="write results/NAME.json")
     parser.add_argument("--script", help="with --collect: the script, where the folder holds no checkpoint")
     parser.add_argument("--table", action="store_true", help="print the runs as a table")
+    parser.add_argument("--splits", action="store_true", help="draw the held-out splits")
     parser.add_argument("--tabletop", action="store_true", help="draw the film strip")
     args = parser.parse_args(words)
     try:
@@ -224,6 +275,8 @@ def main(words=None):
             print(collect(Path(args.collect[0]), args.collect[1], args.script))
         elif args.table:
             print(table())
+        elif args.splits:
+            draw_splits(ROOT / "benchmarks" / "splits.png")
         elif args.tabletop:
             strip(ROOT / "benchmarks" / "tabletop.png")
         else:

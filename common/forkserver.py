@@ -134,7 +134,8 @@ class Process:
             with contextlib.suppress(subprocess.TimeoutExpired):  # dead: the next worker gets a new one
                 self._server.wait(10)
         elif self.is_alive():
-            os.kill(self.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # ended; the word of it is still on its way
+                os.kill(self.pid, signal.SIGKILL)
 
 
 # --------------------------------------------------------------------------------------------- in the server

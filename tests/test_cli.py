@@ -691,11 +691,12 @@ def check_schedules(folder, script, scheduled):
     assert (weights == wanted).all()
 
 
-@pytest.mark.parametrize("at", [2, 6])  # in the grounding stage, in the imitation
-def test_a_stopped_warmup_goes_on_bit_identically(tmp_path, whole, monkeypatch, at):
-    wanted = whole("bc", bc_warmup, BC, "--eval-freq 2")
+# in the grounding stage, in the imitation
+@pytest.mark.parametrize(("at", "flags"), [(2, "--image-aug 0.3"), (6, "")])
+def test_a_stopped_warmup_goes_on_bit_identically(tmp_path, whole, monkeypatch, at, flags):
+    wanted = whole(f"bc{at}", bc_warmup, BC, "--eval-freq 2", flags)
     stopped_by(monkeypatch, bc_warmup, "learning_rate_at", at)
-    done = call(bc_warmup, BC, f"--eval-freq 2 --output-dir {tmp_path} --run-name stopped")
+    done = call(bc_warmup, BC, flags, f"--eval-freq 2 --output-dir {tmp_path} --run-name stopped")
     assert (
         done.code == 128 + signal.SIGINT
         and f"stopped at {at} gradient_steps; go on with: python bc_warmup.py" in done.out

@@ -1,5 +1,6 @@
 """common.envs.vector: the chunk wrapper, the workers and exact resume, on a fake world and on Gymnasium's."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -545,6 +546,22 @@ def test_the_death_of_the_fork_server_is_that_of_its_workers(envs):
         assert e.step(actions(e))[4]["lost"].all()
     assert not {worker.pid for worker in live_workers()} & {*pids} and len(live_workers()) == 2
     assert not e.step(actions(e))[4]["lost"].any()
+
+
+def test_a_kill_that_comes_after_the_end_is_no_error():
+    """The server has seen the end before the parent has read of it: a race that a busy machine loses."""
+    ours, theirs = multiprocessing.Pipe()
+    with ours, theirs:
+        process = forkserver.Process("os", theirs, lambda conn: None, ())
+        while process._read(60) and process._pid is None:
+            continue
+        while Path(f"/proc/{process.pid}").exists():  # a zombie could still be killed
+            time.sleep(0.01)
+        read, process._read = process._read, lambda timeout: False  # the word of the end is still on its way
+        process.kill()
+        process._read = read
+        process.join(60)
+        assert process.exitcode == 0
 
 
 def test_a_world_that_hangs_in_its_import_ends_in_one_sentence(envs, tmp_path, monkeypatch):

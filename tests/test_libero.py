@@ -70,7 +70,7 @@ def test_the_packaged_assets_are_upstreams(assets):
 
 def test_in_a_worker_with_chunks(assets):
     """Two environments of two tasks in one process, chunks of actions, exact resume in another worker."""
-    world = (*WORLD, dict(suite="libero_object", tasks=("0", "5"), split="eval", size=32, max_steps=6))
+    world = (*WORLD, dict(suite="libero_object", tasks=("0", "5"), split="eval", size=32, horizon=6))
     actions = RNG.uniform(-1, 1, (3, 2, 2, 7)).astype(np.float32)
     envs = vectorize(world, 2, seed=0, chunk=2, num_workers=1, autoreset=False)
     first = envs.reset(np.array([0, 1]))
@@ -268,41 +268,17 @@ def env(assets):
     env.close()
 
 
-def expert(env):
-    """Actions that pick the task's object up from above and let it go over the basket."""
-    simulation = env.simulation
-    thing, basket = (simulation.env.obj_body_id[name] for name in simulation.env.obj_of_interest)
-    hand = simulation.robot.eef_site_id
-
-    def move(goal, gripper, steps, tolerance):
-        for _ in range(steps):
-            delta = goal() - simulation.data.site_xpos[hand]
-            if np.abs(delta).max() < tolerance:
-                return
-            yield np.r_[np.clip(delta / 0.05, -1, 1), 0, 0, 0, gripper].astype(np.float32)
-
-    yield from move(lambda: simulation.data.xpos[thing] + [0, 0, 0.15], -1, 40, 0.01)
-    yield from move(lambda: simulation.data.xpos[thing].copy(), -1, 40, 0.006)
-    grasp = simulation.data.site_xpos[hand].copy()
-    yield from move(lambda: grasp, 1, 12, 0)
-    yield from move(lambda: grasp + [0, 0, 0.3], 1, 40, 0.02)
-    yield from move(lambda: np.r_[simulation.data.xpos[basket][:2], grasp[2] + 0.3], 1, 50, 0.02)
-    yield from move(lambda: simulation.data.xpos[basket] + [0, 0, 0.2], 1, 30, 0.02)
-    drop = simulation.data.site_xpos[hand].copy()
-    yield from move(lambda: drop, -1, 30, 0)
-
-
 def write_demonstration(path, env, seed):
     """The expert's episode in the layout of LIBERO's own files -> is it solved, observations."""
     obs, seen, actions, states, robot = env.reset(seed=seed)[0], [], [], [], []
-    for action in expert(env):
+    terminated = truncated = False
+    while not (terminated or truncated):
+        action = env.expert()
         seen.append(obs)
         actions.append(action)
         states.append(physics(env))
         robot.append(np.zeros(9))
         obs, reward, terminated, truncated, info = env.step(action)
-        if terminated or truncated:
-            break
     proprio = np.stack([obs["proprio"] for obs in seen])
     ends = np.r_[np.zeros(len(actions) - 1), 1].astype(np.uint8)
     problem = env.simulation.env.parsed_problem
@@ -337,11 +313,94 @@ def test_expert_demonstrations_and_replay(assets, tmp_path):
         assert np.array_equal(turned, np.stack([obs[key] for obs in seen]))
     assert set(np.unique(demos["actions"][:, 6])) == {-1, 1}
     hands = demos["proprio"][:, 6] - demos["proprio"][:, 7]  # m between the fingers
-    assert hands[0] > 0.04 and hands[40:80].min() < 0.075 and demos["proprio"][40:100, 2].max() > 0.25
+    assert hands[0] > 0.04 and hands[40:80].min() < 0.075 and demos["proprio"][40:100, 2].max() > 0.2
     env.reset(seed=3)
     successes = [env.advance(action)[3]["success"] for action in demos["actions"]]  # rendering nothing
     assert successes == [False] * (len(successes) - 1) + [True]
     env.close()
+
+
+def won(env, seed, noise=0.3):
+    """Whether the expert solves an episode, its actions executed with noise; nothing is rendered."""
+    env.reset(seed=seed)
+    rng, success, truncated = np.random.default_rng(seed), False, False
+    while not (success or truncated):
+        noisy = env.expert() + noise * rng.standard_normal(7) * [1, 1, 1, 0, 0, 0.5, 0]
+        _, success, truncated, _ = env.advance(noisy)
+    return success
+
+
+TASKS = [(suite, task) for suite, tasks in libero.EXPERTS.items() for task in tasks]
+
+
+@pytest.mark.parametrize(("suite", "task"), [("libero_object", 2), ("libero_spatial", 2)])
+def test_the_expert_succeeds(assets, suite, task):
+    """A tall bottle into the basket, and a bowl, wider than the hand, onto the plate."""
+    env = libero.make(suite=suite, tasks=(task,), size=48, horizon=200)
+    assert [won(env, seed) for seed in (0, 1)] == [True, True]
+    env.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("suite", "task"), TASKS)
+def test_the_expert_succeeds_in_eight_of_ten(assets, suite, task):
+    env = libero.make(suite=suite, tasks=(task,), size=48)
+    assert np.mean([won(env, seed) for seed in range(100, 120)]) >= 0.8
+    env.close()
+
+
+def test_demonstrations_are_of_fresh_states_and_succeed_replayed(env, monkeypatch):
+    """Whatever the number of workers."""
+    flags = dict(suite="libero_object", tasks=("0",), size=48, noise=0.2)
+    demos = libero.demonstrations(2, 5, num_workers=2, **flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(libero.Simulation, "begin_fixed", None)
+        patch.setattr(libero.Simulation, "render", lambda *_: np.zeros((48, 48, 3), np.uint8))  # is slow
+        blind = libero.demonstrations(2, 5, num_workers=0, **flags)
+    assert demos.keys() == blind.keys()
+    assert all(demos[key].tobytes() == x.tobytes() for key, x in blind.items() if key != "image")
+    size, starts = len(demos["task"]), demos["episode_starts"]
+    assert starts[0] == 0 and len(starts) == 2 and demos["image"].shape == (size, 1, 48, 48, 3)
+    assert demos["proprio"].shape == (size, 8) and demos["pixels"].shape == (size, 1, 2, 2)
+    assert demos["actions"].dtype == demos["executed"].dtype == demos["pixels"].dtype == np.float32
+    assert np.abs(demos["actions"]).max() <= 1 and not np.array_equal(demos["actions"], demos["executed"])
+    seeds = np.random.default_rng([1, 5]).integers(2**31, size=2)
+    things = (env.simulation.free[:, None] + [0, 1]).flatten()
+    fixed = env.simulation.states[:, 1:][:, things]
+    for seed, start, actions in zip(seeds, starts, np.split(demos["executed"], starts[1:]), strict=True):
+        assert same(env.reset(seed=int(seed))[0], {key: demos[key][start] for key in env.observation_space})
+        assert np.abs(fixed - env.simulation.data.qpos[things]).max(1).min() > 1e-3
+        ends = [env.advance(action)[3]["success"] for action in actions]
+        assert ends == [False] * (len(ends) - 1) + [True]
+
+
+def test_pixels_are_where_the_thing_is_seen(assets):
+    """What changes in the pictures when the thing is taken away; and the basket, out of the hand's sight."""
+    env = libero.make(suite="libero_object", tasks=(0,), cameras=("agentview", "wrist"), size=48)
+    env.reset(seed=0)
+    for _ in range(30):
+        env.advance(env.expert())
+    env.expert()  # computes the state as it is now
+    simulation = env.simulation
+    simulation.seen = simulation.data.qpos.copy(), simulation.seen[1]
+    pixels, before = env.pixels(), env.observe()["image"].astype(int)
+    thing = simulation.env.objects_dict[simulation.env.obj_of_interest[0]]
+    simulation.seen[0][simulation.model.joint(thing.joints[0]).qposadr[0] + 2] += 9
+    gone = np.abs(env.observe()["image"] - before).sum(-1) > 30
+    for there, (x, y) in zip(gone, pixels[:, 0], strict=True):
+        rows, columns = np.nonzero(there)
+        assert len(rows) > 5
+        np.testing.assert_allclose([x, y], [columns.mean() / 24 - 1, rows.mean() / 24 - 1], atol=0.12)
+    assert np.isfinite(pixels[0, 1]).all() and np.isnan(pixels[1, 1]).all()
+    env.close()
+
+
+def test_tasks_without_an_expert_are_told(fake):
+    known = "--tasks libero_object 0 1 2 3 4 5 6 7 8 9; libero_spatial 0 1 2 3 5 6 7 8"
+    for suite, task in (("libero_spatial", 4), ("libero_goal", 0)):
+        env = libero.make(suite=suite, tasks=(task,))
+        with pytest.raises(UserError, match=f"{suite} has no scripted expert for task {task}; .*{known}"):
+            env.expert()
 
 
 def test_actions_and_gripper_have_the_documented_sign_and_scale(env):
@@ -380,7 +439,7 @@ def test_training_states_are_fresh_and_repeatable(env):
 
 
 def test_time_limit_video_and_spaces(env):
-    limited = libero.make(suite="libero_object", tasks=(0,), size=48, max_steps=3)
+    limited = libero.make(suite="libero_object", tasks=(0,), size=48, horizon=3)
     obs, _ = limited.reset(seed=0)
     assert limited.observation_space.contains(obs) and obs["task"] == 0
     ends = [limited.advance(np.zeros(7))[1:3] for _ in range(3)]
@@ -466,7 +525,7 @@ def test_unknown_names_are_told(fake):
         (dict(tasks=("5",)), ("'5'", "0 to 4")),
         (dict(tasks=("open the fridge",)), ("open the fridge", "instructions")),
         (dict(size=0), ("size",)),
-        (dict(max_steps=0), ("max_steps",)),
+        (dict(horizon=-1), ("horizon",)),
     ):
         with pytest.raises(UserError) as error:
             libero.make(**kwargs)

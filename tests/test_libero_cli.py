@@ -159,3 +159,21 @@ def test_wrong_input_ends_in_one_sentence(tmp_path, base, flags, said):
     flags = f"{base} --tasks 5 --eval-envs 1 {flags} --output-dir {tmp_path} --run-name bad"
     done = call(ppo_vla, flags)
     assert done.code == 2 and said in done.err and done.err.count("\n") == 1, done
+
+
+def test_a_small_policy_from_scripted_demonstrations(assets, tmp_path, monkeypatch):
+    """bc_warmup.py makes them, ppo_vla.py goes on from it in small pictures and short episodes."""
+    monkeypatch.undo()  # the whole episode, and its own success
+    flags = "--env libero --suite libero_object --tasks 0 --cameras wrist --size 32 --device cpu --seed 3"
+    flags += f" --eval-episodes 1 --eval-envs 1 --num-workers 0 --output-dir {tmp_path} --minibatch-size 4"
+    warmup, ppo = flags.replace("--minibatch-size", "--batch-size"), "--temperature 1 --critic-warmup 0"
+    said = run(
+        bc_warmup, warmup, "--backbone tiny --horizon 120 --num-demos 1 --gradient-steps 3 --warmup-steps 1",
+        "--demo-noise 0.1 --run-name warmup",
+    ).out  # fmt: skip
+    assert "making 1 demonstrations" in said and "loss/grounding" in scalars(tmp_path / "warmup")
+    ppo += " --horizon 24 --num-envs 2 --num-steps 2 --total-timesteps 60 --run-name ppo"
+    run(ppo_vla, flags, f"--checkpoint {tmp_path}/warmup", ppo)
+    found = results(tmp_path / "ppo")
+    assert found["environment_steps"] >= 60 and found["final"]["mean_length"] == 24
+    assert found["args"]["horizon"] == 24 and found["args"]["size"] == 32

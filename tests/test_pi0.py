@@ -483,11 +483,11 @@ def test_too_little_memory_is_said_before_loading(whole, published, monkeypatch)
     weights, update = pi0.memory_needed(whole.pi0, torch.bfloat16, 32, 0, 2, 4)
     assert weights == 2 * 2_923_335_408 + 4 * 314_713_120 and 12e9 < update < 20e9
     assert pi0.memory_needed(whole.pi0, torch.bfloat16, 32, 32, 2, 4)[1] < update - 3e9
-    monkeypatch.setattr(pi0, "available_memory", lambda: weights + update - 1)
+    monkeypatch.setattr("common.backbones.available_memory", lambda: weights + update - 1)
     said = "needs 7.1 GB for its weights and 16.3 GB for an update.* --lora-rank 32, a smaller"
     with pytest.raises(UserError, match=said):
         pi0.check_memory("x", torch.device("cpu"), weights, update)
-    monkeypatch.setattr(pi0, "available_memory", lambda: 10_000)
+    monkeypatch.setattr("common.backbones.available_memory", lambda: 10_000)
     monkeypatch.setattr(pi0, "load", lambda *_: pytest.fail("a download"))
     with pytest.raises(UserError, match="GB free; use another device, or --backbone tiny"):
         load(published)

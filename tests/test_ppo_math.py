@@ -586,6 +586,26 @@ def test_grounding_loss_at_the_rim_and_without_targets():
     assert none.item() == 0 and not attention.grad.any()
 
 
+def test_colours_vary_within_their_bounds_and_a_picture_alike():
+    """Against a loop over the pictures."""
+    images = torch.as_tensor(rng_of(0).integers(90, 160, (3, 2, 4, 4, 3)), dtype=torch.uint8)
+    found = bc_warmup.jitter_colours(images, 0.2, torch.Generator().manual_seed(5))
+    factors = 1 + 0.2 * (2 * torch.rand(3, 5, generator=torch.Generator().manual_seed(5)).double() - 1)
+    assert found.dtype == torch.uint8 and factors.min() > 0.8 and factors.max() < 1.2
+    for image, factor, it in zip(images.double(), factors, found, strict=True):
+        contrast = image.mean() + factor[0] * (image - image.mean())
+        saturated = torch.empty_like(image)
+        for channel in range(3):
+            grey = (contrast[..., 0] + contrast[..., 1] + contrast[..., 2]) / 3
+            saturated[..., channel] = (grey + factor[1] * (contrast[..., channel] - grey)) * factor[
+                2 + channel
+            ]
+        assert (it.double() - saturated).abs().max() <= 0.5 + 1e-3
+    assert torch.equal(bc_warmup.jitter_colours(images, 0.0, torch.Generator()), images)
+    ends = torch.tensor([0, 255], dtype=torch.uint8).repeat(3, 4, 6).view(3, 1, 4, 4, 3)
+    assert {0, 255} <= set(bc_warmup.jitter_colours(ends, 1.0, torch.Generator()).unique().tolist())
+
+
 def test_learning_rate_schedule():
     args = SimpleNamespace(grounding_steps=100, gradient_steps=1000, warmup_steps=20, learning_rate=0.5)
     at = [bc_warmup.learning_rate_at(step, args) for step in range(1101)]

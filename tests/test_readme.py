@@ -64,6 +64,7 @@ def parse(command, monkeypatch):
     elif name == "benchmarks/plot.py":
         monkeypatch.setattr(plot, "collect", lambda folder, name, script: folder)
         monkeypatch.setattr(plot, "draw", lambda path: None)
+        monkeypatch.setattr(plot, "draw_splits", lambda path: None)
         plot.main(words)
     elif "/" not in name:
         module = importlib.import_module(script)
@@ -207,6 +208,27 @@ def test_the_curve_is_drawn(tmp_path):
     plot.collect(made_up(tmp_path, "ppo", "ppo_vla"), "ppo_1", results=tmp_path / "results")
     plot.draw(tmp_path / "curve.png", tmp_path / "results")
     assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_held_out_splits_are_collected_and_drawn(tmp_path):
+    results = tmp_path / "results"
+    for seed in ("1", "2"):
+        run = made_up(tmp_path, f"ppo_{seed}", "ppo_vla")
+        for split in plot.SPLITS[1:]:
+            folder = tmp_path / "out" / f"ppo_{seed}_{split}"
+            folder.mkdir()
+            final = FINAL | {"success_rate": 0.5} if split == "vision" else FINAL
+            (folder / "results.json").write_text(json.dumps({"final": final}))
+        plot.collect(run, f"ppo_{seed}", results=results)
+    plot.collect(made_up(tmp_path, "alone", "ppo_vla"), "alone_1", results=results)
+    assert json.loads((results / "ppo_2.json").read_text())["splits"]["vision"] == {
+        "episodes": 200, "success_rate": 0.5, "success_rate_ci95": [0.69, 0.8],
+    }  # fmt: skip
+    expected = {split: [(0.5 if split == "vision" else 0.75, 0.69, 0.8)] * 2 for split in plot.SPLITS}
+    assert plot.splits(results) == {"ppo": expected}
+    pytest.importorskip("matplotlib")
+    plot.draw_splits(tmp_path / "splits.png", results)
+    assert (tmp_path / "splits.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_an_evaluation_and_a_run_from_states_are_collected(tmp_path):

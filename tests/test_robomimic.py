@@ -257,7 +257,7 @@ def test_keys_and_cameras_are_the_files_or_those_asked_for(file):
     assert set(states) == {"proprio"} and turned.limit == 9
     assert np.array_equal(states["proprio"][:2], obs["proprio"][7:]) and states["proprio"].shape == (12,)
     name(file, json.dumps(env_args()))
-    assert world.make(file=str(file)).max_steps == 400
+    assert world.make(file=str(file)).horizon == 400
     assert env.instructions == ["lift the cube"]
     for each in (env, turned):
         each.close()

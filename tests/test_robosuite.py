@@ -84,7 +84,7 @@ def test_it_is_the_stock_loop_bit_for_bit(make, task):
 
 @pytest.mark.parametrize("task", world.TASKS)
 def test_every_task_is_made_and_seeded(make, task):
-    env = make(task, cameras=("none",), max_steps=3)
+    env = make(task, cameras=("none",), horizon=3)
     first, again = env.reset(seed=5)[0], env.reset(seed=5)[0]
     assert env.observation_space.contains(first) and np.array_equal(first["proprio"], again["proprio"])
     assert not np.array_equal(first["proprio"], env.reset(seed=6)[0]["proprio"])
@@ -194,7 +194,7 @@ def test_eight_moves(make):
     ],
 )
 def test_experts_succeed_on_evaluations_layouts(make, task, actions, steps):
-    env = make(task, actions=actions, split="eval", cameras=("none",), max_steps=steps)
+    env = make(task, actions=actions, split="eval", cameras=("none",), horizon=steps)
     won = 0
     for seed in range(3):
         env.reset(seed=seed)
@@ -230,7 +230,7 @@ def test_demonstrations_whatever_the_number_of_workers():
         (dict(tasks=("Lift", "TwoArmLift")), "Lift and TwoArmLift are not all of one arm, or of two"),
         (dict(tasks=("Lift", "Door"), cameras=("none",)), "The states of tasks differ in length"),
         (dict(tasks=("TwoArmLift",), actions="discrete"), "moves one arm; two need --actions continuous"),
-        (dict(size=0), "size and max_steps must be at least 1, got 0"),
+        (dict(size=0), "size must be at least 1 and horizon 0 or more, got 0"),
     ],
 )
 def test_wrong_arguments_end_in_one_sentence(kwargs, sentence):

@@ -84,11 +84,10 @@ def test_worlds_and_models_bring_their_own_flags_and_no_others(capsys):
     )
     assert read(ppo_vla, "--env libero --device cpu --suite libero_90").eval_episodes == 50 * 90
     assert read(ppo_vla, "--env libero --device cpu --eval-episodes 7").eval_episodes == 7
-    assert read(bc_warmup, "--env libero --device cpu").lora_modules == (
-        "language_model",
-        "projector",
-        "vision",
-    )
+    large, small = (read(bc_warmup, f"--env libero --device cpu {x}") for x in ("", "--backbone tiny"))
+    assert large.lora_modules == ("language_model", "projector", "vision")
+    assert (large.num_demos, large.batch_size) == (small.num_demos, 16) == (50, 16)
+    assert (small.batch_size, small.label_sigma) == (bc_warmup.Args.batch_size, 3.0)
     for script, text in (
         (ppo_vla, "--suite libero_90"),
         (ppo_vla, "--env CartPole-v1 --tasks lift"),

@@ -245,7 +245,11 @@ def test_the_detector_lets_the_rest_alone(fine):
 def test_every_world_and_model_has_its_file():
     """The tables name modules, and these are all files of their folders but those that are of no world."""
     for table, folder, rest in (
-        ({**WORLDS, "gymnasium": GYMNASIUM}, "envs", {"vector", "simulation", "jobs", "to_robomimic"}),
+        (
+            {**WORLDS, "gymnasium": GYMNASIUM},
+            "envs",
+            {"vector", "simulation", "jobs", "experts", "to_robomimic"},
+        ),
         (BACKBONES, "backbones", set()),
     ):
         stems = {path.stem for path in (ROOT / "common" / folder).glob("*.py")} - {"__init__"} - rest

@@ -24,21 +24,28 @@ there, is the prompts'; names that PPO and GRPO give to their own columns are re
 that `build_backbone(**config)` rebuilds: a vocabulary made from `instructions` belongs there), `lora_targets`
 (a regular expression of module names, or None), `has_attention` (encode_vision returns attention logits and
 not None), `own_critic` (prompt_hidden comes from parameters that no action depends on) and `has_files` (the
-base's weights are in files of their own, which no checkpoint repeats beside adapters). An autoregressive one
+base's weights are in files of their own, and no checkpoint repeats them while they are frozen: True for all,
+or how the names of those that are begin, a tuple). The last of `proprio`'s numbers are args.action_history
+past actions, oldest first. An autoregressive one
 emits its tokens in turn: forward conditions on `actions`, and generate(batch, draw, vision=None) samples
 them. One with an `action_head` that is not None has action_mean(action_hidden) -> (B, K*A), the trained
 continuous actions. One with a trained flow (its `action_hidden` may be of any kind that has a length, B) has
 velocity(action_hidden, x, t) -> as x, where x is (B, n) and t () or (B,), or (B, P, n) and (B, P), and
 `flow_shape`, the chunk that it denoises, n numbers as (actions, numbers of one): the first K and A are
 executed. One with the flag --merge-and-save has save_merged(folder) and check_merge_target(folder).
-`lora_alpha`, where there is one, is new adapters' (else twice the rank). A large one has layers() -> list,
+`lora_alpha`, where there is one, is new adapters' (else twice the rank); `new_parts`, a list of modules
+and parameters that are in no file of the base, train beside adapters. A language model has
+embed_words(words) -> (n, D), with which a head over n named actions starts: its logits are then what the
+model would say. A large one has layers() -> list,
 the modules, each of which runs by its __call__, whose weights torchrun's processes gather one after another
 where they train all. To copy: `mlp.py`, `tiny.py`.
 """
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,12 +59,15 @@ from common import UserError, distributed, say
 from common.checkpoint import atomic_path, check_kinds, readable
 from common.evaluation import evaluate
 from common.flags import NonNegativeInt
+from common.memory import available_memory
 
 BACKBONES = {
     "tiny": "common.backbones.tiny",
     "mlp": "common.backbones.mlp",
     "openvla": "common.backbones.openvla",
     "pi0": "common.backbones.pi0",
+    "qwen": "common.backbones.qwen",
+    "dinobert": "common.backbones.dinobert",
 }
 LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "rank_pattern")
 LORA += ("alpha_pattern", "bias")  # what an adapter's function depends on
@@ -90,6 +100,21 @@ def family_of(name):
         if getattr(importlib.import_module(file), "owns", lambda path: False)(name):
             return family
     return "openvla"
+
+
+def kind_of(path):
+    """What a checkpoint's folder says of itself in its config.json, or a hub id in its name, in lower case;
+    nothing where it says nothing."""
+    file = Path(path) / "config.json"
+    if not Path(path).is_dir():
+        return Path(path).name.lower()
+    if not file.is_file():  # a pipe would be waited for
+        return ""
+    try:
+        published = json.loads(file.read_text())
+        return str(published.get("type") or published.get("model_type")).lower()
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return ""
 
 
 def model_module(name):
@@ -180,8 +205,8 @@ def load_weights(agent, args, run, new=(), train_vision=None):
             missing, unexpected = agent.load_state_dict(weights, strict=False)
         missing = [name for name in missing if not name.startswith(new)]
         backbone.moved = {name.replace(".base_layer", "") for name in weights}
-        if backbone.has_files:  # the rest of the base is in them
-            missing = [name for name in missing if "lora_" in name or not name.startswith("backbone.")]
+        if files := in_files(backbone):  # the rest of the base
+            missing = [name for name in missing if "lora_" in name or not name.startswith(files)]
         if missing or unexpected:
             names = ", ".join((*missing, *unexpected)[:4])
             raise UserError(f"The checkpoint's tensors do not fit this agent ({names}); give its own flags.")
@@ -198,6 +223,7 @@ def load_weights(agent, args, run, new=(), train_vision=None):
         for parameter in backbone.vision_parameters():
             parameter.requires_grad_(False)
         blind = model_module(args.backbone).FROM_SCRATCH and not saved and backbone.vision_parameters()
+        blind = blind and not backbone.has_files
         if blind and not run.rank:
             say(
                 "warning: the policy starts at random weights, and its eye stays so; "
@@ -206,13 +232,17 @@ def load_weights(agent, args, run, new=(), train_vision=None):
     agent.to(run.device)
 
 
+def in_files(backbone):
+    """How the names in an agent begin of the weights that are in files of the backbone's own."""
+    files = ("",) if backbone.has_files is True else backbone.has_files or ()
+    return tuple(f"backbone.{name}" for name in files)
+
+
 def stored_weights(agent):
     """What a checkpoint holds of `agent.backbone` and its heads: all adapters, and all weights but those that
     are in the base's own files as they are, for they are frozen and came from no other checkpoint."""
     weights, backbone = agent.state_dict(), agent.backbone
-    if not backbone.has_files:
-        return weights
-    frozen = {f"backbone.{name}" for name in backbone.state_dict() if "lora_" not in name}
+    frozen = {name for name in weights if name.startswith(in_files(backbone)) and "lora_" not in name}
     frozen -= {f"backbone.{name}" for name, p in backbone.named_parameters() if p.requires_grad}
     frozen = {name for name in frozen if name.replace(".base_layer", "") not in backbone.moved}
     return {name: x for name, x in weights.items() if name not in frozen}
@@ -272,6 +302,8 @@ def inject_lora(backbone, config):
     for name, parameter in backbone.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()  # Adam's small steps would be lost in bfloat16
+    for part in getattr(backbone, "new_parts", ()):  # frozen, they would stay random
+        part.requires_grad_(True)
     for module in backbone.modules():
         if isinstance(module, peft().tuners.tuners_utils.BaseTunerLayer):
             module.cast_input_dtype_enabled = False  # the backbone's autocast does it once
@@ -286,8 +318,9 @@ def find_checkpoint(path):
         return folder
     if path.count("/") != 1 or path[0] in "./~":
         raise UserError(f"{path} does not exist; give a checkpoint's folder or a hub id.")
+    others = ["*/*", "*.bin", "*.h5", "*.msgpack", "*.onnx", "*.ot"]  # the weights once more
     try:
-        return Path(huggingface_hub.snapshot_download(path, ignore_patterns=["*/*", "*.bin"]))
+        return Path(huggingface_hub.snapshot_download(path, ignore_patterns=others))
     except huggingface_hub.errors.LocalEntryNotFoundError as error:
         raise UserError(
             f"{path} is neither a folder nor, complete, in the hub's cache, and the hub cannot be reached; "
@@ -312,6 +345,52 @@ def intact(file):
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{file} is missing, truncated or damaged ({reason}): download it again.") from error
+
+
+def read_weights(Model, path, folder, config, dtype, missing=(), unexpected=(), **options):
+    """transformers' class `Model` of `config` with the weights in `folder`, rounded to `dtype`. UserError for
+    damaged files, and for tensors that do not fit, but for those that may be missing or unexpected (None:
+    any may be, as heads of another use)."""
+    from transformers.utils import logging  # whose import takes seconds
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # what does not fit is told below
+    logging.disable_progress_bar()
+    with intact(folder):
+        model, report = Model.from_pretrained(
+            folder, config=config, dtype=getattr(torch, dtype), output_loading_info=True,
+            ignore_mismatched_sizes=True, use_safetensors=True, **options,
+        )  # fmt: skip
+    logging.set_verbosity(level)
+    wrong = {key[0] for key in report["mismatched_keys"]} | set(report["missing_keys"]) - set(missing)
+    wrong |= set(report["unexpected_keys"]) - set(unexpected) if unexpected is not None else set()
+    if wrong:
+        names = ", ".join(sorted(wrong)[:3])
+        raise UserError(f"{path} has {len(wrong)} tensors that do not fit, such as {names}.")
+    return model
+
+
+def check_memory(path, device, weights, update, smaller="--lora-rank 32"):
+    """UserError if `device` has too little free memory for the weights, or for an update (0 for none), which
+    `smaller` would shrink."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    if weights + update > free:
+        needs = f"{weights / 1e9:.1f} GB for its weights"
+        needs += f" and {update / 1e9:.1f} GB for an update" if update else ""
+        hints = f"{smaller}, a smaller --micro-batch-size (bc_warmup.py: --batch-size), "
+        hints = hints if update and weights < free else ""
+        raise UserError(
+            f"{path} needs {needs}, and {device} has {free / 1e9:.1f} GB free; use {hints}another device, or "
+            "--backbone tiny."
+        )
+
+
+def fingerprint(model):
+    """A few numbers of every weight, by which an adapter knows its base."""
+    digest = hashlib.sha256()
+    for tensor in model.parameters():
+        digest.update(tensor.detach().flatten()[:8].cpu().bfloat16().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def save_adapter(backbone, folder):

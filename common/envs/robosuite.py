@@ -19,7 +19,6 @@ What an episode draws follows from `[split, seed]`. What robosuite draws when it
 size, Handover's hammer) is drawn once, and the same everywhere.
 """
 
-import itertools
 import json
 from dataclasses import dataclass
 from typing import Literal
@@ -28,9 +27,10 @@ import gymnasium as gym
 import numpy as np
 
 from common import UserError
-from common.envs import task_chances
-from common.envs.jobs import in_parallel
+from common.envs import experts, task_chances
+from common.envs.experts import carry, pick, play, reach
 from common.envs.simulation import SharingEnv, Simulation, axis_angle, check_installed, check_memory
+from common.flags import NonNegativeInt
 
 TASKS = {  # arms, steps of an episode, instruction
     "Lift": (1, 200, "lift the cube"),
@@ -50,6 +50,7 @@ CAMERAS = {name: name for name in ("agentview", "frontview", "birdview", "sidevi
 CAMERAS |= {f"wrist{k}": f"robot{k}_eye_in_hand" for k in ("0", "1")} | {"wrist": "robot0_eye_in_hand"}
 DEMO_KEYS = {name: f"{camera}_image" for name, camera in CAMERAS.items()}
 SPLITS = ("train", "eval")
+MOVES = ("forward", "backward", "left", "right", "up", "down", "close", "open")
 DISCRETE = 0.4 * np.array([[1, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0], [0, 0, 1], [0, 0, -1]])  # 1 = 5 cm
 
 
@@ -69,6 +70,8 @@ class Args:
     """7 numbers an arm, or one of 8 moves"""
     reward: Literal["sparse", "shaped"] = "sparse"
     """1 at success, or robosuite's staged reward less 1 at every step"""
+    horizon: NonNegativeInt = 0
+    """control steps after which an episode ends; 0 for the task's (Lift 200, PickPlaceCan 500)"""
 
     def defaults(self):
         return {"head": "discrete"} if self.actions == "discrete" else {}
@@ -108,11 +111,11 @@ class Task(Simulation):
 
 
 class RobosuiteEnv(SharingEnv):
-    """See the module's docstring. max_steps: default the task's. named: of `Task`. Raises UserError, one
-    sentence, for what is unknown or not installed."""
+    """See the module's docstring and `Args`; named: of `Task`. Raises UserError, one sentence, for what is
+    unknown or not installed."""
 
     def __init__(self, tasks=("Lift",), split="train", cameras=("agentview", "wrist"), size=84,
-                 actions="continuous", reward="sparse", max_steps=None, named="{}"):  # fmt: skip
+                 actions="continuous", reward="sparse", horizon=0, named="{}"):  # fmt: skip
         check_installed("robosuite", ("robosuite",))
         self.cameras = () if tuple(cameras) == ("none",) else tuple(cameras)
         for name, values, known in (
@@ -134,10 +137,10 @@ class RobosuiteEnv(SharingEnv):
             raise UserError("--actions discrete moves one arm; two need --actions continuous.")
         if not self.cameras and len(tasks) > 1:
             raise UserError("The states of tasks differ in length: give one of --tasks, or --cameras.")
-        if size < 1 or (max_steps is not None and max_steps < 1):
-            raise UserError(f"size and max_steps must be at least 1, got {size} and {max_steps}.")
+        if size < 1 or horizon < 0:
+            raise UserError(f"size must be at least 1 and horizon 0 or more, got {size} and {horizon}.")
         self.tasks, self.split, self.size, self.discrete = list(tasks), split, size, actions == "discrete"
-        self.shaped, self.max_steps, self.named = reward == "shaped", max_steps, named
+        self.shaped, self.horizon, self.named = reward == "shaped", horizon, named
         self.instructions = [TASKS[task][2] for task in tasks]
         box, width, numbers, spaces = gym.spaces.Box, 8 * self.arms, 7 * self.arms, {}
         if self.cameras:
@@ -151,9 +154,10 @@ class RobosuiteEnv(SharingEnv):
         self.observation_space = gym.spaces.Dict(spaces)
         self.action_space = gym.spaces.Discrete(8) if self.discrete else box(-1, 1, (numbers,), np.float32)
         self.active_dims = np.ones(1 if self.discrete else numbers, bool)
+        self.action_names = MOVES if self.discrete else None
 
     def _enter(self, task):
-        self.task, self.limit = task, self.max_steps or TASKS[self.tasks[task]][1]
+        self.task, self.limit = task, self.horizon or TASKS[self.tasks[task]][1]
         return self.enter(Task, (self.tasks[task], self.shaped, self.named))
 
     def reset(self, *, seed=None, options=None):
@@ -223,41 +227,19 @@ class RobosuiteEnv(SharingEnv):
 # --- demonstrations
 
 
-def _reach(env, goal, grip, robot=0):
-    """-> the way from a hand to `goal` (3,) in m, no turn, and the gripper's command."""
-    return goal - env.sim.data.site_xpos[env.robots[robot].eef_site_id], np.zeros(3), grip
-
-
-def _pick(env, thing, geoms):
-    """-> the next move of a hand that grasps what is at `thing` (3,): above it, down, close; None once it
-    holds it."""
-    move, turn, grip = _reach(env, thing, -1.0)
-    if env._check_grasp(env.robots[0].gripper, geoms):
-        return None
-    if np.hypot(*move[:2]) > 0.02:
-        move[2] = max(move[2] + 0.08, 0.0)
-    elif abs(move[2]) < 0.015:
-        grip, move = 1.0, move * 0
-    return [(move, turn, grip)]
-
-
 def _lift(env):
     cube = env.sim.data.body_xpos[env.cube_body_id]
-    return _pick(env, cube, env.cube) or [_reach(env, cube + [0, 0, 0.1], 1.0)]
+    return [pick(env, cube, env.cube) or reach(env, cube + [0, 0, 0.1], 1.0)]
 
 
 def _can(env):
     can = env.sim.data.body_xpos[env.obj_body_id["Can"]]
     hand = env.sim.data.site_xpos[env.robots[0].eef_site_id]
-    place = env.target_bin_placements[env.object_id]
     if not env.not_in_bin(can, env.object_id):  # let go, then up
         held = env._check_grasp(env.robots[0].gripper, env.objects[env.object_id])
-        return [_reach(env, hand + [0, 0, 0.0 if held else 0.1], -1.0)]
-    if pick := _pick(env, can, env.objects[env.object_id]):
-        return pick
-    over = np.hypot(*(place - can)[:2]) < 0.05
-    goal = np.r_[place[:2] if can[2] > 1.0 or over else hand[:2], place[2] + (0.1 if over else 0.3)]
-    return [_reach(env, goal, 1.0)]
+        return [reach(env, hand + [0, 0, 0.0 if held else 0.1], -1.0)]
+    place = env.target_bin_placements[env.object_id]
+    return [pick(env, can, env.objects[env.object_id]) or carry(can, place, 0.3, 0.1)]
 
 
 def _pot(env):
@@ -266,7 +248,7 @@ def _pot(env):
     along = (env._handle0_xpos - env._handle1_xpos) / np.linalg.norm(env._handle0_xpos - env._handle1_xpos)
     for k, (handle, side) in enumerate([(env._handle0_xpos, 1), (env._handle1_xpos, -1)]):
         goal = handle - side * 0.035 * along + side * 0.035 * np.array([-along[1], along[0], 0])
-        move, turn, grip = _reach(env, goal, -1.0, k)
+        move, turn, grip = reach(env, goal, -1.0, k)
         axis = env.sim.data.site_xmat[env.robots[k].eef_site_id].reshape(3, 3)[:, 1]  # across its fingers
         angle = np.arctan2(along[1], along[0]) - np.arctan2(axis[1], axis[0])
         turn[2] = (angle + np.pi / 2) % np.pi - np.pi / 2
@@ -285,41 +267,12 @@ EXPERTS = {"Lift": _lift, "PickPlaceCan": _can, "TwoArmLift": _pot}
 make = RobosuiteEnv
 
 
-def expert_episode(env, seed, noise, seen):
-    """The expert's episode on layout `seed`, its actions executed with noise -> rows (*seen(obs), action,
-    executed), success."""
-    obs, rows, rng = env.reset(seed=seed)[0], [], np.random.default_rng([7, seed])
-    success = truncated = False
-    while not (success or truncated):
-        action = executed = env.expert()
-        if env.discrete:
-            executed = int(rng.integers(6)) if rng.random() < noise else action
-        elif noise:
-            scale = np.tile([1, 1, 1, 0, 0, 0.5, 0], env.arms)
-            executed = action + noise * scale * rng.standard_normal(len(action))
-            executed = executed.clip(-1, 1).astype(np.float32)
-        rows.append((*seen(obs), action, executed))
-        obs, _, success, truncated, _ = env.step(executed)
-    return rows, success
-
-
 def _demonstrate(job):
-    """Worker: of the episodes that succeed their rows (image, proprio, task, action, executed)."""
-    (seeds, noise, kwargs), names = job, ("image", "proprio", "task")
-    env = make(**kwargs)
-    episodes = [expert_episode(env, seed, noise, lambda obs: [obs[k] for k in names]) for seed in seeds]
-    env.close()
-    return [rows for rows, success in episodes if success]
+    seeds, noise, kwargs = job
+    return play(make(**kwargs), seeds, noise)
 
 
 def demonstrations(num_episodes, seed, num_workers=None, noise=0.3, **kwargs):
     """Successful episodes of the scripted expert, as in the contract of `common/envs/__init__.py`. noise: the
     standard deviation on moves and turn, or, of discrete actions, how often a random move is made instead."""
-    seeds = np.random.default_rng([1, seed]).integers(2**31, size=num_episodes)
-    episodes = in_parallel(_demonstrate, seeds, num_workers, noise, kwargs)
-    if not episodes:
-        raise UserError(f"The expert succeeded in none of {num_episodes} episodes; use less --demo-noise.")
-    names, rows = ("image", "proprio", "task", "actions", "executed"), itertools.chain(*episodes)
-    columns = dict(zip(names, map(np.stack, zip(*rows, strict=True)), strict=True))
-    starts = np.cumsum([0, *map(len, episodes[:-1])])
-    return columns | {"episode_starts": starts.astype(np.int64)}
+    return experts.demonstrations(_demonstrate, num_episodes, seed, num_workers, noise, kwargs)

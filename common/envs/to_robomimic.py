@@ -23,17 +23,9 @@ import tyro
 from common import UserError, say
 from common.checkpoint import CheckpointError
 from common.datasets import append_rows, demonstrations_file
+from common.envs.experts import episode
 from common.envs.robomimic import STEPS, named_environment
-from common.envs.robosuite import (
-    CAMERAS,
-    DEMO_KEYS,
-    DEMO_TASKS,
-    EXPERTS,
-    TASKS,
-    RobosuiteEnv,
-    Task,
-    expert_episode,
-)
+from common.envs.robosuite import CAMERAS, DEMO_KEYS, DEMO_TASKS, EXPERTS, TASKS, RobosuiteEnv, Task
 from common.envs.simulation import check_installed
 
 PEOPLES = {"lift": "lift/demo.hdf5", "handover": "handover/panda_panda/demo.hdf5"}  # in robosuite's package
@@ -85,12 +77,12 @@ def played(task, args):
     env, episodes = RobosuiteEnv((task,), cameras=("none",)), []
 
     def state(_=None):
-        return (env.turn().env.sim.get_state().flatten(),)
+        return {"states": env.turn().env.sim.get_state().flatten()}
 
     for layout in np.random.default_rng([1, args.seed]).integers(2**31, size=args.episodes).tolist():
-        rows, _ = expert_episode(env, layout, args.noise, state)
-        states, _, actions = map(np.stack, zip(*rows, strict=True))
-        episodes.append((np.concatenate([states, state()]), actions))
+        rows, _ = episode(env, layout, args.noise, state)
+        states = np.stack([row["states"] for row in (*rows, state())])
+        episodes.append((states, np.stack([row["executed"] for row in rows])))
     env.close()
     kwargs = {"robots": ["Panda"] * TASKS[task][0]}
     kwargs |= {"controller_configs": load_controller_config(default_controller="OSC_POSE")}

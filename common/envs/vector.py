@@ -79,6 +79,7 @@ def _check_contract(name, env):
     spaces, action = env.observation_space.spaces, env.action_space
     image, proprio = spaces.get("image"), spaces.get("proprio")
     width = action.shape[0] if action.shape else 1
+    names = getattr(env, "action_names", None)
     wrong = {
         "its observations need 'proprio', float32 (P,)": proprio is None
         or (proprio.dtype, len(proprio.shape)) != (np.float32, 1),
@@ -87,6 +88,8 @@ def _check_contract(name, env):
         "observations with 'image' need 'task' too": image is not None and "task" not in spaces,
         f"active_dims must be bool ({width},)": np.shape(env.active_dims) != (width,),
         "instructions must be a list of texts": not all(isinstance(text, str) for text in env.instructions),
+        "action_names must be a word for each action": names is not None
+        and (len(names) != getattr(action, "n", 0) or not all(isinstance(x, str) and x for x in names)),
     }
     if found := [sentence for sentence, is_so in wrong.items() if is_so]:
         raise UserError(f"environment {name!r} breaks the contract in common/envs/__init__.py: {found[0]}")
@@ -126,7 +129,7 @@ class _Slice:
         }
         self.spec |= {"instructions": list(env.instructions), "has_success": bool(env.has_success)}
         self.spec |= {"active_dims": np.array(env.active_dims, bool)}
-        self.spec |= {name: getattr(env, name, None) for name in ("dataset", "action_bounds")}
+        self.spec |= {name: getattr(env, name, None) for name in ("dataset", "action_bounds", "action_names")}
         self.spec |= {"draws_tasks": bool(getattr(env, "draws_tasks", False))}
         width = 0 if self.discrete else env.action_space.shape[0]
         self.history = [np.zeros((action_history, width), np.float32) for _ in self.rows]
