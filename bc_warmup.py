@@ -560,7 +560,7 @@ def train(args, run):
     """Make or read the data, ground, imitate, evaluate."""
     eval_envs, device = run.closing(make_envs(args, "eval", args.eval_envs)), run.device
     pictures = "image" in eval_envs.single_observation_space.spaces
-    if not pictures and not args.demos:
+    if not pictures and not (args.demos or args.evaluate):
         raise UserError(f"{args.env} has no pictures to imitate from; give another --env.")
     if args.image_aug and not pictures:
         raise UserError(f"--image-aug varies pictures, and --env {args.env} shows none; drop it.")

@@ -445,7 +445,7 @@ def training_demonstrations(args, envs) -> dict:
             raise UserError(f"The folder {args.demos} holds no .hdf5 file; give one with demonstrations.")
         if not envs.single_action_space.shape:
             raise UserError(f"--demos are of numbers; --env {args.env} has {envs.single_action_space} here.")
-        pictures = "image" in envs.single_observation_space.keys()  # noqa: SIM118 (a space holds samples)
+        pictures = envs.single_observation_space.get("image") is not None
         read = demo_keys(args) if pictures else (), envs.single_action_space.shape[0]
         read += args.demos_filter == "success", getattr(world, "kept_steps", None)
         read += (tuple(_parts(world, flags)) if hasattr(world, "demo_proprio") else (),)

@@ -295,6 +295,21 @@ def test_keys_that_are_not_the_environments(file, edit, kwargs, said):
     assert said in str(error.value) and "\n" not in str(error.value) and str(error.value).endswith(".")
 
 
+def test_a_files_actions_lead_to_its_observations(file):
+    """From its layout on, as the script drew it; its sensors lag by a substep once the arm moves."""
+    name(file, json.dumps(env_args()))
+    data, layout = load_dataset(file), np.random.default_rng([1, 1]).integers(2**31, size=2).tolist()[0]
+    env, states = world.make(file=str(file), cameras=("none",)), data.states[: data.episode_starts[1]]
+    obs = env.reset(seed=layout)[0]["proprio"]
+    assert np.array_equal(obs, states[0])
+    for state, action in zip(states, data.actions, strict=False):
+        assert np.abs(obs - state).max() < 3e-3
+        obs, reward, terminated, _, _ = env.step(action)
+        obs = obs["proprio"]
+    assert terminated and reward == data.rewards[len(states) - 1] == 1.0
+    env.close()
+
+
 # --- conversions
 
 
@@ -513,6 +528,11 @@ def test_cloning_from_states_of_the_file(file, tmp_path):
     found = results(tmp_path / "r")
     assert found["args"]["cameras"] == ["none"] and len(found["args"]["keys"]) == 8
     assert found["final"]["mean_length"] == 6.0 and found["final"]["success_rate"] == 0.0
+    again = (
+        f"--evaluate --checkpoint {tmp_path}/r --eval-episodes 1 --eval-envs 1 --num-workers 0 --device cpu"
+    )
+    run(bc_warmup, again, f"--output-dir {tmp_path} --run-name e")
+    assert results(tmp_path / "e")["final"] == found["final"]
     done = call(bc_warmup, flags, f"--keys nose --output-dir {tmp_path}")
     assert done.code == 2 and "has no numbers 'nose'" in done.err and done.err.count("\n") == 1
     done = call(bc_warmup, flags.replace("mlp --head gaussian", "tiny"), f"--output-dir {tmp_path}")
