@@ -65,10 +65,11 @@ def test_warmup_learns_to_point_and_to_imitate(tmp_path):
 def test_main_job(tmp_path):
     """The README's main job at one seed: 20 minutes on 2 idle cores."""
     warmup = run(tmp_path, "bc_warmup.py", name="warmup", threads=2)
-    assert warmup["final"]["success_rate"] >= 0.92  # 0.98, 0.965, 0.955 with seeds 1, 2, 3
+    assert warmup["final"]["success_rate"] >= 0.95  # 0.985 with seeds 1 and 2
     ppo = run(tmp_path, "ppo_vla.py", "--checkpoint", str(tmp_path / "warmup"), name="ppo", threads=2)
-    assert ppo["initial"]["success_rate"] < warmup["final"]["success_rate"]  # at PPO's own temperature
-    assert ppo["final"]["success_rate"] >= max(0.93, ppo["initial"]["success_rate"] + 0.03)
+    assert ppo["final"]["success_rate"] >= 0.95  # 0.985 and 0.990
+    sampled = scalars(tmp_path / "ppo", "rollout/success_rate")
+    assert sampled[-1] > sampled[5] + 0.05  # 0.65 -> 0.8 and 0.59 -> 0.78 after the critic's warm-up
 
 
 @pytest.mark.slow
@@ -76,7 +77,7 @@ def test_grpo_main_job(tmp_path):
     """The README's job of grpo_vla.py at one seed: 20 minutes on 2 idle cores."""
     run(tmp_path, "bc_warmup.py", name="warmup", threads=2)
     grpo = run(tmp_path, "grpo_vla.py", "--checkpoint", str(tmp_path / "warmup"), name="grpo", threads=2)
-    assert grpo["final"]["success_rate"] >= grpo["initial"]["success_rate"] + 0.1
+    assert grpo["final"]["success_rate"] >= max(0.93, grpo["initial"]["success_rate"])
 
 
 @pytest.mark.slow
