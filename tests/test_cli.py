@@ -789,7 +789,7 @@ def tree(folder):
 WRONG_PPO = [
     (
         "CARTPOLE --env NoSuchWorld-v1",
-        "unknown environment 'NoSuchWorld-v1': known are tabletop, libero, robosuite, robomimic and a Gymnasium id",
+        "unknown environment 'NoSuchWorld-v1': known are tabletop, libero, robosuite, robomimic and a",
     ),
     ("CARTPOLE --env no_such_module:World-v1", "unknown environment"),
     ("CARTPOLE --env FrozenLake-v1", "not a vector"),
