@@ -535,7 +535,7 @@ def test_a_stopped_run_goes_on_bit_identically(tmp_path, monkeypatch, towers):
     run(ppo_vla, f"--resume {tmp_path}/stopped")
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
     log, saved = scalars(tmp_path / "whole"), load_checkpoint(tmp_path / "whole")
-    assert log["policy/first_ratio_error"][0][1] == 0 and log["policy/approx_kl"][-1][1] > 0
+    assert log["policy/first_ratio_error"][0][1] < 1e-5 and log["policy/approx_kl"][-1][1] > 0
     assert saved["agent"]["head.log_std"].exp().numpy() == pytest.approx(0.1)
     assert saved["backbone"]["history"] == 5 and not any(".vision." in name for name in saved["agent"])
     run(ppo_vla, f"--evaluate --checkpoint {tmp_path}/whole --output-dir {tmp_path} --run-name e {FEW}")
@@ -551,7 +551,7 @@ def test_imitation_then_ppo(tmp_path, towers):
     flags = f"{FEW} {PPO} --output-dir {tmp_path} --run-name ppo".replace("--action-history 5", "")
     run(ppo_vla, flags, f"--checkpoint {tmp_path}/bc")
     assert results(tmp_path / "ppo")["args"]["action_history"] == 5
-    assert scalars(tmp_path / "ppo")["policy/first_ratio_error"][0][1] == 0
+    assert scalars(tmp_path / "ppo")["policy/first_ratio_error"][0][1] < 1e-5
 
 
 @pytest.mark.slow
@@ -566,7 +566,7 @@ def test_grpo_trains(tmp_path, towers):
 @pytest.mark.parametrize("script", [ppo_vla])
 def test_the_eye_trains_on_request(tmp_path, towers, script):
     run(script, f"{base(towers, tmp_path)} {PPO} --train-vision --run-name ppo")
-    assert scalars(tmp_path / "ppo")["policy/first_ratio_error"][0][1] == 0
+    assert scalars(tmp_path / "ppo")["policy/first_ratio_error"][0][1] < 1e-5
     name = "backbone.vision.layernorm.bias"
     assert not load_checkpoint(tmp_path / "ppo")["agent"][name].equal(towers.eye.layernorm.bias)
     run(script, f"{FEW} --evaluate --checkpoint {tmp_path}/ppo --output-dir {tmp_path} --run-name e")

@@ -554,7 +554,7 @@ def test_the_published_recipe_is_the_preset(published):
 def test_ppo_trains_and_evaluates(tmp_path, published):
     run(ppo_vla, PPO, f"--backbone {published.folder} --output-dir {tmp_path} --run-name ppo")
     log = scalars(tmp_path / "ppo")
-    assert log["policy/first_ratio_error"][0][1] == 0 and log["policy/approx_kl"][0][1] > 0
+    assert log["policy/first_ratio_error"][0][1] < 1e-5 and log["policy/approx_kl"][0][1] > 0
     names = load_checkpoint(tmp_path / "ppo")["agent"]
     assert any("pi0.model.dit" in name for name in names) and not any(".vlm." in name for name in names)
     run(ppo_vla, PPO, f"--evaluate --checkpoint {tmp_path}/ppo --output-dir {tmp_path} --run-name e")

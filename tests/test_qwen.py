@@ -611,7 +611,7 @@ def test_a_stopped_run_with_adapters_goes_on_bit_identically(tmp_path, monkeypat
     base = f"{TABLETOP} --backbone {checkpoints[family].folder} --lora-rank 2 --output-dir {tmp_path}"
     run(ppo_vla, base, "--run-name whole")
     log = scalars(tmp_path / "whole")
-    assert log["policy/first_ratio_error"][0][1] == 0 and log["policy/approx_kl"][0][1] > 0
+    assert log["policy/first_ratio_error"][0][1] < 1e-5 and log["policy/approx_kl"][0][1] > 0
     stopped_by(monkeypatch, ppo_vla, "clipped_surrogate", 2)
     assert call(ppo_vla, base, "--run-name stopped").code == 130
     monkeypatch.undo()
