@@ -498,6 +498,7 @@ e.step_wait()
 
 def test_workers_have_nothing_of_this_process(envs, monkeypatch):
     """As CUDA's state, without which alone NVIDIA's EGL makes a context: first ones and restarted ones."""
+    forkserver.stop()  # the one that is may have met a world that takes torch
     monkeypatch.setitem(sys.modules, "only_in_the_test", distributed)
 
     def inherited(e):
