@@ -6,6 +6,7 @@ Needs requirements-robosuite.txt.
 
 import importlib.util
 import json
+import os
 
 import h5py
 import numpy as np
@@ -274,7 +275,7 @@ def test_keys_and_cameras_are_the_files_or_those_asked_for(file):
         ),
         ("head_pos", {}, "has 3 numbers of head_pos, robosuite's Lift shows 0"),
         (None, dict(file=None), "--env robomimic needs --file"),
-        (None, dict(file="gone.hdf5"), "gone.hdf5 is not in RoboMimic's layout"),
+        (None, dict(file="gone.hdf5"), "gone.hdf5 is no file; give one in RoboMimic's layout"),
         ("obs", {}, "lift.hdf5 is not in RoboMimic's layout"),
         ("none", {}, "lift.hdf5 is not in RoboMimic's layout"),
     ],
@@ -293,6 +294,18 @@ def test_keys_that_are_not_the_environments(file, edit, kwargs, said):
     with pytest.raises(UserError) as error:
         world.make(**{"file": str(file), "cameras": ("none",)} | kwargs)
     assert said in str(error.value) and "\n" not in str(error.value) and str(error.value).endswith(".")
+
+
+def test_folders_and_pipes_are_no_files(tmp_path):
+    """A pipe would be waited for."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        for read, said in (
+            (world.read, "is no file; give one"),
+            (to_robomimic.recorded, "is no file with states"),
+        ):
+            with pytest.raises(UserError, match=said):
+                read(path)
 
 
 def test_a_files_actions_lead_to_its_observations(file):
@@ -378,9 +391,9 @@ def test_a_robomimic_file_is_rendered_anew(file, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--source gone.hdf5", "gone.hdf5 holds no episodes with states"),
+        ("--source gone.hdf5", "gone.hdf5 is no file with states"),
         ("--source Lift --episodes 1 --cameras nose", "robosuite has no camera 'nose'"),
-        ("--source wipe", "wipe holds no episodes with states"),
+        ("--source wipe", "wipe is no file with states"),
     ],
 )
 def test_what_cannot_be_converted(tmp_path, capsys, flags, said):

@@ -92,6 +92,8 @@ class Args:
 def read(path):
     """What a file in RoboMimic's layout names and holds -> `task`, `named` (of `Task`), `horizon` (or None),
     `widths` {key: its numbers}, in their order, and `cameras` {name: its pictures' height}. UserError."""
+    if not Path(path).is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is no file; give one in RoboMimic's layout.")
     try:
         with h5py.File(path, "r", locking=False) as file:
             data, text = file["data"], file["data"].attrs.get("env_args")
@@ -99,7 +101,8 @@ def read(path):
             obs = data[f"demo_{min(demos, default=0)}/obs"]
             shapes = {key: obs[key].shape for key in sorted(obs) if isinstance(obs[key], h5py.Dataset)}
     except (OSError, RuntimeError, KeyError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} is not in RoboMimic's layout ({error}); give another file.") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not in RoboMimic's layout ({reason}); give another file.") from error
     widths = {key: shape[1] for key, shape in shapes.items() if len(shape) == 2}
     cameras = {NAMES[key]: shape[1] for key, shape in shapes.items() if len(shape) == 4 and key in NAMES}
     return named_environment(text, path) | {"widths": widths, "cameras": cameras}

@@ -54,6 +54,8 @@ class Args:
 
 def recorded(path):
     """A file with states -> its env_args, and its episodes: states (T, 1 + nq + nv), actions (T, A)."""
+    if not Path(path).is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is no file with states; give another --source.")
     try:
         with h5py.File(path, "r", locking=False) as file:
             data = file["data"]
@@ -67,7 +69,8 @@ def recorded(path):
             demos = [data[f"demo_{number}"] for number in numbers]
             return text, [(demo["states"][()], demo["actions"][()]) for demo in demos]
     except (OSError, RuntimeError, KeyError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} holds no episodes with states ({error}); give another --source.") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} holds no episodes with states ({reason}); give another --source.") from error
 
 
 def played(task, args):
