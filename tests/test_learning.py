@@ -65,9 +65,9 @@ def test_warmup_learns_to_point_and_to_imitate(tmp_path):
 def test_main_job(tmp_path):
     """The README's main job at one seed: 20 minutes on 2 idle cores."""
     warmup = run(tmp_path, "bc_warmup.py", name="warmup", threads=2)
-    assert warmup["final"]["success_rate"] >= 0.95  # 0.985 with seeds 1 and 2
+    assert warmup["final"]["success_rate"] >= 0.95  # 0.985 with seeds 1, 2, 3
     ppo = run(tmp_path, "ppo_vla.py", "--checkpoint", str(tmp_path / "warmup"), name="ppo", threads=2)
-    assert ppo["final"]["success_rate"] >= 0.95  # 0.985 and 0.990
+    assert ppo["final"]["success_rate"] >= 0.95  # 0.985, 0.990, 0.975
     sampled = scalars(tmp_path / "ppo", "rollout/success_rate")
     assert sampled[-1] > sampled[5] + 0.05  # 0.65 -> 0.8 and 0.59 -> 0.78 after the critic's warm-up
 
