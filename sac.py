@@ -3,11 +3,16 @@
     python sac.py --env HalfCheetah-v5
     python sac.py --env Hopper-v5 --total-timesteps 300000 --run-name hopper --save-dataset replay.hdf5
     python sac.py --env Hopper-v5 --evaluate --checkpoint runs/hopper --collect 200000 --save-dataset med.hdf5
+    python sac.py --env Hopper-v5 --prior-data med.hdf5                  # RLPD
 
 Haarnoja et al. 2018 (arXiv:1812.05905): a tanh-squashed Gaussian policy, two critics, a temperature that is
 tuned to a target entropy of -A. One update per environment step. A time-out is no termination: only the
 latter ends the bootstrap. --save-dataset writes D4RL's layout, the replay so far or --collect steps of the
 policy. Expect Pendulum-v1 above -200 in 10 000 steps.
+
+--prior-data is RLPD (Ball et al. 2023, arXiv:2302.02948): half of each batch comes from a data set, ten
+critics with layer norm take 20 updates a step, each towards the minimum of a random two, and the policy one,
+by their mean. `RLPD` below has these defaults; each is a flag.
 """
 
 import copy
@@ -23,11 +28,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import UserError
-from common.datasets import check_append, reference_scores, write_transitions
+from common.datasets import check_append, load_dataset, reference_scores, transition_rows, write_transitions
 from common.envs import make_envs
-from common.evaluation import evaluate, finished_episodes, rollout_metrics
-from common.flags import FIXED, FREE, Layers, NonNegative, NonNegativeInt, PositiveInt, Share
+from common.evaluation import check_shapes, evaluate, rollout_metrics
+from common.flags import FIXED, FREE, Layers, NonNegative, NonNegativeInt, Only, PositiveInt, Share
 from common.optim import compile_update, load_optimizer, minimize
+from common.replay import Replay, row_widths, step_envs
 from common.run import StateArgs, main
 
 
@@ -47,6 +53,10 @@ class Args(StateArgs):
     """write this many steps of the final policy (sampled, as in training) instead of the replay"""
     append: Annotated[bool, FREE] = False
     """add to what the file of --save-dataset holds, as medium-expert is both"""
+    prior_data: str | None = None
+    """a data set of this environment, as iql.py's --dataset: half of each batch is from it (RLPD)"""
+    offline_ratio: Annotated[Share, Only("prior_data")] = 0.5
+    """share of a batch that is from it"""
     total_timesteps: PositiveInt = 1_000_000
     """environment steps to train for"""
     buffer_size: PositiveInt = 1_000_000
@@ -55,6 +65,8 @@ class Args(StateArgs):
     """steps of uniformly random actions before the first update"""
     utd_ratio: NonNegative = 1.0
     """updates per environment step"""
+    policy_delay: PositiveInt = 1
+    """updates of the critics per update of the policy and of the temperature"""
     batch_size: PositiveInt = 256
     """transitions per update"""
     learning_rate: NonNegative = 3e-4
@@ -66,17 +78,34 @@ class Args(StateArgs):
     tau: Share = 0.005
     """the target critics move by this share of the way at each update"""
     alpha: float | Literal["auto"] = "auto"
-    """the temperature; auto tunes it to the target entropy -A"""
+    """the temperature; auto tunes it to the target entropy"""
+    action_entropy: float = -1.0
+    """the target entropy is this times A, the number of an action's dimensions"""
+    backup_entropy: bool = True
+    """the critics' target has the entropy of the next action too"""
+    critics: Annotated[PositiveInt, FIXED] = 2
+    """networks in the ensemble"""
+    target_critics: PositiveInt = 2
+    """of them, drawn for each update, the targets' minimum is over"""
+    policy_q: Literal["min", "mean"] = "min"
+    """what the policy raises: the ensemble's minimum or mean"""
     width: Annotated[PositiveInt, FIXED] = 256
     """units of a hidden layer"""
     depth: Annotated[PositiveInt, FIXED, Layers("width")] = 2
     """hidden layers"""
+    layer_norm: Annotated[bool, FIXED] = False
+    """in the critics' hidden layers, before the activation"""
+
+    def defaults(self):
+        return RLPD if self.prior_data else {}
 
     def check(self):
         if self.alpha != "auto" and not self.alpha > 0:
             raise UserError(f"--alpha must be auto or a positive number, not {self.alpha}.")
         if self.buffer_size < self.num_envs:
             raise UserError(f"--buffer-size {self.buffer_size} must hold a step of all {self.num_envs} envs.")
+        if self.target_critics > self.critics:
+            raise UserError(f"--target-critics {self.target_critics} are more than --critics {self.critics}.")
         if self.collect and not self.save_dataset:
             raise UserError("--collect needs --save-dataset, the file to write.")
         if self.append and not self.save_dataset:
@@ -90,6 +119,10 @@ class Args(StateArgs):
             raise UserError("--evaluate has no replay to save; add --collect and a number of steps.")
 
 
+RLPD = dict(
+    utd_ratio=20.0, policy_delay=20, critic_learning_rate=3e-4, action_entropy=-0.5, critics=10,
+    policy_q="mean", layer_norm=True,
+)  # fmt: skip
 PRESETS = {"Pendulum-v1": dict(total_timesteps=20_000, learning_starts=1_000, eval_freq=5_000)}
 LOG_FREQ = 1000  # steps between two points of the log
 
@@ -131,25 +164,33 @@ def temperature_loss(log_alpha, log_prob, target_entropy):
 # --- networks
 
 
-class TwinCritic(nn.Module):
-    """Q1 and Q2 as one network of batched matrices: obs (B, S), action (B, A) -> (2, B)."""
+class Critics(nn.Module):
+    """N critics as one network of batched matrices: obs (B, S), action (B, A) -> (N, B), or of those `chosen`
+    (n,) alone -> (n, B)."""
 
-    def __init__(self, obs_dim, action_dim, width, depth, bf16=False):
+    def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        self.bf16 = bf16
-        sizes = [obs_dim + action_dim, *[width] * depth, 1]
+        self.bf16, N = args.bf16, args.critics
+        sizes = [obs_dim + action_dim, *[args.width] * args.depth, 1]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):  # nn.Linear's initialisation
             for group, rows in ((self.weights, inputs), (self.biases, 1)):
-                group.append(torch.empty(2, rows, outputs).uniform_(-(inputs**-0.5), inputs**-0.5))
+                group.append(torch.empty(N, rows, outputs).uniform_(-(inputs**-0.5), inputs**-0.5))
+        norms = [(N, 1, args.width)] * (args.depth if args.layer_norm else 0)
+        self.scales, self.shifts = (nn.ParameterList(map(x, norms)) for x in (torch.ones, torch.zeros))
 
-    def forward(self, obs, action):
-        x = torch.cat([obs, action], -1).expand(2, -1, -1)
-        *hidden, (weight, bias) = zip(self.weights, self.biases, strict=True)
+    def forward(self, obs, action, chosen=None):
+        groups = (self.weights, self.biases, self.scales, self.shifts)
+        groups = [[p if chosen is None else p[chosen] for p in group] for group in groups]
+        (*weights, last), (*biases, bias), scales, shifts = groups
+        x = torch.cat([obs, action], -1).expand(len(last), -1, -1)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            for w, b in hidden:
-                x = torch.baddbmm(b, x, w).relu_()  # (2, B, width)
-        return (x * weight.mT).sum(-1) + bias[..., 0]  # faster than a product with one column
+            for i in range(len(weights)):
+                x = torch.baddbmm(biases[i], x, weights[i])  # (N, B, width)
+                if scales:
+                    x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * scales[i] + shifts[i]
+                x = x.relu_()
+        return (x * last.mT).sum(-1) + bias[..., 0]  # faster than a product with one column
 
 
 def mlp(inputs, outputs, width, depth):
@@ -165,7 +206,7 @@ class Agent(nn.Module):
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         self.actor = mlp(obs_dim, 2 * action_dim, args.width, args.depth)
-        self.critic = TwinCritic(obs_dim, action_dim, args.width, args.depth, args.bf16)
+        self.critic = Critics(obs_dim, action_dim, args)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.zeros(()))
 
@@ -201,27 +242,34 @@ def collect(agent, args, widths, device):
     return rows
 
 
-def step_envs(envs, obs, action, row):
-    """One step of all environments, written to `row` (N, W): obs, action, reward, terminated, truncated,
-    next_obs, which is the episode's last observation where it ended -> the next obs (N, S), info, ended."""
-    after, reward, terminated, truncated, info = envs.step(action[:, None])
-    columns = (reward[:, None], terminated[:, None], truncated[:, None], info["final_obs"]["proprio"])
-    np.concatenate([obs, action, *columns], axis=1, out=row, casting="unsafe")
-    return after["proprio"], info, terminated | truncated
+def draw(rows, size, generator):
+    """`size` rows (B, W) of (n, W), uniformly."""
+    index = torch.randint(len(rows), (size,), generator=generator, device=rows.device)
+    return rows.index_select(0, index)
+
+
+def mixed_batch(prior, replay, size, offline_ratio, generator):
+    """`size` rows (B, W): of the prior data (M, W) that share, rounded, the rest of the replay's (n, W)."""
+    count = round(offline_ratio * size)
+    return torch.cat([draw(prior, count, generator), draw(replay, size - count, generator)])
 
 
 # --- training
 
 
 def train(args, run):
-    """Act, store, update, repeat (arXiv:1812.05905, algorithm 1)."""
+    """Act, store, update, repeat (arXiv:1812.05905, algorithm 1; arXiv:2302.02948, algorithm 1)."""
     envs = run.closing(make_envs(args, "train", args.num_envs, autoreset=True, states=True))
     device = run.device
     if args.append:
         check_append(args.save_dataset, args.env)
-    obs_dim = envs.single_observation_space["proprio"].shape[0]
-    action_dim = envs.single_action_space.shape[0]
-    widths = [obs_dim, action_dim, 1, 1, 1, obs_dim]  # a row of the replay, as `step_envs` writes it
+    widths = row_widths(envs)
+    obs_dim, action_dim, *_ = widths
+    if args.prior_data:
+        dataset = load_dataset(args.prior_data, args.keys)
+        check_shapes(dataset, args.env, envs)
+        prior = transition_rows(dataset, envs.action_bounds).to(device)
+        del dataset
     eval_envs, references = None, reference_scores(args.env)
     if args.eval_episodes:
         eval_envs = run.closing(make_envs(args, "eval", args.eval_episodes, states=True))
@@ -245,46 +293,46 @@ def train(args, run):
     critic_optimizer = torch.optim.Adam(critic_parameters, lr=args.critic_learning_rate, fused=True)
     optimizers = {"actor": actor_optimizer, "critic": critic_optimizer}
     sampler = run.generator("sampler", device)
-    T, N = args.buffer_size // args.num_envs, args.num_envs
-    replay = torch.empty(T, N, sum(widths), device=device)  # a ring, used as far as it is filled
+    replay, N = Replay(envs, args.buffer_size, device), args.num_envs
 
-    def update(rows, noise):
-        """Algorithm 1 of arXiv:1812.05905: rows (B, W), noise (2, B, A) -> metrics."""
+    def update(rows, noise, chosen, delayed):
+        """Algorithm 1 of arXiv:1812.05905: rows (B, W), noise (2, B, A), `chosen` target critics (None: all),
+        whether it is the policy's turn -> metrics."""
         obs, action, reward, terminated, _, next_obs = rows.split(widths, -1)
         alpha = agent.log_alpha.detach().exp()
         with torch.no_grad():
             next_action, next_log_prob = squashed_gaussian(*agent.policy(next_obs), noise[0])
-            next_value = agent.target_critic(next_obs, next_action).amin(0) - alpha * next_log_prob
+            next_value = agent.target_critic(next_obs, next_action, chosen).amin(0)
+            if args.backup_entropy:
+                next_value = next_value - alpha * next_log_prob
             target = td_target(reward[:, 0], terminated[:, 0], next_value, args.gamma)
         q = agent.critic(obs, action)
         loss_critic = critic_loss(q, target)
         minimize(loss_critic, critic_optimizer)
 
-        action, log_prob = squashed_gaussian(*agent.policy(obs), noise[1])
-        loss_policy = policy_loss(log_prob, agent.critic(obs, action), alpha)
-        loss_alpha = temperature_loss(agent.log_alpha, log_prob, -action_dim)
-        minimize(loss_policy + loss_alpha, actor_optimizer)
+        metrics = {"loss/critic": loss_critic, "policy/alpha": alpha, "value/q": q}
+        if delayed:
+            action, log_prob = squashed_gaussian(*agent.policy(obs), noise[1])
+            q = agent.critic(obs, action)
+            if args.policy_q == "mean":  # as if it were one critic's
+                q = q.mean(0, keepdim=True)
+            loss_policy = policy_loss(log_prob, q, alpha)
+            loss_alpha = temperature_loss(agent.log_alpha, log_prob, args.action_entropy * action_dim)
+            minimize(loss_policy + loss_alpha, actor_optimizer)
+            metrics |= {"loss/policy": loss_policy, "loss/alpha": loss_alpha, "policy/entropy": -log_prob}
 
         with torch.no_grad():
             torch._foreach_lerp_(target_parameters, critic_parameters, args.tau)
-        metrics = {"loss/critic": loss_critic, "loss/policy": loss_policy, "loss/alpha": loss_alpha}
-        metrics |= {"policy/entropy": -log_prob, "policy/alpha": alpha, "value/q": q}
         return {name: x.detach() for name, x in metrics.items()}
 
-    step, gradient_steps, recent = 0, 0, []  # recent: the last episodes
+    step, gradient_steps = 0, 0
     if saved := run.restore():
         for name in optimizers:
             load_optimizer(optimizers[name], saved["optimizers"][name])
         step, gradient_steps = saved["counters"]
-        recent = saved["recent"]
-        filled = replay[: min(step // N, T)]
-        filled[:] = saved["replay"].to(device).view_as(filled)
-        obs = envs.set_state(saved["envs"])["proprio"]
-        # tells whose episode could not be restored, and was cut
-        info = envs.step(np.zeros((N, 1, action_dim), np.float32), mask=np.zeros(N, bool))[-1]
-        replay[(step // N - 1) % T, info["lost"], -obs_dim - 1] = 1
+        replay.restore(saved, step // N)
     else:
-        obs = envs.reset()["proprio"]
+        replay.reset()
     saved = None  # it holds a replay as well
     if args.compile:
         update = compile_update(update, agent, optimizers.values())
@@ -294,8 +342,7 @@ def train(args, run):
         state, own = {"agent": agent.state_dict()}, None
         if name == "checkpoint.pt":
             moments = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
-            filled = replay[: min(step // N, T)].clone()  # a view would be saved with all of the ring
-            state |= dict(optimizers=moments, counters=[step, gradient_steps], recent=recent, replay=filled)
+            state |= dict(optimizers=moments, counters=[step, gradient_steps]) | replay.state()
             own = dict(envs=envs.get_state())
         run.save(name, state, own)
 
@@ -310,7 +357,7 @@ def train(args, run):
     if run.initial is None:
         evaluate_now(videos=True)  # what a video lacks shows now
         save("checkpoint.pt")
-    row, metrics = np.empty((N, sum(widths)), np.float32), {}
+    metrics = {}
     while step < args.total_timesteps and not run.signalled:
         # --- act and store
         if step < args.learning_starts:
@@ -318,21 +365,25 @@ def train(args, run):
         else:
             with torch.no_grad():
                 noise = torch.randn(N, action_dim, generator=sampler, device=device)
-                action = squashed_gaussian(*agent.policy(torch.as_tensor(obs, device=device)), noise)[0]
+                obs = torch.as_tensor(replay.obs, device=device)
+                action = squashed_gaussian(*agent.policy(obs), noise)[0]
         run.check_finite({"action": action}, f"step {step}")
-        obs, info, ended = step_envs(envs, obs, action.cpu().numpy(), row)
-        replay[step // N % T] = torch.from_numpy(row).to(device)
+        replay.step(action)
         step += N
-        recent = [*recent, *finished_episodes(info, ended)][-100:]
 
         # --- update
-        filled = min(step // N, T) * N
         while gradient_steps < (step - args.learning_starts) * args.utd_ratio:
-            index = torch.randint(filled, (args.batch_size,), generator=sampler, device=device)
-            rows = replay.view(T * N, -1).index_select(0, index)
-            noise = torch.randn(2, args.batch_size, action_dim, generator=sampler, device=device)
-            metrics = update(rows, noise)
+            if args.prior_data:
+                rows = mixed_batch(prior, replay.rows(), args.batch_size, args.offline_ratio, sampler)
+            else:
+                rows = draw(replay.rows(), args.batch_size, sampler)
             gradient_steps += 1
+            delayed = gradient_steps % args.policy_delay == 0
+            noise = torch.randn(1 + delayed, args.batch_size, action_dim, generator=sampler, device=device)
+            chosen = None
+            if args.target_critics < args.critics:
+                chosen = torch.randperm(args.critics, generator=sampler, device=device)[: args.target_critics]
+            metrics = update(rows, noise, chosen, delayed)
         run.advance(step)
 
         # --- log, evaluate, save
@@ -340,7 +391,7 @@ def train(args, run):
             means = {name: x.mean() for name, x in metrics.items()}
             if means:
                 run.check_finite(means, f"step {step}", batch=rows)
-            run.log(means | rollout_metrics(recent, has_success=False), step)
+            run.log(means | rollout_metrics(replay.recent, envs.has_success), step)
         if due(args.eval_freq) and step < args.total_timesteps:
             evaluate_now()
         if due(args.save_freq):
@@ -356,8 +407,7 @@ def train(args, run):
         rows = collect(agent, args, widths, device)
         write_transitions(args.save_dataset, rows, args.collect, widths, envs, args.append)
     elif args.save_dataset:
-        first = step // N % T if step // N > T else 0  # the oldest row of the ring
-        rows = replay[: min(step // N, T)].roll(-first, 0).cpu()
+        rows = replay.history()
         write_transitions(args.save_dataset, rows, len(rows) * N, widths, envs, args.append)
 
 

@@ -669,6 +669,14 @@ def transition_tensors(dataset: OfflineDataset, bounds: tuple | None, args, devi
     return [torch.from_numpy(x).to(device) for x in (dataset.states, dataset.next_index, rest)]
 
 
+def transition_rows(dataset: OfflineDataset, bounds: tuple | None) -> torch.Tensor:
+    """The data set as a replay's rows (N, W), as `common/replay.py` has them: obs, action in [-1, 1], reward,
+    terminated, truncated (0: no update asks) and next_obs."""
+    columns = (dataset.rewards, dataset.terminations, np.zeros(len(dataset.rewards)))
+    rows = np.c_[dataset.observations, unit_actions(dataset, bounds), *columns, dataset.next_observations]
+    return torch.from_numpy(rows.astype(np.float32))
+
+
 def reference_scores(env_id: str) -> tuple[float, float] | None:
     """Returns of D4RL's random and expert policy for a Gymnasium id or a D4RL name; None if it has none."""
     if env_id in ("Walker2d-v5", "Ant-v4", "Ant-v5"):  # not D4RL's tasks

@@ -223,6 +223,12 @@ def evaluation_world(args, dataset, run, episodes):
     vars(world).update({} if args.env else dataset.env_flags)
     envs = make_envs(world, "eval", max(1, episodes), states=True)
     run.closing(envs)  # also for a run without evaluations it says what the actions mean
+    check_shapes(dataset, env, envs)
+    return envs if args.eval_episodes else None, envs.action_bounds, references
+
+
+def check_shapes(dataset, env, envs):
+    """UserError unless the data set has the shapes of `env`, whose environments are `envs`."""
     has = dataset.states.shape[1], dataset.actions.shape[1]
     wants = envs.single_observation_space["proprio"].shape + envs.single_action_space.shape
     if has != wants:
@@ -230,4 +236,3 @@ def evaluation_world(args, dataset, run, episodes):
             f"{dataset.name} has {has[0]} observations and {has[1]} actions, {env} {wants[0]} and "
             f"{wants[1]}; give another --env."
         )
-    return envs if args.eval_episodes else None, envs.action_bounds, references

@@ -12,10 +12,14 @@ KEPT = "has the checkpoint's value where that is evaluated, unless it is given"
 
 
 class Only:
-    """Has an effect only where another flag has one of these values: given elsewhere, it is an error."""
+    """Has an effect only where another flag has one of these values, or, without one, any: given elsewhere,
+    it is an error."""
 
     def __init__(self, flag, *values):
         self.flag, self.values = flag, values
+
+    def forbids(self, found):
+        return found not in self.values if self.values else found is None
 
 
 class Unless:

@@ -171,6 +171,7 @@ class StateArgs(RunArgs):
     num_workers: ClassVar[int] = 0
     worker_timeout: ClassVar[float] = 0.0
     action_history: ClassVar[int] = 0
+    keys: ClassVar[tuple[str, ...]] = ()  # of the data's observations, where a world has a flag for them
     compile: bool = False
     """torch.compile the update; with CUDA graphs on a GPU"""
     bf16: bool = False
@@ -199,7 +200,6 @@ class OfflineArgs(StateArgs):
     """the Gymnasium id, or world, to evaluate in; default the data set's"""
     total_timesteps: PositiveInt = 1_000_000
     """updates to train for"""
-    keys: ClassVar[tuple[str, ...]] = ()  # of the data's observations, where a world has a flag for them
 
 
 def flag(name):
@@ -253,8 +253,8 @@ def check_values(args, given):
             want, fits = LIMITS.get(mark, (None, None)) if isinstance(mark, str) else (None, None)
             if want and value is not None and not fits(value):
                 raise UserError(f"{flag(name)} must {want}, not {value}.")
-            if isinstance(mark, Only) and name in given and getattr(args, mark.flag) not in mark.values:
-                other = f"{flag(mark.flag)} {' or '.join(map(str, mark.values))}"
+            if isinstance(mark, Only) and name in given and mark.forbids(getattr(args, mark.flag)):
+                other = f"{flag(mark.flag)} {' or '.join(map(str, mark.values))}".rstrip()
                 raise UserError(f"{flag(name)} does nothing without {other}; drop it.")
             if isinstance(mark, Unless) and name in given and mark.forbids(found := getattr(args, mark.flag)):
                 raise UserError(f"{flag(name)} does nothing with {flag(mark.flag)} {found}; drop it.")
@@ -371,7 +371,8 @@ def read_flags(words, Args, presets, script):
             chosen = tyro.cli(Args, args=quiet, default=default, prog=prog)
             for part in reversed(Args.__mro__):
                 if "defaults" in vars(part):
-                    default = dataclasses.replace(default, **part.defaults(chosen))
+                    own = {name: x for name, x in part.defaults(chosen).items() if name not in kept}
+                    default = dataclasses.replace(default, **own)
         args = tyro.cli(Args, args=words, default=default, prog=prog)
         if seen.backbone and not seen.checkpoint:
             args.backbone, args.checkpoint = seen.backbone, None

@@ -33,6 +33,7 @@ import decision_transformer
 import iql
 import sac
 import td3_bc
+from common import replay
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.datasets import D4RL_FILES, load_dataset, save_d4rl, transition_tensors
 from common.envs import make_envs
@@ -373,7 +374,7 @@ def test_what_a_crashed_run_logged_after_its_checkpoint_is_logged_again(tmp_path
 
 def test_episodes_that_a_resume_cuts_are_time_outs(tmp_path, monkeypatch):
     """Aim cannot be saved: its episodes of 4 steps go on from a reset."""
-    step_envs, calls = sac.step_envs, []
+    step_envs, calls = replay.step_envs, []
 
     def patched(*args):
         calls.append(1)
@@ -381,7 +382,7 @@ def test_episodes_that_a_resume_cuts_are_time_outs(tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         return step_envs(*args)
 
-    monkeypatch.setattr(sac, "step_envs", patched)
+    monkeypatch.setattr(replay, "step_envs", patched)
     flags = f"{SMALL} --env Aim-v0 --total-timesteps 30 --learning-starts 99 --eval-episodes 0"
     assert call(sac, flags, f"--output-dir {tmp_path} --run-name r").code == 128 + signal.SIGINT
     monkeypatch.undo()
@@ -823,7 +824,7 @@ def test_an_episode_that_is_cut_goes_on_bit_identically(tmp_path, monkeypatch):
     """The steps of an episode that is running at the save count."""
     flags = f"{SMALL} {SAC} --max-episode-steps 70 --output-dir {tmp_path}"
     run(sac, flags, "--run-name whole")
-    stopped_by(monkeypatch, sac, "step_envs", 180)
+    stopped_by(monkeypatch, replay, "step_envs", 180)
     assert call(sac, flags, "--run-name stopped").code == 130
     monkeypatch.undo()
     done = call(sac, f"--resume {tmp_path}/stopped --max-episode-steps 80")

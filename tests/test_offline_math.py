@@ -236,10 +236,16 @@ def test_cql_penalty_estimates_the_integral():
 # --- networks
 
 
+def twins(script, width, depth):
+    if script is sac:
+        return sac.Critics(4, A, sac.Args(width=width, depth=depth))
+    return script.TwinCritic(4, A, width, depth)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_critics_are_two_separate_networks(script):
     torch.manual_seed(0)
-    critic = script.TwinCritic(4, A, 16, 3).double()
+    critic = twins(script, 16, 3).double()
     obs, action = randn(B, 4), randn(B, A, seed=1, grad=True)
     q = critic(obs, action)
     (q * torch.tensor([[1.0], [3.0]])).sum().backward()
@@ -269,7 +275,7 @@ def test_the_critics_are_two_separate_networks(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_critics_in_bfloat16_are_the_same_to_three_digits(script):
     torch.manual_seed(0)
-    critic, obs, action = script.TwinCritic(4, A, 64, 2), torch.randn(B, 4), torch.randn(B, A)
+    critic, obs, action = twins(script, 64, 2), torch.randn(B, 4), torch.randn(B, A)
     found = []
     for critic.bf16 in (False, True):
         values = [critic(obs, action)] + ([critic.q1(obs, action)] if script is td3_bc else [])
