@@ -9,9 +9,9 @@ environment has
 - `reset(seed=n)`, which fixes task, initial state and all that the episode draws: evaluations and groups rest
   on it; `reset(seed=None)` goes on with the environment's own random state;
 - `instructions: list[str]`, `active_dims: bool (A,)` (those that have any effect), `has_success: bool`: then
-  every step's info has `success`; optionally `dataset: str`, the published data set that is of this world,
-  `action_bounds`, what -1 and 1 mean in its own units, each (A,), and `action_names`, a word for each action
-  of a Discrete space;
+  every step's info has `success` (of others the first step tells); optionally `dataset: str`, the published
+  data set that is of this world, `action_bounds`, what -1 and 1 mean in its own units, each (A,), and
+  `action_names`, a word for each action of a Discrete space;
 - `observation_space`, a Dict: `image` uint8 (cameras, H, W, 3), `proprio` float32 (P,), `task` int64 () into
   the instructions; from states `proprio` alone; `action_space`, a Box from -1 to 1 (A,), or Discrete;
   observations of another shape or kind, and any number that is not finite, also a reward, end the run;
@@ -33,7 +33,8 @@ For imitation the file may also have
   optionally `executed` (S, A), where these are not the labels, and `pixels` (S, cameras, 2, 2), where the
   first two things that the instruction names are in the picture, in [-1, 1];
 - `scenes(num_scenes, seed, num_workers, **flags)`, still pictures -> `image`, `proprio`, `task`, `pixels`.
-Any other name is a Gymnasium id with vector observations (`gymnasium_env.py`). To copy: `tabletop.py`.
+Any other name is a Gymnasium id that observes vectors or pictures (`gymnasium_env.py`). To copy:
+`tabletop.py`.
 """
 
 import dataclasses

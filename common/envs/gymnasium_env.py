@@ -1,5 +1,10 @@
-"""Gymnasium environments with vector observations (CartPole-v1, Hopper-v5) in the protocol of `common.envs`:
-obs `{"proprio": float32 (P,)}`, one empty instruction, continuous actions in [-1, 1]."""
+"""Gymnasium environments (CartPole-v1, Hopper-v5, gymnasium_robotics:FetchReach-v4) in the protocol of
+`common.envs`: obs `{"proprio": float32 (P,)}`, one empty instruction, continuous actions in [-1, 1].
+
+`proprio` is the observation's numbers, those of a Dict in the order of its names, each array flattened; uint8
+pictures (H, W, 3) are the cameras of `image`. `success` of a step's info, or `is_success`, is the episode's
+so far.
+"""
 
 import contextlib
 import os
@@ -28,6 +33,17 @@ class Args:
     """cut episodes (truncated) after this many steps, instead of the environment's own limit; 0 for that"""
 
 
+def leaves(value, name=""):
+    """Nested dicts, of spaces or of observations, as one, {names: what is there}, sorted at each level."""
+    if not isinstance(value, (dict, gymnasium.spaces.Dict)):
+        return {name: value}
+    return {path: x for key in sorted(value) for path, x in leaves(value[key], f"{name}/{key}").items()}
+
+
+def is_picture(space):
+    return space.dtype == np.uint8 and len(space.shape) == 3 and space.shape[-1] == 3
+
+
 class GymnasiumEnv(gymnasium.Env):
     """Adapter around `gymnasium.make(id, **kwargs)`.
 
@@ -37,13 +53,13 @@ class GymnasiumEnv(gymnasium.Env):
     a wrong argument or an unsupported space.
     """
 
-    has_success = False
+    has_success = False  # what the steps tell counts all the same
 
     def __init__(self, id: str, max_episode_steps=0, **kwargs):
         from common.envs import WORLDS  # which names this file
 
         limit = max_episode_steps or None  # Gymnasium's TimeLimit, which `get_state` knows
-        known = f"{', '.join(WORLDS)} and a Gymnasium id with vector observations"
+        known = f"{', '.join(WORLDS)} and a Gymnasium id that observes vectors or pictures"
         try:
             options = {"render_mode": "rgb_array"} | kwargs
             self.env = gymnasium.make(id, max_episode_steps=limit, disable_env_checker=True, **options)
@@ -55,13 +71,28 @@ class GymnasiumEnv(gymnasium.Env):
                 f"environment {id!r} cannot be made with {kwargs}: {str(error).split(' was raised')[0]}"
             ) from error
         obs_space, action_space = self.env.observation_space, self.env.action_space
-        if not isinstance(obs_space, gymnasium.spaces.Box) or len(obs_space.shape) != 1:
-            raise UserError(
-                f"environment {id!r} observes {type(obs_space).__name__}{obs_space.shape or ''}, "
-                f"not a vector: known are {known}"
-            )
-        low, high = obs_space.low.astype(np.float32), obs_space.high.astype(np.float32)
-        self.observation_space = gymnasium.spaces.Dict({"proprio": gymnasium.spaces.Box(low, high)})
+        self.parts = leaves(obs_space)
+        for part in self.parts.values():
+            if not isinstance(part, gymnasium.spaces.Box):
+                raise UserError(
+                    f"environment {id!r} observes {type(part).__name__}, not a vector or a picture: known "
+                    f"are {known}"
+                )
+        self.pictures = [path for path, part in self.parts.items() if is_picture(part)]
+        self.vectors = [path for path in self.parts if path not in self.pictures]
+        sizes = {self.parts[path].shape for path in self.pictures}
+        if len(sizes) > 1:
+            raise UserError(f"environment {id!r} observes pictures of several sizes, {sizes}; it needs one.")
+        low, high = (
+            np.concatenate([np.zeros(0), *(getattr(self.parts[path], end).ravel() for path in self.vectors)])
+            for end in ("low", "high")
+        )
+        spaces = {"proprio": gymnasium.spaces.Box(low.astype(np.float32), high.astype(np.float32))}
+        if self.pictures:
+            shape = (len(self.pictures), *sizes.pop())
+            spaces["image"] = gymnasium.spaces.Box(0, 255, shape, np.uint8)
+            spaces["task"] = gymnasium.spaces.Box(0, 0, (), np.int64)
+        self.observation_space = gymnasium.spaces.Dict(spaces)
         self.discrete = isinstance(action_space, gymnasium.spaces.Discrete)
         if self.discrete:
             self.action_space = gymnasium.spaces.Discrete(int(action_space.n))
@@ -73,12 +104,12 @@ class GymnasiumEnv(gymnasium.Env):
         else:
             raise UserError(f"environment {id!r} acts in {action_space}: Discrete or bounded Box is needed")
         self.instructions = [""]
-        self._obs = None  # what the simulator said last; `advance` computes it anyway
+        self._obs = self._image = None  # what the simulator said last; `advance` computes it anyway
 
     def reset(self, *, seed=None, options=None):
         with self._values("obs, info"):
             obs, info = self.env.reset(seed=seed, options=options)
-        self._obs = _float32(obs)
+        self._take(obs)
         return self.observe(), info
 
     def advance(self, action):
@@ -92,8 +123,21 @@ class GymnasiumEnv(gymnasium.Env):
             action = np.clip(low + unit * (high - low), low, high).astype(space.dtype)
         with self._values("obs, reward, terminated, truncated, info"):
             obs, reward, terminated, truncated, info = self.env.step(action)
-        self._obs = _float32(obs)
+        self._take(obs)
+        if isinstance(info, dict) and "is_success" in info:  # of others `vector.py` says that they are wrong
+            info.setdefault("success", info["is_success"])
         return reward, terminated, truncated, info
+
+    def _take(self, obs):
+        """Keeps an observation as `observe` shows it. One that is not of its space stays as it is, and is
+        refused by `vector.py`."""
+        found = {path: as_array(x) for path, x in leaves(obs).items()}
+        self._obs = _float32(obs)
+        shapes, wanted = ({path: x.shape for path, x in each.items()} for each in (found, self.parts))
+        if shapes == wanted:
+            parts = [_float32(found[path]).ravel() for path in self.vectors]
+            self._obs = np.concatenate([np.zeros(0, np.float32), *parts])
+            self._image = np.stack([found[path] for path in self.pictures]) if self.pictures else None
 
     @contextlib.contextmanager
     def _values(self, wanted):
@@ -109,7 +153,8 @@ class GymnasiumEnv(gymnasium.Env):
             ) from error
 
     def observe(self):
-        return {"proprio": self._obs.copy()}
+        pictures = {} if self._image is None else {"image": self._image.copy(), "task": np.int64(0)}
+        return {"proprio": self._obs.copy()} | pictures
 
     def step(self, action):
         reward, terminated, truncated, info = self.advance(action)
@@ -141,16 +186,18 @@ class GymnasiumEnv(gymnasium.Env):
 
     def get_state(self):
         """The simulator's state as plain numbers, strings and arrays; None where it cannot be read."""
-        env = self.env.unwrapped
+        env, family = self.env.unwrapped, type(self.env.unwrapped).__module__
         limit = self._wrapper(gymnasium.wrappers.TimeLimit)
-        if hasattr(env, "model") and hasattr(env, "data"):  # Gymnasium's MuJoCo environments
+        # Others' MuJoCo environments have goals and counters too, which are a subclass's of this to add.
+        own = type(self) is not GymnasiumEnv and hasattr(env, "data")
+        if own or family.startswith("gymnasium.envs.mujoco."):
             import mujoco
 
             spec = mujoco.mjtState.mjSTATE_INTEGRATION
             physics = np.empty(mujoco.mj_stateSize(env.model, spec), np.float64)
             mujoco.mj_getState(env.model, env.data, physics, spec)
             state = {"physics": physics, "derived": {k: getattr(env.data, k).copy() for k in DERIVED}}
-        elif type(env).__module__.startswith("gymnasium.envs.classic_control."):
+        elif family.startswith("gymnasium.envs.classic_control."):
             state = {"physics": np.array(env.state)}
         else:
             return None

@@ -36,7 +36,7 @@ from common.memory import available_cores
 START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
 MAX_DEATHS, GOOD_STEPS = 3, 100  # a worker may die 3 times; 100 good steps clear its record
 OUTCOME = {"rewards": np.float32, "terminated": bool, "truncated": bool, "success": bool, "steps": np.int64}
-OUTCOME |= {"episode_return": np.float64, "episode_length": np.int64}
+OUTCOME |= {"episode_return": np.float64, "episode_length": np.int64, "tells_success": bool}
 LARGEST = float(np.finfo(np.float32).max)  # beyond it, float32 is infinite
 
 
@@ -229,7 +229,9 @@ class _Slice:
                     f"environment {self.name!r} has has_success, but its info has no 'success' after a step; "
                     "tell it there, or set has_success to False."
                 )
-            shared["success"][row] = info.get("success", False)
+            if np.ndim(success := info.get("success", False)):
+                self._refuse(f"success of shape {np.shape(success)} instead of a bool", self.lengths[j])
+            shared["success"][row], shared["tells_success"][row] = success, "success" in info
             shared["episode_return"][row], shared["episode_length"][row] = self.returns[j], self.lengths[j]
             ended = terminated or truncated
             if not ended or "image" not in self.keys or (self.autoreset and not terminated):
@@ -350,8 +352,9 @@ class Envs(gymnasium.vector.VectorEnv):
     """The vector environment; see `vectorize`.
 
     Attributes: num_envs, chunk, num_workers, single_observation_space, single_action_space, instructions,
-    active_dims, has_success, draws_tasks, dataset, action_bounds, and lost_episodes: running episodes that
-    died with a worker or could not be restored.
+    active_dims, has_success (also of a world that does not say so, once a step has told one), draws_tasks,
+    dataset, action_bounds, and lost_episodes: running episodes that died with a worker or could not be
+    restored.
     """
 
     def __init__(self, world, num_envs, seed, chunk, num_workers, autoreset, action_history, timeout):
@@ -637,6 +640,7 @@ class Envs(gymnasium.vector.VectorEnv):
             self._outstanding.pop(0)
         self._outstanding = None
         out = {name: self._shared[name].copy() for name in OUTCOME}
+        self.has_success |= bool(out["tells_success"].any())
         obs, done = self._copy(), out["terminated"] | out["truncated"]
         final_obs = {key: value.copy() for key, value in obs.items()}
         if self.autoreset:
