@@ -1,4 +1,4 @@
-"""What the scripted experts of robosuite's worlds share: the moves of a hand, and demonstrations of them.
+"""What the scripted experts of simulated arms share: the moves of a hand, and demonstrations of them.
 
 A move is (way, turn, grip): of the hand, in m and rad along the world's axes, (3,) each, and the gripper's
 command, -1 to open and 1 to close. All follow from the state alone, so that an expert finds back after noise.
@@ -20,15 +20,21 @@ def reach(env, goal, grip, robot=0):
 def pick(env, goal, geoms, hover=0.08):
     """-> the next move of a hand that grasps at `goal` (3,) what has the `geoms`: from up to `hover` m above
     it down, the closer the lower, close; None once it holds them."""
-    move, turn, grip = reach(env, goal, -1.0)
+    move, *_ = reach(env, goal, -1.0)
     fingers = env.robots[0].gripper.important_geoms
     if env._check_grasp([fingers["left_finger"], fingers["right_finger"]], geoms):
         return None
-    off = np.hypot(*move[:2])
-    if off < 0.02 and abs(move[2]) < 0.015:
-        return 0 * move, turn, 1.0
-    move[2] += np.clip(5 * off - 0.05, 0, hover)
-    return move, turn, grip
+    return descend(move, hover)
+
+
+def descend(way, hover=0.08):
+    """-> the next move of an open hand that is `way` (3,) off what it is to grasp: from up to `hover` m above
+    it down, the closer the lower, close."""
+    off = np.hypot(*way[:2])
+    if off < 0.02 and abs(way[2]) < 0.015:
+        return 0 * way, np.zeros(3), 1.0
+    way[2] += np.clip(5 * off - 0.05, 0, hover)
+    return way, np.zeros(3), -1.0
 
 
 def carry(thing, place, high, low):
