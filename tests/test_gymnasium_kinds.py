@@ -1,4 +1,4 @@
-"""Gymnasium ids that tell success, and observe dicts, arrays and pictures, through the adapter and scripts."""
+"""Gymnasium ids that tell success, or observe dicts, arrays and pictures, by adapter and scripts."""
 
 import gymnasium
 import numpy as np
