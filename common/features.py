@@ -56,7 +56,7 @@ def decisions(rewards, terminated, decided, episode_starts, chunk):
         at = at if len(done) else at[at + chunk < end]
         rows.append(at[np.lexsort((at, (at - start) % chunk))])
         ends.append(np.full(len(at), end))
-        chains.append(np.diff(rows[-1], prepend=-chunk) != chunk)
+        chains.append(np.append(True, np.diff(rows[-1]) != chunk)[: len(at)])
     at, end, chains = (np.concatenate(x) for x in (rows, ends, chains))
     after = np.minimum(at + chunk, end)
     terminations = after == end
@@ -92,7 +92,8 @@ class Encoder:
     def __init__(self, path, saved, world, envs, run):
         self.world, self.instructions = world, envs.instructions
         self.acts = world.chunk, len(envs.active_dims)
-        self.active = np.flatnonzero(np.tile(envs.active_dims, world.chunk))  # what the world feels of K*A
+        felt = envs.active_dims | bool(world.action_history)  # by the world, or seen as a past action
+        self.active = np.flatnonzero(np.tile(felt, world.chunk))  # of K*A
         with readable(path):
             defaults = {
                 f.name: f.default for f in dataclasses.fields(model_module(saved["args"]["backbone"]).Args)
@@ -118,7 +119,9 @@ class Encoder:
     def __call__(self, obs, rows, bar=True):
         """Features float32 (n, D + P) of the `rows` (n,) of observations, arrays as of `common.envs`."""
         features = np.empty((len(rows), self.size), np.float32)
-        for start in tqdm(range(0, len(rows), BATCH), desc="encoding", delay=2, disable=None if bar else True):
+        for start in tqdm(
+            range(0, len(rows), BATCH), desc="encoding", delay=2, disable=None if bar else True
+        ):
             part = {key: obs[key][rows[start : start + BATCH]] for key in ("image", "proprio", "task")}
             hidden = self.backbone(self.backbone.preprocess(part, self.instructions))[1]
             features[start : start + BATCH] = torch.cat(
@@ -192,6 +195,9 @@ def offline_dataset(args, run):
             )
         run.kept["encoder"] = encoder.mark
         demos = training_demonstrations(reading, envs, outcomes=True)
+        has, wants = demos["image"].shape[1:], envs.single_observation_space["image"].shape
+    if has != wants and "image_size" in encoder.backbone.config:  # it resizes nothing
+        raise UserError(f"{args.dataset} holds pictures {has}, the encoder's are {wants}; give other ones.")
     starts, chunk = demos["episode_starts"], encoder.acts[0]
     at, after, rewards, terminations, chains = decisions(
         demos["rewards"], demos["terminated"], demos["decided"], starts, chunk

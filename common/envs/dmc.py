@@ -25,6 +25,7 @@ import sys
 import time
 import traceback
 import uuid
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,8 @@ class DMC(gym.Env):
     def __init__(self, task="walker-walk", split="train", pictures=False, size=64, frame_stack=3,
                  action_repeat=2, shadows=False, horizon=0, save_episodes=None):  # fmt: skip
         try:
-            from dm_control import suite
+            with warnings.catch_warnings(action="ignore"):  # it looks for a display
+                from dm_control import suite
         except ImportError as error:
             raise UserError(
                 f"--env dmc lacks a package ({error}): pip install --no-deps -r requirements-dmc.txt"
