@@ -20,6 +20,7 @@ import td3_bc
 from common import UserError, features
 from common.backbones import build_backbone
 from common.checkpoint import load_checkpoint, save_checkpoint
+from common.datasets import load_demonstrations
 from common.envs import WORLDS, make_envs
 from common.features import EncodedEnvs, decisions, offline_dataset
 
@@ -136,6 +137,29 @@ def test_decisions_against_a_loop(every):
     edges = [*chains, len(at)]
     for a, b in zip(edges[:-1], edges[1:], strict=True):  # in a chain the next begins where one ended
         assert (after[a : b - 1] == at[a + 1 : b]).all() and not terminations[a : b - 1].any()
+
+
+def test_what_ends_an_episode_of_a_file(tmp_path):
+    """What `terminated` says; else `dones`, as of demonstrations, but no time-out of a rollout that failed."""
+    for name, column, success, wanted in (
+        ("a", "terminated", None, [0, 1]), ("b", "dones", None, [0, 1]), ("c", "dones", True, [0, 1]),
+        ("d", "dones", False, [0, 0]),
+    ):  # fmt: skip
+        with h5py.File(tmp_path / name, "w") as file:
+            demo = file.create_group("data/demo_0")
+            demo["actions"], demo["obs/proprio"] = np.zeros((2, 7)), np.zeros((2, 3))
+            demo["rewards"], demo[column] = np.uint8([0, 1]), np.uint8([0, 1])
+            if column == "terminated":
+                demo["dones"] = np.uint8([1, 1])
+            demo.attrs["language_instruction"] = "go"
+            if success is not None:
+                demo.attrs["success"] = success
+        read = load_demonstrations(tmp_path / name, image_keys=(), outcomes=True)
+        assert read["terminated"].tolist() == wanted and read["rewards"].tolist() == [0, 1]
+        with h5py.File(tmp_path / name, "r+") as file:
+            del file["data/demo_0/rewards"]
+        with pytest.raises(UserError, match="demo_0 has no array 'rewards'"):
+            load_demonstrations(tmp_path / name, image_keys=(), outcomes=True)
 
 
 # --- features
