@@ -19,8 +19,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import UserError
-from common.datasets import load_dataset, unit_actions
+from common.datasets import unit_actions
 from common.evaluation import evaluation_world, run_episodes, score, summarize
+from common.features import offline_dataset
 from common.flags import FIXED, Layers, NonNegative, NonNegativeInt, Positive, PositiveInt, Share
 from common.optim import compile_update, load_optimizer, minimize
 from common.run import OfflineArgs, main
@@ -249,7 +250,7 @@ def sample_batch(states, rest, starts, size, context, generator):
 
 def train(args, run):
     """Sample pieces of episodes, update, repeat (arXiv:2106.01345, algorithm 1)."""
-    dataset, device = load_dataset(args.dataset, args.keys), run.device
+    dataset, device = offline_dataset(args, run), run.device
     returns = np.add.reduceat(dataset.rewards, dataset.episode_starts, dtype=np.float64)
     targets = args.target_returns or (float(returns.max()),)
     episodes = args.eval_episodes * len(targets)

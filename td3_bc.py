@@ -14,8 +14,9 @@ from typing import Annotated
 import torch
 import torch.nn as nn
 
-from common.datasets import load_dataset, transition_tensors
+from common.datasets import transition_tensors
 from common.evaluation import evaluate, evaluation_world
+from common.features import offline_dataset
 from common.flags import FIXED, Layers, NonNegative, PositiveInt, Share
 from common.optim import compile_update, load_optimizer, minimize
 from common.run import OfflineArgs, main
@@ -161,7 +162,7 @@ def sample_batch(states, next_index, rest, size, generator):
 
 def train(args, run):
     """Sample transitions, update, repeat (arXiv:2106.06860)."""
-    dataset, device = load_dataset(args.dataset, args.keys), run.device
+    dataset, device = offline_dataset(args, run), run.device
     eval_envs, bounds, references = evaluation_world(args, dataset, run, args.eval_episodes)
     action_dim = dataset.actions.shape[1]
     agent = Agent(dataset.states.shape[1], action_dim, args)

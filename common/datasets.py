@@ -43,7 +43,7 @@ BLOCK_STEPS = 16  # of a recorded episode, that are packed and written together
 def load_demonstrations(
     path: str | os.PathLike, max_demos: int | None = None, image_keys: tuple[str, ...] = IMAGE_KEYS,
     action_dim: int = 7, only_success: bool = False, kept_steps: Callable | None = None,
-    proprio_keys: tuple[str, ...] = (), names: Mapping = MappingProxyType({}),
+    proprio_keys: tuple[str, ...] = (), names: Mapping = MappingProxyType({}), outcomes: bool = False,
 ) -> dict:  # fmt: skip
     """Read the first `max_demos` demonstrations by number as flat arrays of S steps in E episodes.
 
@@ -52,6 +52,8 @@ def load_demonstrations(
     (E,), `success` bool (E,), the demonstration's attribute (published files have none and successes alone),
     `decided` bool (S,), where a recorded policy chose its next chunk (all of demonstrations that do not say),
     and `left_out`, how many steps are not among S.
+    With outcomes also `rewards` float32 and `terminated` bool (S,): `dones`, but of recorded rollouts, where
+    these are time-outs too, what they say or, of a failure, nothing.
     image_keys: the pictures to read; with none there is no `image`. only_success: those that succeeded alone.
     kept_steps: actions (T, A) -> bool (T,), the steps to read; a demonstration without any is left out.
     `proprio` is what `proprio_keys` name, or the file's own, or position (m), axis-angle (rad) and the two
@@ -68,7 +70,7 @@ def load_demonstrations(
         raise UserError(f"max_demos is {max_demos}, it must be at least 1.")
     try:
         with h5py.File(path, "r") as file:
-            read = image_keys, action_dim, proprio_keys, _action_limit(file.get("data"))
+            read = image_keys, action_dim, proprio_keys, _action_limit(file.get("data")), outcomes
             return _load(file, path, max_demos, read, only_success, kept_steps, names)
     except (OSError, RuntimeError, KeyError) as error:  # what h5py raises for bytes that are no HDF5
         raise UserError(f"{path} is truncated or not HDF5 ({error}); download or record it again.") from error
@@ -157,7 +159,7 @@ def _array(group: h5py.Group, key: str, where: str) -> h5py.Dataset:
 
 def _load_episode(
     demo: h5py.Group, where: str, image_keys: tuple[str, ...], action_dim: int, keys: tuple[str, ...],
-    limit: float,
+    limit: float, outcomes: bool,
 ) -> tuple[dict, int]:  # fmt: skip
     proprio_keys = next((keys for keys in PROPRIO_KEYS if f"obs/{keys[0]}" in demo), PROPRIO_KEYS[0])
     if proprio_keys == PROPRIO_KEYS[-1] and "obs/robot1_eef_pos" in demo:
@@ -171,10 +173,16 @@ def _load_episode(
     decided = _array(demo, "decided", where)[()] if "decided" in demo else np.ones(len(actions))
     if decided.shape != (len(actions),):
         raise UserError(f"{where} has decided of shape {decided.shape}; it needs ({len(actions)},).")
+    ends = {}
+    if outcomes:
+        done = "terminated" if "terminated" in demo else "dones"
+        ends = {key: _read(demo, key, where, (len(actions),)) for key in ("rewards", done)}
+        failed = done == "dones" and not demo.attrs.get("success", True)
+        ends["terminated"] = (ends.pop(done) != 0) & (not failed)
     turned = {} if keys else {key for key in parts if key.endswith("_quat")}
     parts = [_axis_angle(value) if key in turned else value for key, value in parts.items()]
     pictures = {"image": np.stack(list(cameras.values()), axis=1)} if cameras else {}  # (T, cameras, H, W, 3)
-    return pictures | {
+    return pictures | ends | {
         "proprio": np.concatenate(parts, axis=1).astype(np.float32),
         "actions": actions.astype(np.float32),
         "decided": decided.astype(bool),
@@ -333,7 +341,7 @@ class Recording:
         self.cameras, self.parts, self.to_file = cameras, parts, to_file
         self.steps, self.ended = {}, 0  # steps of running episodes that are not in the file yet; how many are
 
-    def step(self, episode, rows, obs, actions, rewards, ended, info, decided):
+    def step(self, episode, rows, obs, actions, rewards, ended, terminated, info, decided):
         """One step of `Envs` with chunks of one: actions (N, 1, A) in `obs`. episode (N,): what their numbers
         in the file are; rows: bool (N,), the environments that moved; decided: bool (N,), where the action is
         a chunk's first."""
@@ -344,7 +352,7 @@ class Recording:
                 continue
             steps = self.steps.setdefault(number, [])
             seen = obs["image"][i], obs["proprio"][i]
-            steps.append((*seen, actions[i, 0], rewards[i], ended[i], decided[i]))
+            steps.append((*seen, actions[i, 0], rewards[i], ended[i], terminated[i], decided[i]))
             if len(steps) == BLOCK_STEPS or ended[i]:
                 self._write(number)
             if ended[i]:
@@ -358,13 +366,13 @@ class Recording:
 
     def _write(self, number):
         columns = map(np.stack, zip(*self.steps[number], strict=True))
-        image, proprio, actions, rewards, dones, decided = columns
+        image, proprio, actions, rewards, dones, terminated, decided = columns
         image = self.to_file(image) if self.to_file else image
         parts = np.split(proprio[:, : sum(self.parts.values())], np.cumsum([*self.parts.values()])[:-1], 1)
         columns = {f"obs/{name}": image[:, k] for k, name in enumerate(self.cameras)}
         columns |= {f"obs/{name}": part for name, part in zip(self.parts, parts, strict=True)}
         columns |= {"actions": actions.clip(-1, 1), "rewards": rewards, "dones": dones.astype(np.uint8)}
-        columns |= {"decided": decided.astype(np.uint8)}
+        columns |= {"terminated": terminated.astype(np.uint8), "decided": decided.astype(np.uint8)}
         append_rows(self.data.require_group(f"demo_{number}"), columns)
         self.steps[number].clear()
         if self.disk.error:
@@ -430,8 +438,9 @@ def chunk_targets(
     return actions[np.minimum(index, end - 1)], index < end
 
 
-def training_demonstrations(args, envs) -> dict:
-    """The demonstrations of a run: --demos' files, or else the scripted expert's of the world.
+def training_demonstrations(args, envs, outcomes=False) -> dict:
+    """The demonstrations of a run: --demos' files, or else the scripted expert's of the world. outcomes: as
+    of `load_demonstrations`, and of every step, also those that are not worth imitating.
 
     As `load_demonstrations`, by --demos-filter, with `task` into `envs.instructions`, pictures as the world
     shows them, and --action-history in `proprio`; from an expert also `pixels` (S, cameras, 2, 2). UserError
@@ -440,17 +449,23 @@ def training_demonstrations(args, envs) -> dict:
     world, flags = world_module(args.env), world_flags(args)
     if args.demos:
         say(f"reading {args.demos}")
+        demos = hasattr(world, "read_demonstrations") and world.read_demonstrations(
+            args.demos, args.num_demos, outcomes, **flags
+        )
         files = sorted(Path(args.demos).glob("*.hdf5")) if Path(args.demos).is_dir() else [args.demos]
-        if not files:
+        if not demos and not files:
             raise UserError(f"The folder {args.demos} holds no .hdf5 file; give one with demonstrations.")
         if not envs.single_action_space.shape:
             raise UserError(f"--demos are of numbers; --env {args.env} has {envs.single_action_space} here.")
         pictures = envs.single_observation_space.get("image") is not None
-        read = demo_keys(args) if pictures else (), envs.single_action_space.shape[0]
-        read += args.demos_filter == "success", getattr(world, "kept_steps", None)
+        read = demo_keys(args) if pictures and not demos else (), envs.single_action_space.shape[0]
+        read += args.demos_filter == "success", None if outcomes else getattr(world, "kept_steps", None)
         read += (tuple(_parts(world, flags)) if hasattr(world, "demo_proprio") else (),)
-        read += (getattr(world, "DEMO_TASKS", {}),)
-        demos = _concatenate([load_demonstrations(file, args.num_demos, *read) for file in files])
+        read += (getattr(world, "DEMO_TASKS", {}), outcomes)
+        if not demos:
+            demos = _concatenate([load_demonstrations(file, args.num_demos, *read) for file in files])
+        if (has := demos["actions"].shape[1]) != read[1]:
+            raise UserError(f"{args.demos} has actions of {has} numbers; those of this world have {read[1]}.")
         _say_what_was_read(demos, args, envs)
         if pictures and hasattr(world, "from_file"):
             demos["image"] = world.from_file(demos["image"])
@@ -519,7 +534,7 @@ def training_scenes(args, envs, device) -> dict[str, torch.Tensor] | None:
 def _concatenate(parts: list[dict]) -> dict:
     """What `load_demonstrations` returns, of several files, as of one."""
     instructions = list(dict.fromkeys(text for part in parts for text in part["instructions"]))
-    keys = ("image", "proprio", "actions", "success", "decided")
+    keys = ("image", "proprio", "actions", "success", "decided", "rewards", "terminated")
     whole = {key: np.concatenate([part[key] for part in parts]) for key in keys if key in parts[0]}
     tasks = [np.array([instructions.index(t) for t in p["instructions"]])[p["task"]] for p in parts]
     offsets = np.cumsum([0] + [len(part["task"]) for part in parts])
@@ -618,6 +633,7 @@ class OfflineDataset:
     episode_starts: np.ndarray  # (E,) int64, ascending from 0
     reference_scores: tuple[float, float] | None  # return of the random and of the expert policy
     env_flags: dict = field(default_factory=dict)  # of the world `env_id`, by name
+    encoder: object = None  # `common.features.Encoder`, through which the world is seen
 
     @property
     def observations(self) -> np.ndarray:

@@ -115,7 +115,7 @@ def run_episodes(agent, envs, seeds, generator=None, video_folder=None, record=N
         ended = terminated | truncated
         if record:
             decided = steps % agent.chunk == 0
-            record.step(episode, running, before, actions, rewards, ended, info, decided)
+            record.step(episode, running, before, actions, rewards, ended, terminated, info, decided)
         returns, steps = info["episode_return"].copy(), info["episode_length"].copy()
         for i in np.flatnonzero(filmed):
             value = None if values is None else values[rows == i].item()
@@ -213,6 +213,8 @@ def evaluation_world(args, dataset, run, episodes):
     a world), and the returns of the normalised scores 0 and 100 (or None). Raises UserError.
     """
     env, references = args.env or dataset.env_id, dataset.reference_scores
+    if dataset.encoder:
+        return dataset.encoder.envs(episodes, run) if episodes else None, None, references
     if env is None and args.eval_episodes:
         raise UserError(f"{dataset.name} names no environment; give --env, or --eval-episodes 0.")
     if env is None or (dataset.env_flags and not args.env and not args.eval_episodes):

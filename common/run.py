@@ -198,6 +198,9 @@ class OfflineArgs(StateArgs):
     """D4RL's name, a file in D4RL's or RoboMimic's layout, or a Minari id"""
     env: Annotated[str | None, KEPT] = None
     """the Gymnasium id, or world, to evaluate in; default the data set's"""
+    features: Annotated[str | None, FIXED] = None
+    """learn from pictures: the data set's, encoded by the frozen backbone of this run or checkpoint, whose
+    chunk is then an action"""
     total_timesteps: PositiveInt = 1_000_000
     """updates to train for"""
 
@@ -478,6 +481,7 @@ class Run:
         self.initial = self.best = self.latest = self.videos = self._writer = self._bar = None
         self._warned = self._made = False
         self._generators, self._signals, self.laps, self._before = {}, [], {}, 0.0
+        self.kept = {}  # what each checkpoint of this run holds beside the script's state
         self._log_lost = False
         self._start = self._tick = time.perf_counter()
         self.source, self._restoring = args.resume or args.checkpoint, False
@@ -564,7 +568,7 @@ class Run:
             )  # fmt: skip
         state = map_tensors(distributed.collect, state)
         if self.rank == 0:
-            state = {"args": dataclasses.asdict(self.args)} | state
+            state = {"args": dataclasses.asdict(self.args)} | self.kept | state
             save_checkpoint(self.folder / name, script=self.script.stem, state=state)
             if self._log_lost and not self._writer:  # a disk that takes a checkpoint takes a log
                 self._open_log()

@@ -144,6 +144,7 @@ def check(path, numbers):
             wanted = {"obs/agentview_rgb": image[:, 0], "obs/eye_in_hand_rgb": image[:, 1]}
             wanted |= {"obs/proprio": proprio, "actions": actions, "dones": ends.astype(np.uint8)}
             wanted |= {"rewards": rewards.astype(np.float32)}
+            wanted |= {"terminated": (ends & success).astype(np.uint8)}
             wanted |= {"decided": (np.arange(LENGTHS[i]) % 3 == 0).astype(np.uint8)}
             names = []
             demo.visititems(lambda name, x, names=names: names.append(name) if hasattr(x, "dtype") else None)
@@ -152,11 +153,14 @@ def check(path, numbers):
                 assert demo[name].dtype == array.dtype and np.array_equal(demo[name], array), name
             assert (demo.attrs["success"], demo.attrs["num_samples"]) == (success, LENGTHS[i])
             assert demo.attrs["language_instruction"] == Noise.instructions[i % 2]
-    read = load_demonstrations(path, action_dim=2)
+    read = load_demonstrations(path, action_dim=2, outcomes=True)
     episodes = [played(i)[0] for i in sorted(numbers)]
     for key, column in (("image", 0), ("proprio", 1), ("actions", 2)):
         assert np.array_equal(read[key], np.concatenate([x[column] for x in episodes]))
     assert read["success"].tolist() == [i % 2 == 0 for i in sorted(numbers)]
+    assert np.array_equal(read["rewards"], np.concatenate([np.float32(x[3]) for x in episodes]))
+    ends = np.concatenate([x[4] & (i % 2 == 0) for i, x in zip(sorted(numbers), episodes, strict=True)])
+    assert np.array_equal(read["terminated"], ends)  # and no time-outs
     assert read["decided"].tolist() == [t % 3 == 0 for i in sorted(numbers) for t in range(LENGTHS[i])]
 
 
@@ -262,7 +266,7 @@ def test_liberos_names_and_its_pictures_upside_down(tmp_path):
         for t in range(3):
             obs = {"image": image[t : t + 1], "proprio": proprio[t : t + 1].astype(np.float32), "task": [0]}
             info = {"lost": [False], "success": [True]}
-            rest = np.zeros(1, np.float32), np.r_[t == 2], info, np.ones(1, bool)
+            rest = np.zeros(1, np.float32), *[np.r_[t == 2]] * 2, info, np.ones(1, bool)
             record.step([0], np.ones(1, bool), obs, actions[t], *rest)
     with h5py.File(tmp_path / "r.hdf5") as file:
         obs = file["data/demo_0/obs"]

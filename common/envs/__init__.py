@@ -28,6 +28,9 @@ For imitation the file may also have
   (default: "proprio" whole), or `demo_proprio(**flags)`, which gives it, all as the world shows it;
   `DEMO_TASKS`, {RoboMimic's name of a task: instruction}; `kept_steps(actions)`, (T, A) -> bool (T,), where
   not all are imitated;
+- `read_demonstrations(path, max_demos, outcomes, **flags)`, files of a layout of its own as
+  `common.datasets.load_demonstrations` gives others, or None for other files; `REFERENCE_SCORES`, the returns
+  of a normalised score of 0 and of 100;
 - `demonstrations(num_episodes, seed, noise, num_workers, **flags)` of a scripted expert -> flat arrays of S
   steps: `image`, `proprio`, `task` as observed, `actions` (S, A) as labelled, `episode_starts` (E,),
   optionally `executed` (S, A), where these are not the labels, and `pixels` (S, cameras, 2, 2), where the
@@ -47,7 +50,8 @@ from common.envs.vector import START_METHOD, vectorize
 from common.memory import available_memory
 
 WORLDS = {
-    name: f"common.envs.{name}" for name in ("tabletop", "libero", "robosuite", "robomimic", "maniskill")
+    name: f"common.envs.{name}"
+    for name in ("tabletop", "libero", "robosuite", "robomimic", "maniskill", "dmc")
 }
 NAMED = "robomimic"  # the world that a file in RoboMimic's layout names
 GYMNASIUM = "common.envs.gymnasium_env"
