@@ -33,6 +33,9 @@ For imitation the file may also have
   optionally `executed` (S, A), where these are not the labels, and `pixels` (S, cameras, 2, 2), where the
   first two things that the instruction names are in the picture, in [-1, 1];
 - `scenes(num_scenes, seed, num_workers, **flags)`, still pictures -> `image`, `proprio`, `task`, `pixels`.
+For `common/serve.py` it may have `from_client(message)`, the dict of a client of its own, which asks at each
+step -> a dict of `images`, {camera: uint8 (H, W, 3)}, and `state`, UserError for any other; `to_client`,
+actions (K, A) in [-1, 1] -> in its client's units.
 Any other name is a Gymnasium id with vector observations (`gymnasium_env.py`). To copy: `tabletop.py`.
 """
 
@@ -45,7 +48,9 @@ from common import UserError, forkserver
 from common.envs.vector import START_METHOD, vectorize
 from common.memory import available_memory
 
-WORLDS = {name: f"common.envs.{name}" for name in ("tabletop", "libero", "robosuite", "robomimic")}
+WORLDS = {
+    name: f"common.envs.{name}" for name in ("tabletop", "libero", "robosuite", "robomimic", "behavior")
+}
 NAMED = "robomimic"  # the world that a file in RoboMimic's layout names
 GYMNASIUM = "common.envs.gymnasium_env"
 
