@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from test_cli import call, frames, results, run, scalars, shell
+from test_cli import call, frames, results, run, scalars, shell, stopped_by
 
 import bc_warmup
 import grpo_vla
 import ppo_vla
 from common import UserError
+from common.checkpoint import load_checkpoint
 from common.envs import behavior as world
 from common.envs import behavior_server as server
 from common.envs import make_envs
@@ -260,8 +261,20 @@ def test_the_command_lines(fake, tmp_path):
     assert width == 672 and 470 < height < 520 and count == 4 + 10  # with task, step and success below
     run(grpo_vla, f"{FLAGS} {simulator} --checkpoint {tmp_path}/ppo --num-workers 0 --output-dir {tmp_path}",
         "--run-name grpo --num-envs 2 --group-size 2 --num-groups 1 --total-timesteps 8 --minibatch-size 4",
-        "--accuracy-low 0 --accuracy-high 1 --max-rounds 1")  # fmt: skip
+        "--accuracy-low 0 --accuracy-high 1 --max-refill 1")  # fmt: skip
     assert not simulators()
+
+
+def test_a_stopped_run_goes_on_with_new_episodes_that_are_counted(fake, tmp_path, monkeypatch):
+    flags = f"{PPO} --simulator {fake(goal=[2, 99])} --num-workers 0 --actions arms --output-dir {tmp_path}"
+    stopped_by(monkeypatch, ppo_vla, "clipped_surrogate", 1)
+    assert call(ppo_vla, flags, "--run-name r --total-timesteps 16").code == 130
+    monkeypatch.undo()
+    run(ppo_vla, f"--resume {tmp_path}/r")
+    assert scalars(tmp_path / "r")["rollout/lost_episodes"][-1][1] == 2
+    final = results(tmp_path / "r")["final"]  # half of the goal, until time is up
+    assert (final["success_rate"], final["mean_reward"], final["mean_length"]) == (0, 0.5, 6)
+    assert load_checkpoint(tmp_path / "r")["backbone"]["action_dim"] == 14
 
 
 def test_wrong_flags_are_one_sentence(tmp_path):
@@ -296,5 +309,7 @@ env.advance(np.zeros(23, np.float32))
     held.kill()
     held.wait()
     held.stdout.close()
-    psutil.wait_procs([simulator], 5)
-    assert not simulator.is_running() or simulator.status() == "zombie"
+    _, alive = psutil.wait_procs([simulator], 5)
+    for process in alive:
+        process.kill()
+    assert not alive

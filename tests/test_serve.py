@@ -83,9 +83,11 @@ def serving(folder, *words):
 
     thread = threading.Thread(target=work)
     thread.start()
-    yield ports.get(timeout=30)
-    loop.call_soon_threadsafe(task.cancel)
-    thread.join(30)
+    try:
+        yield ports.get(timeout=30)
+    finally:
+        loop.call_soon_threadsafe(task.cancel)
+        thread.join(30)
     loop.close()
     assert not thread.is_alive()
 
@@ -152,8 +154,9 @@ def test_what_is_served_is_the_agents_own_greedy_action(tmp_path, script, head):
 def test_sampled_actions_follow_from_the_seed(tmp_path):
     agent, _ = checkpoint(ppo_vla, tmp_path / "run", REACH, "--head gaussian --init-std 0.1")
     draws = []
-    for _ in range(2):
+    for k in range(2):
         with serving(tmp_path / "run", "--no-deterministic") as port:
+            torch.manual_seed(k)  # of no effect: it has a generator of its own
             policy = client(port)
             assert policy.get_server_metadata()["deterministic"] is False
             draws.append([policy.infer(seen(0))["actions"] for _ in range(2)])
@@ -269,15 +272,27 @@ def test_wrong_messages_are_answered_with_one_sentence_and_the_connection_stays(
 
 def test_a_policy_that_fails_fails_once(tmp_path, monkeypatch, capsys):
     checkpoint(ppo_vla, tmp_path / "run", REACH)
+    agents, end = [], serve.Policy.__init__
+    monkeypatch.setattr(
+        serve.Policy, "__init__", lambda self, agent, *x: agents.append(agent) or end(self, agent, *x)
+    )
     with serving(tmp_path / "run") as port:
-        policy, act = client(port), serve.Policy.act
-        for error, said in ((torch.OutOfMemoryError("no\nroom"), "with OutOfMemoryError: no room."),):
-            with monkeypatch.context() as patch:
-                patch.setattr(serve.Policy, "act", lambda *_, error=error: (_ for _ in ()).throw(error))
-                with pytest.raises(RuntimeError, match=f"The policy failed {said}"):
-                    policy.infer(seen(0))
-        assert "OutOfMemoryError" in capsys.readouterr().err and serve.Policy.act is act
-        assert policy.infer(seen(0))["actions"].shape == (4, 2)
+        policy, act = client(port), agents[0].act
+
+        def fail(*_):
+            raise torch.OutOfMemoryError("no\nroom")
+
+        agents[0].act = fail
+        with pytest.raises(RuntimeError, match="The policy failed with OutOfMemoryError: no room."):
+            policy.infer(seen(0))
+        assert "OutOfMemoryError" in capsys.readouterr().err
+        agents[0].act = lambda *_: (np.full((1, 4, 2), np.nan), None)
+        with pytest.raises(RuntimeError, match="The policy's actions are NaN or infinite."):
+            policy.infer(seen(0))
+        agents[0].act = lambda *_: (np.full((1, 4, 2), -3, np.float32), None)  # as an L1 head may
+        assert (policy.infer(seen(0))["actions"] == -1).all()
+        agents[0].act = act
+        assert len(np.unique(policy.infer(seen(0))["actions"])) > 2
 
 
 def test_clients_in_turn_and_those_who_vanish(tmp_path, capfd):
@@ -400,7 +415,9 @@ def call(monkeypatch, capsys, *words):
 def test_wrong_commands_end_in_one_sentence(tmp_path, monkeypatch, capsys):
     checkpoint(ppo_vla, tmp_path / "run", REACH)
     save_checkpoint(tmp_path / "states.pt", "sac", {"args": {}, "agent": {}})
-    save_checkpoint(tmp_path / "far.pt", "../ppo_vla", {"args": {}, "backbone": {}})
+    save_checkpoint(tmp_path / "far.pt", "../elsewhere", {"args": {}, "backbone": {}})
+    (tmp_path / "elsewhere.py").write_text("raise ValueError('it was run')")
+    monkeypatch.chdir(tmp_path / "run")
     run = ("--checkpoint", tmp_path / "run")
     with contextlib.closing(__import__("socket").create_server(("127.0.0.1", 0))) as taken:
         busy = taken.getsockname()[1]
@@ -411,7 +428,7 @@ def test_wrong_commands_end_in_one_sentence(tmp_path, monkeypatch, capsys):
                 ("--checkpoint", tmp_path / "states.pt"),
                 "is of sac.py, whose policies of states are not served",
             ),
-            (("--checkpoint", tmp_path / "far.pt"), "is of ../ppo_vla.py, which is neither here nor in"),
+            (("--checkpoint", tmp_path / "far.pt"), "is of ../elsewhere.py, which is neither here nor in"),
             ((*run, "--port", busy), f"127.0.0.1:{busy} is not to be had ("),
             ((*run, "--port", 70000), "127.0.0.1:70000 is not to be had ("),
             ((*run, "--host", "no.such.host.invalid"), "no.such.host.invalid:8000 is not to be had ("),
@@ -431,15 +448,19 @@ def test_the_command_line_until_it_is_told_to_stop(tmp_path):
         [*command, "--device", "cpu"], cwd=serve.ROOT, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    line = server.stdout.readline()
-    assert line.startswith(f"serving {tmp_path}/run at ws://127.0.0.1:") and "Ctrl-C ends it" in line
-    policy = client(int(line.partition("127.0.0.1:")[2].partition(";")[0]))
-    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
-    obs = {"state": np.zeros(8), "prompt": "lift the red cube"}
-    got = policy.infer(obs | {"images": dict(zip(("agentview", "wrist"), images, strict=True))})["actions"]
-    np.testing.assert_allclose(got, own(agent, images, obs["state"], obs["prompt"]), atol=1e-6)
-    server.send_signal(signal.SIGTERM)
-    with pytest.raises(websockets.exceptions.ConnectionClosed):
-        policy.infer(obs)
-    out, err = server.communicate(timeout=60)
-    assert (server.returncode, out, err) == (0, "stopped\n", "")
+    try:
+        line = server.stdout.readline()
+        assert line.startswith(f"serving {tmp_path}/run at ws://127.0.0.1:") and "Ctrl-C ends it" in line
+        policy = client(int(line.partition("127.0.0.1:")[2].partition(";")[0]))
+        images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+        obs = {"state": np.zeros(8), "prompt": "lift the red cube"}
+        obs["images"] = {"agentview": images[0], "wrist": images[1]}
+        got = policy.infer(obs)["actions"]
+        np.testing.assert_allclose(got, own(agent, images, obs["state"], obs["prompt"]), atol=1e-6)
+        server.send_signal(signal.SIGTERM)
+        with pytest.raises(websockets.exceptions.ConnectionClosed):
+            policy.infer(obs)
+        out, err = server.communicate(timeout=60)
+        assert (server.returncode, out, err) == (0, "stopped\n", "")
+    finally:
+        server.kill()

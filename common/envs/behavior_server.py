@@ -175,6 +175,8 @@ class Simulator:
             pose = poses.get("robot", poses.get("r1pro"))[0]
             self.robot.set_position_orientation(pose["position"], pose["orientation"])
             self.scene.write_task_metadata(key=key, data=state)
+        if hasattr(self.og.sim, "update_handles"):
+            self.og.sim.update_handles()
         for _ in range(SETTLE):
             self.og.sim.step_physics()
             for thing in scope.values():
