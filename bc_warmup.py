@@ -111,6 +111,7 @@ PRESETS = {  # what differs from the defaults; flags on the command line win
         batch_size=16, learning_rate=5e-4, label_sigma=0.0, temperature=1.6, save_freq=1000,
     ),
     "robomimic": dict(gradient_steps=1000, eval_envs=16, eval_episodes=50),
+    "behavior": dict(eval_envs=4, eval_episodes=20),
     "pi0": dict(  # openpi's
         head="flow", chunk=5, grounding_steps=0, gradient_steps=30_000, batch_size=32, learning_rate=2.5e-5,
         warmup_steps=1000, flow_steps=10, flow_samples=1, save_freq=1000,

@@ -798,7 +798,7 @@ def tree(folder):
 WRONG_PPO = [
     (
         "CARTPOLE --env NoSuchWorld-v1",
-        "unknown environment 'NoSuchWorld-v1': known are tabletop, libero, robosuite, robomimic, maniskill",
+        "unknown environment 'NoSuchWorld-v1': known are tabletop, libero, robosuite, robomimic",
     ),
     ("CARTPOLE --env no_such_module:World-v1", "unknown environment"),
     ("CARTPOLE --env FrozenLake-v1", "not a vector"),

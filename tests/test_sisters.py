@@ -248,7 +248,7 @@ def test_every_world_and_model_has_its_file():
         (
             {**WORLDS, "gymnasium": GYMNASIUM},
             "envs",
-            {"vector", "simulation", "jobs", "experts", "to_robomimic"},
+            {"vector", "simulation", "jobs", "experts", "to_robomimic", "behavior_server"},
         ),
         (BACKBONES, "backbones", set()),
     ):

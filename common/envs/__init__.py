@@ -36,6 +36,9 @@ For imitation the file may also have
   optionally `executed` (S, A), where these are not the labels, and `pixels` (S, cameras, 2, 2), where the
   first two things that the instruction names are in the picture, in [-1, 1];
 - `scenes(num_scenes, seed, num_workers, **flags)`, still pictures -> `image`, `proprio`, `task`, `pixels`.
+For `common/serve.py` it may have `from_client(message)`, the dict of a client of its own, which asks at each
+step -> a dict of `images`, {camera: uint8 (H, W, 3)}, and `state`, UserError for any other; `to_client`,
+actions (K, A) in [-1, 1] -> in its client's units.
 Any other name is a Gymnasium id that observes vectors or pictures (`gymnasium_env.py`). To copy:
 `tabletop.py`.
 """
@@ -51,7 +54,7 @@ from common.memory import available_memory
 
 WORLDS = {
     name: f"common.envs.{name}"
-    for name in ("tabletop", "libero", "robosuite", "robomimic", "maniskill", "dmc")
+    for name in ("tabletop", "libero", "robosuite", "robomimic", "maniskill", "dmc", "behavior")
 }
 NAMED = "robomimic"  # the world that a file in RoboMimic's layout names
 GYMNASIUM = "common.envs.gymnasium_env"
