@@ -140,7 +140,7 @@ def test_decisions_against_a_loop(every):
 
 
 def test_what_ends_an_episode_of_a_file(tmp_path):
-    """What `terminated` says; else `dones`, as of demonstrations, but no time-out of a failed rollout."""
+    """What `terminated` says; else `dones`, as of demonstrations, but of a rollout that failed nothing."""
     for name, column, success, wanted in (
         ("a", "terminated", None, [0, 1]), ("b", "dones", None, [0, 1]), ("c", "dones", True, [0, 1]),
         ("d", "dones", False, [0, 0]),
