@@ -1,19 +1,21 @@
 """Implicit Q-learning, in one file.
 
     python iql.py --dataset hopper-medium-v2 --expectile 0.7 --temperature 3.0
+    python iql.py --dataset cube-single-play-singletask-task2-v0    # OGBench: common/ogbench.py makes it
 
 Kostrikov et al. 2021 (arXiv:2110.06169): V is an expectile of Q over the actions of the data, Q is backed up
 with V, and the policy imitates the data weighted by exp(advantage). No action outside the data is ever
-evaluated.
+evaluated. On OGBench's data the presets are the form of its published numbers (arXiv:2502.02538, appendix E).
 """
 
 import copy
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from common.datasets import load_dataset, transition_tensors
 from common.evaluation import evaluate, evaluation_world
@@ -28,6 +30,8 @@ class Args(OfflineArgs):
     """transitions per update"""
     learning_rate: NonNegative = 3e-4
     """Adam, policy; decays to 0 as a cosine"""
+    anneal_lr: bool = True
+    """else it stays as it is"""
     critic_learning_rate: NonNegative = 3e-4
     """Adam, critics and value"""
     gamma: Share = 0.99
@@ -40,8 +44,12 @@ class Args(OfflineArgs):
     """beta, the policy's weights are exp(beta * advantage): 0 is behaviour cloning"""
     max_weight: Positive = 100.0
     """the weights are clipped to this"""
+    joint_step: bool = False
+    """V, policy and Q step from the same weights, the advantage is of the critics and not of their targets"""
     dropout: Share = 0.0
     """of the policy's hidden layers"""
+    learn_std: Annotated[bool, FIXED] = True
+    """the policy's standard deviation; else it is 1, around a mean that tanh does not squash"""
     normalize: bool = True
     """observations to mean 0 and standard deviation 1 over the data"""
     normalize_rewards: bool = True
@@ -54,15 +62,26 @@ class Args(OfflineArgs):
     """units of a hidden layer"""
     depth: Annotated[PositiveInt, FIXED, Layers("width")] = 2
     """hidden layers"""
+    activation: Annotated[Literal["relu", "gelu"], FIXED] = "relu"
+    """of hidden layers; gelu comes with Xavier's initial weights"""
+    layer_norm: Annotated[bool, FIXED] = False
+    """after each hidden layer of the value networks"""
 
 
 HUMAN = dict(temperature=0.5, dropout=0.1, normalize_rewards=False)
-PRESETS = {  # by a word of the data set's name
+PRESETS = {  # by a word, or the start, of the data set's name
     "antmaze": dict(
         expectile=0.9, temperature=10.0, normalize_rewards=False, reward_bias=-1.0, eval_episodes=100,
         eval_freq=100_000,
     ),
     "kitchen": HUMAN, "pen": HUMAN, "door": HUMAN, "hammer": HUMAN, "relocate": HUMAN,
+    "singletask": dict(  # OGBench's names all have this word
+        expectile=0.9, temperature=10.0, anneal_lr=False, joint_step=True, learn_std=False, normalize=False,
+        normalize_rewards=False, depth=4, activation="gelu", layer_norm=True, eval_episodes=50, eval_envs=5,
+        eval_freq=100_000,
+    ),
+    "cube-single": dict(temperature=1.0), "cube-double": dict(temperature=0.3),
+    "puzzle-4x4": dict(temperature=3.0),
 }  # fmt: skip
 LOG_FREQ = 500  # updates between two points of the log
 
@@ -102,29 +121,54 @@ def gaussian_log_prob(mean, log_std, action):
 class TwinCritic(nn.Module):
     """Q1 and Q2 as one network of batched matrices: obs (B, S), action (B, A) -> (2, B)."""
 
-    def __init__(self, obs_dim, action_dim, width, depth, bf16=False):
+    def __init__(self, obs_dim, action_dim, width, depth, bf16=False, activation="relu", layer_norm=False):
         super().__init__()
-        self.bf16 = bf16
+        self.bf16, self.activation = bf16, activation
         sizes = [obs_dim + action_dim, *[width] * depth, 1]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):  # nn.Linear's initialisation
             for group, rows in ((self.weights, inputs), (self.biases, 1)):
                 group.append(torch.empty(2, rows, outputs).uniform_(-(inputs**-0.5), inputs**-0.5))
+        layers = depth if layer_norm else 0
+        self.scales = nn.ParameterList(torch.ones(2, 1, width) for _ in range(layers))
+        self.shifts = nn.ParameterList(torch.zeros(2, 1, width) for _ in range(layers))
+
+    def activate(self, x, layer):
+        """The activation of a hidden layer's sums (2, B, width), and layer norm if there is one."""
+        x = x.relu_() if self.activation == "relu" else F.gelu(x, approximate="tanh")
+        if self.scales:
+            x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+            x = torch.addcmul(self.shifts[layer], self.scales[layer], x)
+        return x
 
     def forward(self, obs, action):
         x = torch.cat([obs, action], -1).expand(2, -1, -1)
         *hidden, (weight, bias) = zip(self.weights, self.biases, strict=True)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            for w, b in hidden:
-                x = torch.baddbmm(b, x, w).relu_()  # (2, B, width)
+            for layer, (w, b) in enumerate(hidden):
+                x = self.activate(torch.baddbmm(b, x, w), layer)  # (2, B, width)
         return (x * weight.mT).sum(-1) + bias[..., 0]  # faster than a product with one column
 
 
-def mlp(inputs, outputs, width, depth, dropout=0.0):
-    sizes = [inputs, *[width] * depth]
-    pairs = zip(sizes[:-1], sizes[1:], strict=True)
-    hidden = [(nn.Linear(m, n), nn.ReLU(inplace=True), nn.Dropout(dropout)) for m, n in pairs]
-    return nn.Sequential(*sum(hidden, ()), nn.Linear(width, outputs))
+def mlp(inputs, outputs, width, depth, activation, dropout=0.0, layer_norm=False):
+    sizes, layers = [inputs, *[width] * depth], []
+    for m, n in zip(sizes[:-1], sizes[1:], strict=True):
+        layers += [nn.Linear(m, n), nn.ReLU(inplace=True) if activation == "relu" else nn.GELU("tanh")]
+        layers += [nn.Dropout(dropout), *([nn.LayerNorm(n, eps=1e-6)] if layer_norm else [])]
+    return nn.Sequential(*layers, nn.Linear(width, outputs))
+
+
+@torch.no_grad()
+def xavier(network, last=1.0):
+    """Xavier's uniform matrices, +-sqrt(6 / (inputs + outputs)), the last layer's times `last`, and biases of
+    0: in place."""
+    weights = [p for name, p in network.named_parameters() if "weight" in name and p.ndim > 1]
+    for weight in weights:
+        bound = math.sqrt(6 / sum(weight.shape[-2:])) * (last if weight is weights[-1] else 1)
+        weight.uniform_(-bound, bound)
+    for name, p in network.named_parameters():
+        if "bias" in name:
+            p.zero_()
 
 
 class Agent(nn.Module):
@@ -133,23 +177,30 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
+        self.learn_std = args.learn_std
         self.register_buffer("obs_mean", torch.zeros(obs_dim))
         self.register_buffer("obs_std", torch.ones(obs_dim))
-        self.actor = mlp(obs_dim, action_dim, args.width, args.depth, args.dropout)
-        self.log_std = nn.Parameter(torch.zeros(action_dim))
-        self.value = mlp(obs_dim, 1, args.width, args.depth)
-        self.critic = TwinCritic(obs_dim, action_dim, args.width, args.depth, args.bf16)
+        self.actor = mlp(obs_dim, action_dim, args.width, args.depth, args.activation, args.dropout)
+        self.log_std = nn.Parameter(torch.zeros(action_dim), requires_grad=args.learn_std)
+        self.value = mlp(obs_dim, 1, args.width, args.depth, args.activation, layer_norm=args.layer_norm)
+        sizes = obs_dim, action_dim, args.width, args.depth
+        self.critic = TwinCritic(*sizes, args.bf16, args.activation, args.layer_norm)
+        if args.activation == "gelu":
+            xavier(self.actor, last=0.1)
+            xavier(self.value)
+            xavier(self.critic)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
 
     def policy(self, obs):
         """(B, S) -> mean (B, A) and log_std (A,) of a Gaussian. The mean alone is squashed by tanh, so that
-        actions at the bounds, which are many in data, have a finite density."""
-        return self.actor(obs).tanh(), self.log_std.clamp(-5, 2)
+        actions at the bounds, which are many in data, have a finite density; with a width of 1 nothing is."""
+        mean = self.actor(obs)
+        return mean.tanh() if self.learn_std else mean, self.log_std.clamp(-5, 2)
 
     def act(self, obs, turn):
         """An evaluation's (see common/evaluation.py), from the environment's own observations: (B, 1, A)."""
         obs = torch.as_tensor(obs["proprio"], device=self.obs_mean.device)
-        action = self.actor((obs - self.obs_mean) / self.obs_std).tanh()
+        action = self.policy((obs - self.obs_mean) / self.obs_std)[0].clamp(-1, 1)
         return action[:, None].cpu().numpy(), None
 
 
@@ -187,7 +238,8 @@ def train(args, run):
     run.open()
     critic_parameters = list(agent.critic.parameters())
     target_parameters = list(agent.target_critic.parameters())
-    groups = [{"params": [*agent.actor.parameters(), agent.log_std]}, {"params": critic_parameters}]
+    policy_parameters = [*agent.actor.parameters(), *([agent.log_std] if args.learn_std else [])]
+    groups = [{"params": policy_parameters}, {"params": critic_parameters}]
     value_optimizer = torch.optim.Adam(agent.value.parameters(), args.critic_learning_rate, fused=True)
     optimizer = torch.optim.Adam(groups, lr=args.critic_learning_rate, fused=True)
     rate = torch.zeros((), device=device)  # the policy's learning rate, which changes without recompiling
@@ -195,20 +247,25 @@ def train(args, run):
     sampler = run.generator("sampler", device)
 
     def update(obs, action, reward, next_obs, termination):
-        """Algorithm 1 of arXiv:2110.06169: V, then the policy and Q, both with the new V -> metrics."""
+        """Algorithm 1 of arXiv:2110.06169: V, then the policy and Q, both with the new V, or all at once with
+        the old one -> metrics."""
         with torch.no_grad():
             target_q = agent.target_critic(obs, action).amin(0)
         loss_value = expectile_loss(target_q - agent.value(obs)[:, 0], args.expectile)
-        minimize(loss_value, value_optimizer)
+        if not args.joint_step:
+            minimize(loss_value, value_optimizer)
 
+        q = agent.critic(obs, action)
         with torch.no_grad():
             value, next_value = agent.value(torch.cat([obs, next_obs]))[:, 0].chunk(2)
-            weights = advantage_weights(target_q - value, args.temperature, args.max_weight)
+            advantage = (q.amin(0) if args.joint_step else target_q) - value
+            weights = advantage_weights(advantage, args.temperature, args.max_weight)
             target = td_target(reward, termination, next_value, args.gamma)
         loss_policy = -(weights * gaussian_log_prob(*agent.policy(obs), action)).mean()
-        q = agent.critic(obs, action)
         loss_critic = critic_loss(q, target)
         minimize(loss_policy + loss_critic, optimizer)  # they share no weights
+        if args.joint_step:
+            minimize(loss_value, value_optimizer)
 
         with torch.no_grad():
             torch._foreach_lerp_(target_parameters, critic_parameters, args.tau)
@@ -243,8 +300,8 @@ def train(args, run):
     while step < args.total_timesteps and not run.signalled:
         batch = sample_batch(states, next_index, rest, args.batch_size, sampler)
         step += 1
-        cosine = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / args.total_timesteps)
-        optimizer.param_groups[0]["lr"] = rate.fill_(args.learning_rate * cosine)
+        decay = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / args.total_timesteps) if args.anneal_lr else 1.0
+        optimizer.param_groups[0]["lr"] = rate.fill_(args.learning_rate * decay)
         metrics = update(*batch)
         run.advance(step)
 

@@ -180,6 +180,8 @@ class StateArgs(RunArgs):
     """episodes of an evaluation, of the mean action, each with a seed of its own; 0 for no evaluation"""
     eval_freq: NonNegativeInt = 5_000
     """updates between evaluations; 0 for the first and the last only"""
+    eval_envs: PositiveInt = 100
+    """parallel environments of an evaluation"""
     save_freq: PositiveInt = 50_000
     """updates between checkpoints"""
 
@@ -195,7 +197,7 @@ class OfflineArgs(StateArgs):
     """And of those that learn from a data set."""
 
     dataset: Annotated[str, KEPT] = "hopper-medium-v2"
-    """D4RL's name, a file in D4RL's or RoboMimic's layout, or a Minari id"""
+    """D4RL's or OGBench's name, a file in D4RL's or RoboMimic's layout, or a Minari id"""
     env: Annotated[str | None, KEPT] = None
     """the Gymnasium id, or world, to evaluate in; default the data set's"""
     total_timesteps: PositiveInt = 1_000_000
@@ -302,7 +304,7 @@ def compose(Args, presets, seen, before):
     """The script's flags with those of the world and of the model that `seen`, or the arguments `before` of a
     checkpoint, name. -> the dataclass, the world's part of it or None, and what differs from the defaults: of
     `presets` those apply, in their order, whose key is the world, the Gymnasium id, a word of the data set's
-    name, or the model's family."""
+    name or its start up to a hyphen, or the model's family."""
     own = before if seen.resume or seen.evaluate else {}  # an evaluation is in the run's world, unless told
     env = (seen.resume and before.get("env")) or seen.env or own.get("env") or getattr(Args, "env", None)
     keys = [env, env if env in WORLDS else "gymnasium"]
@@ -310,7 +312,10 @@ def compose(Args, presets, seen, before):
     parts = [world] if world else []
     if hasattr(Args, "dataset"):
         dataset = (seen.resume and before["dataset"]) or seen.dataset or own.get("dataset") or Args.dataset
-        keys += re.split(r"[^a-z0-9]+", d4rl_name(dataset).lower())
+        name = d4rl_name(dataset).lower()
+        keys += re.split(r"[^a-z0-9]+", name)
+        name = name.rpartition("/")[2]
+        keys += [name[: hyphen.start()] for hyphen in re.finditer("-", name)]
     preset = {key: value for name in presets if name in keys for key, value in presets[name].items()}
     if hasattr(Args, "backbone"):
         backbone = before.get("backbone") or seen.backbone or preset.get("backbone", Args.backbone)
