@@ -2,10 +2,13 @@
 
     python iql.py --dataset hopper-medium-v2 --expectile 0.7 --temperature 3.0
     python iql.py --dataset cube-single-play-singletask-task2-v0    # OGBench: common/ogbench.py makes it
+    python iql.py --dataset hopper-medium-v2 --online-steps 1000000
 
 Kostrikov et al. 2021 (arXiv:2110.06169): V is an expectile of Q over the actions of the data, Q is backed up
 with V, and the policy imitates the data weighted by exp(advantage). No action outside the data is ever
 evaluated. On OGBench's data the presets are the form of its published numbers (arXiv:2502.02538, appendix E).
+--online-steps goes on with the same networks in the environment: samples of the policy join the data, one
+update a step.
 """
 
 import copy
@@ -17,21 +20,38 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.datasets import load_dataset, transition_tensors
-from common.evaluation import evaluate, evaluation_world
-from common.flags import FIXED, Layers, NonNegative, Positive, PositiveInt, Share
+from common.datasets import load_dataset, reward_units, transition_tensors
+from common.envs import make_envs
+from common.evaluation import evaluate, evaluation_world, rollout_metrics, world_of
+from common.flags import (
+    FIXED,
+    SHARE,
+    Layers,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    Share,
+    Unless,
+)
 from common.optim import compile_update, load_optimizer, minimize
+from common.replay import Replay, row_widths
 from common.run import OfflineArgs, main
 
 
 @dataclass
 class Args(OfflineArgs):
+    online_steps: NonNegativeInt = 0
+    """after the updates on the data so many steps in the environment, each with an update"""
+    offline_ratio: Annotated[float | None, SHARE, Unless("online_steps", 0)] = None
+    """the chance of each transition of an online batch to be the data set's; default as if what is seen
+    online were appended to it"""
     batch_size: PositiveInt = 256
     """transitions per update"""
     learning_rate: NonNegative = 3e-4
     """Adam, policy; decays to 0 as a cosine"""
     anneal_lr: bool = True
-    """else it stays as it is"""
+    """else, and online, it stays as it is"""
     critic_learning_rate: NonNegative = 3e-4
     """Adam, critics and value"""
     gamma: Share = 0.99
@@ -203,6 +223,14 @@ class Agent(nn.Module):
         action = self.policy((obs - self.obs_mean) / self.obs_std)[0].clamp(-1, 1)
         return action[:, None].cpu().numpy(), None
 
+    @torch.no_grad()
+    def explore(self, obs, noise):
+        """Online: a sample of the policy from the environment's own obs (N, S); noise (N, A) -> (N, A)."""
+        self.eval()  # nothing drops out
+        mean, log_std = self.policy((obs - self.obs_mean) / self.obs_std)
+        self.train()
+        return (mean + log_std.exp() * noise).clamp(-1, 1)
+
 
 # --- data
 
@@ -213,6 +241,21 @@ def sample_batch(states, next_index, rest, size, generator):
     obs, next_obs = states.index_select(0, torch.cat([index, next_index[index]])).split(size)
     action, reward, termination = rest.index_select(0, index).split([rest.shape[1] - 2, 1, 1], -1)
     return obs, action, reward[:, 0], next_obs, termination[:, 0]
+
+
+def replay_batch(rows, widths, agent, scale, bias):
+    """As `sample_batch`'s the transitions that rows of a replay (B, W) hold (common/replay.py): observations
+    normalised and rewards scaled as the data's are."""
+    obs, action, reward, termination, _, next_obs = rows.split(widths, -1)
+    obs, next_obs = ((x - agent.obs_mean) / agent.obs_std for x in (obs, next_obs))
+    return obs, action, reward[:, 0] * scale + bias, next_obs, termination[:, 0]
+
+
+def mixed_batch(old, new, share, generator):
+    """Of two batches of one size one, each of whose transitions is the `old` one with probability `share`."""
+    size, device = len(old[0]), old[0].device
+    is_old = torch.rand(size, generator=generator, device=device) < share
+    return [torch.where(is_old.view(-1, *[1] * (x.dim() - 1)), x, y) for x, y in zip(old, new, strict=True)]
 
 
 # --- training
@@ -234,6 +277,10 @@ def train(args, run):
         agent.obs_mean[:] = states[: len(rest)].mean(0)
         agent.obs_std[:] = states[: len(rest)].std(0, correction=0) + 1e-3
     states.sub_(agent.obs_mean).div_(agent.obs_std)  # in place: also the data set's array on the CPU
+    if args.online_steps:
+        envs = run.closing(make_envs(world_of(args, dataset), "train", 1, autoreset=True, states=True))
+        replay, widths = Replay(envs, args.online_steps, device), row_widths(envs)
+        units = reward_units(dataset, args)
     del dataset
     run.open()
     critic_parameters = list(agent.critic.parameters())
@@ -278,6 +325,10 @@ def train(args, run):
         for name in optimizers:
             load_optimizer(optimizers[name], saved["optimizers"][name])
         step = saved["step"]
+    if args.online_steps and saved:
+        replay.restore(saved, max(0, step - args.total_timesteps))
+    elif args.online_steps:
+        replay.reset()
     if args.compile:
         update = compile_update(update, agent, optimizers.values())
 
@@ -287,40 +338,58 @@ def train(args, run):
         if name == "checkpoint.pt":
             moments = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
             state, own = state | dict(optimizers=moments, step=step), {}
+            if args.online_steps:
+                state, own = state | replay.state(), dict(envs=envs.get_state())
         run.save(name, state, own)
 
     def evaluate_now(videos=False):
         if run.record(evaluate(agent, eval_envs, args, run, videos, references), step):
             save("best.pt")
 
-    run.begin(step, args.total_timesteps, "update")
+    total = args.total_timesteps + args.online_steps
+    run.begin(step, total, "update")
     if run.initial is None:
         evaluate_now(videos=True)  # what a video lacks shows now
         save("checkpoint.pt")
-    while step < args.total_timesteps and not run.signalled:
+    while step < total and not run.signalled:
         batch = sample_batch(states, next_index, rest, args.batch_size, sampler)
+        if step >= args.total_timesteps:  # online: a step of the environment, and its part of the batch
+            noise = torch.randn(1, action_dim, generator=sampler, device=device)
+            action = agent.explore(torch.as_tensor(replay.obs, device=device), noise)
+            run.check_finite({"action": action}, f"update {step}")
+            replay.step(action)
+            rows = replay.rows()
+            index = torch.randint(len(rows), (args.batch_size,), generator=sampler, device=device)
+            new = replay_batch(rows[index], widths, agent, *units)
+            share = len(rest) / (len(rest) + len(rows)) if args.offline_ratio is None else args.offline_ratio
+            batch = mixed_batch(batch, new, share, sampler)
         step += 1
-        decay = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / args.total_timesteps) if args.anneal_lr else 1.0
+        anneals = args.anneal_lr and step <= args.total_timesteps
+        decay = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / args.total_timesteps) if anneals else 1.0
         optimizer.param_groups[0]["lr"] = rate.fill_(args.learning_rate * decay)
         metrics = update(*batch)
         run.advance(step)
 
         # --- log, evaluate, save
-        if run.due(step, LOG_FREQ, args.eval_freq, args.save_freq) or step == args.total_timesteps:
+        turns = step == args.total_timesteps < total  # from the data to the environment
+        if run.due(step, LOG_FREQ, args.eval_freq, args.save_freq) or turns or step == total:
             metrics = {name: x.mean() for name, x in metrics.items()}
             run.check_finite(metrics, f"update {step}", batch=torch.cat([x.flatten() for x in batch]))
+            if step > args.total_timesteps:
+                metrics |= rollout_metrics(replay.recent, envs.has_success)
             run.log(metrics, step)
-        if run.due(step, args.eval_freq) and step < args.total_timesteps:
+        if (run.due(step, args.eval_freq) or turns) and step < total:
             evaluate_now()
-        if run.due(step, args.save_freq):
+        run.offline = run.latest if turns else run.offline
+        if run.due(step, args.save_freq) or turns:
             save("checkpoint.pt")
 
-    if step < args.total_timesteps:
+    if step < total:
         save("checkpoint.pt")
         run.stopped(step)
     evaluate_now(videos=True)
     save("checkpoint.pt")
-    run.finish(environment_steps=0, gradient_steps=step)
+    run.finish(environment_steps=args.online_steps, gradient_steps=step)
 
 
 if __name__ == "__main__":

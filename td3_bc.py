@@ -3,6 +3,7 @@
     python td3_bc.py --dataset hopper-medium-v2
     python td3_bc.py --dataset hopper-medium-v2 --alpha 0 --policy-delay 1       # plain behaviour cloning
     python td3_bc.py --dataset cube-single-play-singletask-task2-v0     # ReBRAC on OGBench: common/ogbench.py
+    python td3_bc.py --dataset hopper-medium-v2 --online-steps 1000000
 
 Fujimoto and Gu 2021 (arXiv:2106.06860): TD3 whose policy also imitates the data. Its loss is
 -lambda Q1(s, pi(s)) + |pi(s) - a|^2 with lambda = alpha / mean |Q1|, so that alpha is the one thing to tune.
@@ -11,6 +12,8 @@ leaves the data's next action, each with a weight of its own; layer norm in the 
 presets are the form of its published numbers (arXiv:2502.02538), on D4RL's the paper's two weights. Its
 other settings for D4RL's Gym tasks are --layer-norm --depth 3 --batch-size 1024 --learning-rate 1e-3
 --critic-learning-rate 1e-3 --no-normalize.
+--online-steps goes on with the same networks in the environment: the policy's steps, with noise, join the
+data, one update a step.
 """
 
 import copy
@@ -22,15 +25,22 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.datasets import load_dataset, transition_tensors
-from common.evaluation import evaluate, evaluation_world
-from common.flags import FIXED, Layers, NonNegative, Only, PositiveInt, Share
+from common.datasets import load_dataset, reward_units, transition_tensors
+from common.envs import make_envs
+from common.evaluation import evaluate, evaluation_world, rollout_metrics, world_of
+from common.flags import FIXED, SHARE, Layers, NonNegative, NonNegativeInt, Only, PositiveInt, Share, Unless
 from common.optim import compile_update, load_optimizer, minimize
+from common.replay import Replay, row_widths
 from common.run import OfflineArgs, main
 
 
 @dataclass
 class Args(OfflineArgs):
+    online_steps: NonNegativeInt = 0
+    """after the updates on the data so many steps in the environment, each with an update"""
+    offline_ratio: Annotated[float | None, SHARE, Unless("online_steps", 0)] = None
+    """the chance of each transition of an online batch to be the data set's; default as if what is seen
+    online were appended to it"""
     batch_size: PositiveInt = 256
     """transitions per update"""
     learning_rate: NonNegative = 3e-4
@@ -53,6 +63,8 @@ class Args(OfflineArgs):
     """standard deviation of the noise on the target policy's action"""
     noise_clip: NonNegative = 0.5
     """the noise is clipped to this"""
+    exploration_noise: Annotated[NonNegative, Unless("online_steps", 0)] = 0.1
+    """standard deviation of the noise on online actions"""
     policy_delay: PositiveInt = 2
     """updates of the critics per update of the policy and of the targets"""
     normalize: bool = True
@@ -76,8 +88,8 @@ class Args(OfflineArgs):
 PRESETS = {  # by a word, or the start, of the data set's name
     "antmaze": dict(reward_bias=-1.0, eval_episodes=100, eval_freq=100_000),
     "singletask": dict(  # OGBench's names all have this word
-        loss="rebrac", actor_bc=0.1, critic_bc=0.01, normalize=False, width=512, depth=4, activation="gelu",
-        layer_norm=True, eval_episodes=50, eval_envs=5, eval_freq=100_000,
+        loss="rebrac", actor_bc=0.1, critic_bc=0.01, exploration_noise=0.2, normalize=False, width=512,
+        depth=4, activation="gelu", layer_norm=True, eval_episodes=50, eval_envs=5, eval_freq=100_000,
     ),
 }  # fmt: skip
 PRESETS |= {  # of ReBRAC: D4RL's by its paper's tables, OGBench's by arXiv:2502.02538's
@@ -234,6 +246,11 @@ class Agent(nn.Module):
         action = self.actor((obs - self.obs_mean) / self.obs_std).tanh()
         return action[:, None].cpu().numpy(), None
 
+    @torch.no_grad()
+    def explore(self, obs, noise):
+        """Online: pi(s) + noise from the environment's own obs (N, S); noise (N, A) -> (N, A) in [-1, 1]."""
+        return (self.actor((obs - self.obs_mean) / self.obs_std).tanh() + noise).clamp(-1, 1)
+
 
 # --- data
 
@@ -246,12 +263,36 @@ def sample_batch(states, next_index, rest, size, generator):
     return obs, action, reward[:, 0], next_obs, termination[:, 0]
 
 
+def replay_batch(rows, widths, agent, scale, bias):
+    """As `sample_batch`'s the transitions that rows of a replay (B, W) hold (common/replay.py): observations
+    normalised and rewards scaled as the data's are."""
+    obs, action, reward, termination, _, next_obs = rows.split(widths, -1)
+    obs, next_obs = ((x - agent.obs_mean) / agent.obs_std for x in (obs, next_obs))
+    return obs, action, reward[:, 0] * scale + bias, next_obs, termination[:, 0]
+
+
+def mixed_batch(old, new, share, generator):
+    """Of two batches of one size one, each of whose transitions is the `old` one with probability `share`."""
+    size, device = len(old[0]), old[0].device
+    is_old = torch.rand(size, generator=generator, device=device) < share
+    return [torch.where(is_old.view(-1, *[1] * (x.dim() - 1)), x, y) for x, y in zip(old, new, strict=True)]
+
+
 def with_next_action(rest, next_index):
     """What ReBRAC needs of the data beside states: action, next action, whether there is one, reward and
     termination, (N, 2A + 3)."""
     action, has_next = rest[:, :-2], next_index < len(rest)  # the other states are the last of episodes
     next_action = action[next_index.clamp(max=len(rest) - 1)] * has_next[:, None]
     return torch.cat([action, next_action, has_next[:, None], rest[:, -2:]], 1)
+
+
+def with_next_row(rows, index, widths):
+    """The same of a replay's rows (n, W), in the order of time, for `index` (B,): action, next action and
+    whether there is one, (B, 2A + 1)."""
+    _, action, _, terminated, truncated, _ = rows.split(widths, -1)
+    has_next = (terminated + truncated == 0)[index] & (index + 1 < len(rows))[:, None]
+    next_action = action[(index + 1).clamp(max=len(rows) - 1)] * has_next
+    return torch.cat([action[index], next_action, has_next], 1)
 
 
 # --- training
@@ -273,6 +314,10 @@ def train(args, run):
         agent.obs_mean[:] = states[: len(rest)].mean(0)
         agent.obs_std[:] = states[: len(rest)].std(0, correction=0) + 1e-3
     states.sub_(agent.obs_mean).div_(agent.obs_std)  # in place: also the data set's array on the CPU
+    if args.online_steps:
+        envs = run.closing(make_envs(world_of(args, dataset), "train", 1, autoreset=True, states=True))
+        replay, widths = Replay(envs, args.online_steps, device), row_widths(envs)
+        units = reward_units(dataset, args)
     del dataset
     run.open()
     actor_parameters, critic_parameters = list(agent.actor.parameters()), list(agent.critic.parameters())
@@ -320,6 +365,10 @@ def train(args, run):
         for name in optimizers:
             load_optimizer(optimizers[name], saved["optimizers"][name])
         step = saved["step"]
+    if args.online_steps and saved:
+        replay.restore(saved, max(0, step - args.total_timesteps))
+    elif args.online_steps:
+        replay.reset()
     if args.compile:
         update = compile_update(update, agent, optimizers.values())
 
@@ -329,39 +378,58 @@ def train(args, run):
         if name == "checkpoint.pt":
             moments = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
             state, own = state | dict(optimizers=moments, step=step), {}
+            if args.online_steps:
+                state, own = state | replay.state(), dict(envs=envs.get_state())
         run.save(name, state, own)
 
     def evaluate_now(videos=False):
         if run.record(evaluate(agent, eval_envs, args, run, videos, references), step):
             save("best.pt")
 
-    run.begin(step, args.total_timesteps, "update")
+    total = args.total_timesteps + args.online_steps
+    run.begin(step, total, "update")
     if run.initial is None:
         evaluate_now(videos=True)  # what a video lacks shows now
         save("checkpoint.pt")
-    while step < args.total_timesteps and not run.signalled:
+    while step < total and not run.signalled:
         batch = sample_batch(states, next_index, rest, args.batch_size, sampler)
+        if step >= args.total_timesteps:  # online: a step of the environment, and its part of the batch
+            noise = args.exploration_noise * torch.randn(1, action_dim, generator=sampler, device=device)
+            action = agent.explore(torch.as_tensor(replay.obs, device=device), noise)
+            run.check_finite({"action": action}, f"update {step}")
+            replay.step(action)
+            rows = replay.rows()
+            index = torch.randint(len(rows), (args.batch_size,), generator=sampler, device=device)
+            new = replay_batch(rows[index], widths, agent, *units)
+            if rebrac:
+                new = new[0], with_next_row(rows, index, widths), *new[2:]
+            share = len(rest) / (len(rest) + len(rows)) if args.offline_ratio is None else args.offline_ratio
+            batch = mixed_batch(batch, new, share, sampler)
         step += 1
         noise = torch.randn(args.batch_size, action_dim, generator=sampler, device=device)
         metrics = update(*batch, noise, step % args.policy_delay == 0)
         run.advance(step)
 
         # --- log, evaluate, save
-        if run.due(step, LOG_FREQ, args.eval_freq, args.save_freq) or step == args.total_timesteps:
+        turns = step == args.total_timesteps < total  # from the data to the environment
+        if run.due(step, LOG_FREQ, args.eval_freq, args.save_freq) or turns or step == total:
             metrics = {name: x.mean() for name, x in metrics.items()}
             run.check_finite(metrics, f"update {step}", batch=torch.cat([x.flatten() for x in batch]))
+            if step > args.total_timesteps:
+                metrics |= rollout_metrics(replay.recent, envs.has_success)
             run.log(metrics, step)
-        if run.due(step, args.eval_freq) and step < args.total_timesteps:
+        if (run.due(step, args.eval_freq) or turns) and step < total:
             evaluate_now()
-        if run.due(step, args.save_freq):
+        run.offline = run.latest if turns else run.offline
+        if run.due(step, args.save_freq) or turns:
             save("checkpoint.pt")
 
-    if step < args.total_timesteps:
+    if step < total:
         save("checkpoint.pt")
         run.stopped(step)
     evaluate_now(videos=True)
     save("checkpoint.pt")
-    run.finish(environment_steps=0, gradient_steps=step)
+    run.finish(environment_steps=args.online_steps, gradient_steps=step)
 
 
 if __name__ == "__main__":

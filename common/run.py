@@ -462,7 +462,8 @@ def main(train, Args, presets, parallel=False):
 
 class Run:
     """See the module. Attributes: args, device, rank and processes (of torchrun; 0 and 1 without), saved,
-    folder, videos (where they go, or None), initial and best (evaluations), laps (seconds by name)."""
+    folder, videos (where they go, or None), initial, best and offline (evaluations; the script sets the last
+    where its offline part ends, if an online one follows), laps (seconds by name)."""
 
     def __init__(self, args, saved, script, parallel=False):
         self.args, self.saved, self.script = args, saved, script
@@ -480,7 +481,7 @@ class Run:
         torch.manual_seed(args.seed)
         if isinstance(args, StateArgs):
             keep_freed_memory()
-        self.initial = self.best = self.latest = self.videos = self._writer = self._bar = None
+        self.initial = self.best = self.latest = self.offline = self.videos = self._writer = self._bar = None
         self._warned = self._made = False
         self._generators, self._signals, self.laps, self._before = {}, [], {}, 0.0
         self._log_lost = False
@@ -490,7 +491,8 @@ class Run:
             self._read = self._stamp()
             with readable(self.source):
                 self._before, self.initial, self.best = saved["seconds"], saved["initial"], saved["best"]
-                for evaluation in (self.initial, self.best):
+                self.offline = saved.get("offline")
+                for evaluation in (self.initial, self.best, self.offline or self.best):
                     math.isfinite(self._before + score(evaluation) + evaluation["episodes"])
 
     def __enter__(self):
@@ -566,7 +568,7 @@ class Run:
             own = distributed.gather({"state": own, "rng": rng_state(self._generators, {})})
             state = state | dict(
                 processes=own, initial=self.initial, best=self.best, seconds=self.seconds()
-            )  # fmt: skip
+            ) | ({"offline": self.offline} if self.offline else {})  # fmt: skip
         state = map_tensors(distributed.collect, state)
         if self.rank == 0:
             state = {"args": dataclasses.asdict(self.args)} | state
@@ -792,11 +794,13 @@ class Run:
         self._bar.close()
         if self.rank == 0:
             found = dict(initial=self.initial, final=self.latest, best=self.best)
+            found |= {"offline": self.offline} if self.offline else {}
             counts = dict(environment_steps=environment_steps, gradient_steps=gradient_steps)
             self._write(found | counts | {"wall_seconds": self.seconds()})
             what = "success" if "success_rate" in self.latest else "return"
             before, after, minutes = score(self.initial), score(self.latest), self.seconds() / 60
-            say(f"{what} {before:.3f} -> {after:.3f} in {minutes:.1f} minutes ({self.folder})")
+            between = f" -> {score(self.offline):.3f} offline" if self.offline else ""
+            say(f"{what} {before:.3f}{between} -> {after:.3f} in {minutes:.1f} minutes ({self.folder})")
 
 
 def keep_freed_memory():
