@@ -75,7 +75,8 @@ PRESETS = {  # by a word of the data set's name
     "antmaze": dict(
         target_gap=0.8, min_penalty=-200.0, max_backup=True, critic_depth=5, normalize=False,
         reward_scale=10.0, reward_bias=-5.0, eval_episodes=100, eval_freq=100_000,
-    )
+    ),
+    "singletask": dict(eval_episodes=50, eval_envs=5, eval_freq=100_000),  # a word of all of OGBench's names
 }  # fmt: skip
 LOG_FREQ = 100  # updates between two points of the log
 

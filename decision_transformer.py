@@ -11,7 +11,7 @@ without next_observations an episode that a time-out ends lacks its last step, a
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -61,6 +61,7 @@ class Args(OfflineArgs):
     """episodes of each target return, with seeds of their own; 0 for no evaluation"""
     eval_freq: NonNegativeInt = 10_000
     """updates between evaluations; 0 for the first and the last only"""
+    eval_envs: ClassVar[int] = 2**63  # each episode has an environment of its own
     save_freq: PositiveInt = 10_000
     """updates between checkpoints"""
     bf16: bool = False

@@ -272,7 +272,8 @@ def train(args, run):
         del dataset
     eval_envs, references = None, reference_scores(args.env)
     if args.eval_episodes:
-        eval_envs = run.closing(make_envs(args, "eval", args.eval_episodes, states=True))
+        num_envs = min(args.eval_episodes, args.eval_envs)
+        eval_envs = run.closing(make_envs(args, "eval", num_envs, states=True))
     agent = Agent(obs_dim, action_dim, args)
     run.load(agent)
     if args.alpha != "auto":  # also where a checkpoint has another

@@ -664,23 +664,25 @@ def unit_actions(dataset: OfflineDataset, bounds: tuple | None) -> np.ndarray:
     return np.clip(actions, -1, 1)
 
 
-def scaled_rewards(dataset: OfflineDataset, normalize: bool, scale: float, bias: float) -> np.ndarray:
-    """scale * rewards + bias (N,); with `normalize` rewards first span 1000 from the worst to the best
-    episode's return. UserError where all returns are nearly equal."""
-    rewards = dataset.rewards
-    if normalize:
-        returns = np.add.reduceat(rewards, dataset.episode_starts, dtype=np.float64)
+def reward_units(dataset: OfflineDataset, args) -> tuple[float, float]:
+    """Scale and bias of the rewards, those of the flags --reward-scale and --reward-bias; with
+    --normalize-rewards they first span 1000 from the worst to the best episode's return. UserError where all
+    returns are nearly equal."""
+    scale = args.reward_scale
+    if args.normalize_rewards:
+        returns = np.add.reduceat(dataset.rewards, dataset.episode_starts, dtype=np.float64)
         span = returns.max() - returns.min()
         if span <= 0.01 * np.abs(returns).max():  # as of a few demonstrations: rewards would become huge
             raise UserError(f"{dataset.name} has nearly equal returns alone; use --no-normalize-rewards.")
-        rewards = rewards * (1000 / span)
-    return scale * rewards + bias
+        scale = scale * (1000 / span)
+    return scale, args.reward_bias
 
 
 def transition_tensors(dataset: OfflineDataset, bounds: tuple | None, args, device) -> list[torch.Tensor]:
     """The data set on the device: states (N + F, S), next_index (N,) into them, rest (N, A + 2): action,
-    reward and termination. `args` has the flags --normalize-rewards, --reward-scale, --reward-bias."""
-    rewards = scaled_rewards(dataset, args.normalize_rewards, args.reward_scale, args.reward_bias)
+    reward and termination, as `reward_units` has it."""
+    scale, bias = reward_units(dataset, args)
+    rewards = scale * dataset.rewards + bias
     rest = np.c_[unit_actions(dataset, bounds), rewards, dataset.terminations].astype(np.float32)
     return [torch.from_numpy(x).to(device) for x in (dataset.states, dataset.next_index, rest)]
 

@@ -206,8 +206,8 @@ def collect(agent, eval_envs, args, run):
 
 
 def evaluation_world(args, dataset, run, episodes):
-    """Where a policy learned from `dataset` is evaluated, `episodes` at a time: --env, or else the data set's
-    own world, which must fit its shapes.
+    """Where a policy learned from `dataset` is evaluated, `episodes` in at most --eval-envs environments:
+    --env, or else the data set's own world, which must fit its shapes.
 
     -> envs (None with --eval-episodes 0), what -1 and 1 mean in the file's units (each (A,), or None without
     a world), and the returns of the normalised scores 0 and 100 (or None). Raises UserError.
@@ -221,12 +221,20 @@ def evaluation_world(args, dataset, run, episodes):
         return None, None, references  # actions that need no world to be understood
     if dataset.env_id and env != dataset.env_id:
         references = reference_scores(env)
-    world = dataclasses.replace(args, env=env)
-    vars(world).update({} if args.env else dataset.env_flags)
-    envs = make_envs(world, "eval", max(1, episodes), states=True)
+    world = world_of(args, dataset)
+    envs = make_envs(world, "eval", max(1, min(episodes, args.eval_envs)), states=True)
     run.closing(envs)  # also for a run without evaluations it says what the actions mean
     check_shapes(dataset, env, envs)
     return envs if args.eval_episodes else None, envs.action_bounds, references
+
+
+def world_of(args, dataset):
+    """`args` with --env, or else the data set's own world and its flags. UserError where there is neither."""
+    if not (env := args.env or dataset.env_id):
+        raise UserError(f"{dataset.name} names no environment; give --env.")
+    world = dataclasses.replace(args, env=env)
+    vars(world).update({} if args.env else dataset.env_flags)
+    return world
 
 
 def check_shapes(dataset, env, envs):

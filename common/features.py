@@ -169,6 +169,8 @@ def offline_dataset(args, run):
     """
     if not args.features:
         return load_dataset(args.dataset, args.keys)
+    if getattr(args, "online_steps", 0):
+        raise UserError("--online-steps goes on from states alone; drop --features, or the steps.")
     try:
         saved = load_checkpoint(args.features)
     except CheckpointError as error:

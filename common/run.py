@@ -180,6 +180,8 @@ class StateArgs(RunArgs):
     """episodes of an evaluation, of the mean action, each with a seed of its own; 0 for no evaluation"""
     eval_freq: NonNegativeInt = 5_000
     """updates between evaluations; 0 for the first and the last only"""
+    eval_envs: PositiveInt = 100
+    """parallel environments of an evaluation"""
     save_freq: PositiveInt = 50_000
     """updates between checkpoints"""
 
@@ -195,7 +197,7 @@ class OfflineArgs(StateArgs):
     """And of those that learn from a data set."""
 
     dataset: Annotated[str, KEPT] = "hopper-medium-v2"
-    """D4RL's name, a file in D4RL's or RoboMimic's layout, or a Minari id"""
+    """D4RL's or OGBench's name, a file in D4RL's or RoboMimic's layout, or a Minari id"""
     env: Annotated[str | None, KEPT] = None
     """the Gymnasium id, or world, to evaluate in; default the data set's"""
     features: Annotated[str | None, FIXED] = None
@@ -305,7 +307,7 @@ def compose(Args, presets, seen, before):
     """The script's flags with those of the world and of the model that `seen`, or the arguments `before` of a
     checkpoint, name. -> the dataclass, the world's part of it or None, and what differs from the defaults: of
     `presets` those apply, in their order, whose key is the world, the Gymnasium id, a word of the data set's
-    name, or the model's family."""
+    name or its start up to a hyphen, or the model's family."""
     own = before if seen.resume or seen.evaluate else {}  # an evaluation is in the run's world, unless told
     env = (seen.resume and before.get("env")) or seen.env or own.get("env") or getattr(Args, "env", None)
     keys = [env, env if env in WORLDS else "gymnasium"]
@@ -313,7 +315,10 @@ def compose(Args, presets, seen, before):
     parts = [world] if world else []
     if hasattr(Args, "dataset"):
         dataset = (seen.resume and before["dataset"]) or seen.dataset or own.get("dataset") or Args.dataset
-        keys += re.split(r"[^a-z0-9]+", d4rl_name(dataset).lower())
+        name = d4rl_name(dataset).lower()
+        keys += re.split(r"[^a-z0-9]+", name)
+        name = name.rpartition("/")[2]
+        keys += [name[: hyphen.start()] for hyphen in re.finditer("-", name)]
     preset = {key: value for name in presets if name in keys for key, value in presets[name].items()}
     if hasattr(Args, "backbone"):
         backbone = before.get("backbone") or seen.backbone or preset.get("backbone", Args.backbone)
@@ -460,7 +465,8 @@ def main(train, Args, presets, parallel=False):
 
 class Run:
     """See the module. Attributes: args, device, rank and processes (of torchrun; 0 and 1 without), saved,
-    folder, videos (where they go, or None), initial and best (evaluations), laps (seconds by name)."""
+    folder, videos (where they go, or None), initial, best and offline (evaluations; the script sets the last
+    where its offline part ends, if an online one follows), laps (seconds by name)."""
 
     def __init__(self, args, saved, script, parallel=False):
         self.args, self.saved, self.script = args, saved, script
@@ -478,7 +484,7 @@ class Run:
         torch.manual_seed(args.seed)
         if isinstance(args, StateArgs):
             keep_freed_memory()
-        self.initial = self.best = self.latest = self.videos = self._writer = self._bar = None
+        self.initial = self.best = self.latest = self.offline = self.videos = self._writer = self._bar = None
         self._warned = self._made = False
         self._generators, self._signals, self.laps, self._before = {}, [], {}, 0.0
         self.kept = {}  # what each checkpoint of this run holds beside the script's state
@@ -489,7 +495,8 @@ class Run:
             self._read = self._stamp()
             with readable(self.source):
                 self._before, self.initial, self.best = saved["seconds"], saved["initial"], saved["best"]
-                for evaluation in (self.initial, self.best):
+                self.offline = saved.get("offline")
+                for evaluation in (self.initial, self.best, self.offline or self.best):
                     math.isfinite(self._before + score(evaluation) + evaluation["episodes"])
 
     def __enter__(self):
@@ -565,7 +572,7 @@ class Run:
             own = distributed.gather({"state": own, "rng": rng_state(self._generators, {})})
             state = state | dict(
                 processes=own, initial=self.initial, best=self.best, seconds=self.seconds()
-            )  # fmt: skip
+            ) | ({"offline": self.offline} if self.offline else {})  # fmt: skip
         state = map_tensors(distributed.collect, state)
         if self.rank == 0:
             state = {"args": dataclasses.asdict(self.args)} | self.kept | state
@@ -791,11 +798,13 @@ class Run:
         self._bar.close()
         if self.rank == 0:
             found = dict(initial=self.initial, final=self.latest, best=self.best)
+            found |= {"offline": self.offline} if self.offline else {}
             counts = dict(environment_steps=environment_steps, gradient_steps=gradient_steps)
             self._write(found | counts | {"wall_seconds": self.seconds()})
             what = "success" if "success_rate" in self.latest else "return"
             before, after, minutes = score(self.initial), score(self.latest), self.seconds() / 60
-            say(f"{what} {before:.3f} -> {after:.3f} in {minutes:.1f} minutes ({self.folder})")
+            between = f" -> {score(self.offline):.3f} offline" if self.offline else ""
+            say(f"{what} {before:.3f}{between} -> {after:.3f} in {minutes:.1f} minutes ({self.folder})")
 
 
 def keep_freed_memory():

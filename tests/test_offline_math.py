@@ -187,6 +187,32 @@ def test_td3_bc_policy_loss_and_its_gradient():
     assert td3_bc.policy_loss(q, policy_action, action, 0.0)[0] == imitation  # behaviour cloning
 
 
+def test_rebrac_losses_and_their_gradients():
+    """The critics' target and the policy's loss, where sums go over an action's numbers."""
+    action, data, has_next = randn(B, A), randn(B, A, seed=1), torch.tensor([1, 0, 1, 1, 0, 1, 1]).double()
+    value, reward = randn(B, seed=2), randn(B, seed=3)
+    end = torch.tensor([0, 0, 1, 0, 1, 0, 0]).double()
+    found = td3_bc.penalised_value(value, action, data, has_next, 0.3)
+    target = td3_bc.td_target(reward, end, found, 0.9)
+    for b in range(B):
+        distance = sum((action[b, i].item() - data[b, i].item()) ** 2 for i in range(A))
+        wanted = value[b].item() - 0.3 * distance * (b not in (1, 4))
+        assert found[b].item() == pytest.approx(wanted, rel=1e-12)
+        wanted = reward[b].item() + (0.9 * wanted if b not in (2, 4) else 0)
+        assert target[b].item() == pytest.approx(wanted, rel=1e-12)
+    q, policy_action = randn(2, B, seed=4, grad=True), randn(B, A, seed=5, grad=True)
+    loss, imitation = td3_bc.rebrac_policy_loss(q, policy_action, data, 0.7)
+    least = [min(q[0, b].item(), q[1, b].item()) for b in range(B)]
+    weight = 1 / np.mean(np.abs(least))
+    squares = (policy_action - data).detach().square().sum().item()
+    assert imitation.item() == pytest.approx(squares / B, rel=1e-12)
+    assert loss.item() == pytest.approx(0.7 * squares / B - weight * np.mean(least), rel=1e-12)
+    loss.backward()
+    smaller = [[float(q[k, b] < q[1 - k, b]) for b in range(B)] for k in range(2)]
+    close(q.grad, -weight * np.array(smaller) / B)  # no gradient through lambda
+    close(policy_action.grad, 1.4 * (policy_action.detach() - data) / B)
+
+
 def test_smoothed_action_is_clipped_twice():
     action, noise = torch.tensor([0.0, 0.0, 0.9, -0.9]), torch.tensor([1.0, 9.0, 2.0, -2.0])
     close(td3_bc.smoothed_action(action, noise, 0.2, 0.5), [0.2, 0.5, 1, -1], 1e-6)
@@ -272,6 +298,49 @@ def test_the_critics_are_two_separate_networks(script):
         close(critic.q1(obs, action), q[0].detach())
 
 
+@pytest.mark.parametrize("script", [iql, td3_bc])
+def test_critics_with_gelu_and_layer_norm(script):
+    """As of two stacks of modules: a norm after the activation of each hidden layer, none after the last."""
+    torch.manual_seed(0)
+    critic = script.TwinCritic(4, A, 16, 3, activation="gelu", layer_norm=True).double()
+    for p in (*critic.scales, *critic.shifts):
+        p.data.uniform_(0.5, 1.5)
+    obs, action = randn(B, 4), randn(B, A, seed=1)
+    q = critic(obs, action)
+    for k in range(2):
+        layers = []
+        for w, b in zip(critic.weights, critic.biases, strict=True):
+            layers.append(nn.Linear(*w.shape[1:]).double())
+            layers[-1].weight.data, layers[-1].bias.data = w.data[k].T.clone(), b.data[k, 0].clone()
+            if len(layers) < 9:
+                layers += [nn.GELU("tanh"), nn.LayerNorm(16, eps=1e-6).double()]
+                n = len(layers) // 3 - 1
+                layers[-1].weight.data = critic.scales[n].data[k, 0].clone()
+                layers[-1].bias.data = critic.shifts[n].data[k, 0].clone()
+        close(q[k], nn.Sequential(*layers)(torch.cat([obs, action], 1))[:, 0].detach())
+    assert len(layers) == 10
+    if script is td3_bc:
+        close(critic.q1(obs, action), q[0].detach())
+
+
+@pytest.mark.parametrize("script", [iql, td3_bc])
+def test_networks_with_gelu_begin_with_xaviers_weights(script):
+    torch.manual_seed(0)
+    agent = script.Agent(20, A, script.Args(width=64, depth=2, activation="gelu", layer_norm=True))
+    assert [type(layer) for layer in agent.actor if not isinstance(layer, (nn.Linear, nn.Dropout))] == 2 * [
+        nn.GELU
+    ]
+    for name, p in agent.named_parameters():
+        if p.ndim > 1 and "weight" in name:
+            bound = math.sqrt(6 / sum(p.shape[-2:])) * (0.1 if name.endswith("actor.4.weight") else 1)
+            bound *= 0.1 if script is iql and name == "actor.6.weight" else 1
+            assert 0.9 * bound < p.abs().max() <= bound, name
+        elif "bias" in name or "shift" in name or name == "log_std":
+            assert not p.any(), name
+        else:
+            assert (p == 1).all(), name
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_critics_in_bfloat16_are_the_same_to_three_digits(script):
     torch.manual_seed(0)
@@ -307,6 +376,17 @@ def test_iql_squashes_the_mean_alone():
     mean, log_std = agent.policy(torch.randn(B, 4))
     assert (mean <= 1).all() and (mean > 0.99).all() and log_std.tolist() == [-5, 0.5, 2]
     assert torch.isfinite(iql.gaussian_log_prob(mean, log_std, torch.ones(B, A))).all()  # at the bounds
+
+
+def test_iql_with_a_fixed_deviation_squashes_nothing_and_clips_what_it_executes():
+    torch.manual_seed(0)
+    agent, obs = iql.Agent(4, A, iql.Args(width=8, learn_std=False)), torch.randn(B, 4)
+    with torch.no_grad():
+        agent.actor[-1].bias.copy_(torch.tensor([-3.0, 0, 3]))
+        mean, log_std = agent.policy(obs)
+        assert mean[:, 0].max() < -1 and mean[:, 2].min() > 1 and not log_std.any()
+        close(act(agent, obs), mean.clamp(-1, 1), 1e-6)
+    assert not agent.log_std.requires_grad
 
 
 def act(agent, obs):
@@ -420,26 +500,53 @@ def test_batches_hold_whole_transitions_all_equally_likely(script):
     assert (which.bincount() - 1000).abs().max() < 150
 
 
+def test_the_datas_next_action():
+    """Row i goes to the state of row i + 1 or, at the end of an episode, to one that no row starts from."""
+    args = SimpleNamespace(normalize_rewards=False, reward_scale=1.0, reward_bias=0.0)
+    _, next_index, rest = transition_tensors(make_dataset(), UNIT, args, torch.device("cpu"))
+    found = td3_bc.with_next_action(rest, next_index)
+    close(found[:, 0], rest[:, 0])
+    close(found[:, 1], [0, 1, 1, 1, 0, 0])  # the third row's own: it is terminated, which no value sees
+    close(found[:, 2], [1, 1, 1, 1, 0, 0])
+    close(found[:, 3:], rest[:, 1:])
+
+
 # --- whole updates: their order, what is detached, learning rates, targets
 
 
-def net(w, name, x):
-    """The layers of w whose names begin with `name`, with ReLU between them."""
+def relu(x):
+    return x * (x > 0)
+
+
+def gelu(x):
+    return 0.5 * x * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).tanh())
+
+
+def norm(x):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def net(w, name, x, activation=relu):
+    """The layers of w whose names begin with `name`, with activations, and norms if it has some, between."""
     layers = [key.removesuffix(".weight") for key in w if key.startswith(name) and key.endswith(".weight")]
     for layer in layers:
-        x = x @ w[f"{layer}.weight"].T + w[f"{layer}.bias"]
-        x = x * (x > 0) if layer != layers[-1] else x
+        weight = w[f"{layer}.weight"]
+        x = (norm(x) * weight if weight.ndim == 1 else x @ weight.T) + w[f"{layer}.bias"]
+        x = activation(x) if layer != layers[-1] and weight.ndim > 1 else x
     return x
 
 
-def critics(w, name, obs, action):
+def critics(w, name, obs, action, activation=relu):
     """[Q1 (B,), Q2 (B,)]"""
     found, depth = [], sum(key.startswith(f"{name}.weights") for key in w)
     for k in range(2):
         x = torch.cat([obs, action], 1)
         for layer in range(depth):
             x = x @ w[f"{name}.weights.{layer}"][k] + w[f"{name}.biases.{layer}"][k]
-            x = x * (x > 0) if layer + 1 < depth else x
+            x = activation(x) if layer + 1 < depth else x
+            if f"{name}.scales.{layer}" in w:
+                x = norm(x) * w[f"{name}.scales.{layer}"][k] + w[f"{name}.shifts.{layer}"][k]
         found.append(x[:, 0])
     return found
 
@@ -509,6 +616,41 @@ def iql_update(r, obs, action, reward, next_obs, end, generator):
     loss = sum(((q - target) ** 2).mean() for q in critics(w, "critic", obs, action))
     r.step(r.gradients(loss, "critic"), 2e-3)
     r.follow(0.1, "critic")
+
+
+def joint_iql_update(r, obs, action, reward, next_obs, end, generator):
+    """All gradients at the weights before; the policy a Gaussian of deviation 1; its rate is constant."""
+    w = r.w
+    target_q = torch.minimum(*critics(w, "target_critic", obs, action, gelu)).detach()
+    value = net(w, "value", obs, gelu)[:, 0]
+    loss = (torch.where(target_q > value, 0.8, 0.2) * (target_q - value) ** 2).mean()
+    q = critics(w, "critic", obs, action, gelu)
+    target = reward + 0.97 * (1 - end) * net(w, "value", next_obs, gelu)[:, 0].detach()
+    loss_q = sum(((each - target) ** 2).mean() for each in q)
+    weight = torch.minimum((2.0 * (torch.minimum(*q) - value)).exp(), torch.tensor(1.5)).detach()
+    loss_policy = (weight * 0.5 * (net(w, "actor", obs, gelu) - action).square().sum(1)).mean()
+    steps = [(r.gradients(loss, "value"), 2e-3), (r.gradients(loss_q, "critic"), 2e-3)]
+    for gradients, rate in [*steps, (r.gradients(loss_policy, "actor"), 1e-3)]:
+        r.step(gradients, rate)
+    r.follow(0.1, "critic")
+
+
+def rebrac_update(r, obs, action, reward, next_obs, end, generator):
+    r.updates += 1
+    action, data_action, has_next = action.split([A, A, 1], 1)
+    w, noise = r.w, 0.3 * torch.randn(action.shape, generator=generator)
+    next_action = (net(w, "target_actor", next_obs, gelu).tanh() + noise.clamp(-0.2, 0.2)).clamp(-1, 1)
+    next_value = torch.minimum(*critics(w, "target_critic", next_obs, next_action, gelu))
+    next_value = next_value - 0.6 * torch.where(has_next > 0, (next_action - data_action) ** 2, 0).sum(1)
+    target = (reward + 0.97 * (1 - end) * next_value).detach()
+    loss = sum(((q - target) ** 2).mean() for q in critics(w, "critic", obs, action, gelu))
+    r.step(r.gradients(loss, "critic"), 2e-3)
+    if r.updates % 2 == 0:
+        new_action = net(w, "actor", obs, gelu).tanh()
+        q = torch.minimum(*critics(w, "critic", obs, new_action, gelu))
+        loss = 0.4 * ((new_action - action) ** 2).sum(1).mean() - q.mean() / q.abs().mean().item()
+        r.step(r.gradients(loss, "actor"), 1e-3)
+        r.follow(0.1, ("critic", "actor"))
 
 
 def td3_bc_update(r, obs, action, reward, next_obs, end, generator):
@@ -618,7 +760,15 @@ def assert_same_weights(found, wanted):
 
 OFFLINE = {
     "iql": (iql, iql_update, "--expectile 0.8 --temperature 2 --max-weight 1.5 --no-normalize-rewards"),
+    "iql-joint": (
+        iql, joint_iql_update, "--expectile 0.8 --temperature 2 --max-weight 1.5 --no-normalize-rewards "
+        "--joint-step --no-anneal-lr --no-learn-std --activation gelu --layer-norm",
+    ),
     "td3_bc": (td3_bc, td3_bc_update, "--alpha 2 --policy-noise 0.3 --noise-clip 0.2"),
+    "rebrac": (
+        td3_bc, rebrac_update, "--loss rebrac --actor-bc 0.4 --critic-bc 0.6 --policy-noise 0.3 "
+        "--noise-clip 0.2 --activation gelu --layer-norm",
+    ),
     "cql": (cql, cql_update, "--cql-alpha 2 --cql-samples 3 --bc-steps 1"),
     "cql-lagrange": (
         cql, lambda *args: cql_update(*args, lagrange=True),
@@ -633,8 +783,10 @@ def test_updates_against_a_reference(tmp_path, in_double, name):
     script, update, flags = OFFLINE[name]
     rng = np.random.default_rng(0)
     rows = [rng.normal(size=(50, 4)), rng.uniform(-1, 1, (50, A)), rng.normal(size=50)]
-    ends = rng.random(50) < 0.3
-    save_d4rl(tmp_path / "made.hdf5", *rows, rng.normal(size=(50, 4)), ends, np.zeros(50))
+    ends, after = rng.random(50) < 0.3, rng.normal(size=(50, 4))
+    if name == "rebrac":  # which needs rows that follow others
+        after[:40], ends[:40] = rows[0][1:41], ends[:40] & (rng.random(40) < 0.5)
+    save_d4rl(tmp_path / "made.hdf5", *rows, after, ends, np.zeros(50))
     agent, seen = in_double(script, f"--dataset {tmp_path}/made.hdf5 --total-timesteps 4 {flags}", tmp_path)
     assert len(seen) == 4
     reference, buffers = Reference(seen[0][0]), ("obs_mean", "obs_std")
@@ -647,7 +799,7 @@ def test_updates_against_a_reference(tmp_path, in_double, name):
         seen[0][0],
         {key for key, x in agent.state_dict().items() if not torch.equal(x, seen[0][0][key])},
     )
-    still = {*buffers} | ({"log_multiplier"} if name == "cql" else set())
+    still = {*buffers} | {"cql": {"log_multiplier"}, "iql-joint": {"log_std"}}.get(name, set())
     assert moved == first.keys() - still
     targets = [p for key, p in agent.named_parameters() if key.startswith("target_")]
     assert targets and not any(p.requires_grad for p in targets)

@@ -36,7 +36,8 @@ SHARED |= dict.fromkeys("clipped_surrogate kl_k3 masked_mean ratio_metrics".spli
 SHARED |= {"current_log_probs": (ppo_vla, grpo_vla)}
 SHARED |= dict.fromkeys("td_target critic_loss".split(), (sac, iql, cql, td3_bc))
 SHARED |= dict.fromkeys("squashed_gaussian policy_loss temperature_loss".split(), (sac, cql))
-SHARED |= {"TwinCritic": (iql, cql), "mlp": (sac, cql, td3_bc), "sample_batch": (iql, cql, td3_bc)}
+SHARED |= {"mlp": (sac, cql), "sample_batch": (iql, cql, td3_bc), "xavier": (iql, td3_bc)}
+SHARED |= dict.fromkeys("replay_batch mixed_batch".split(), (iql, td3_bc))
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -58,22 +59,40 @@ def pieces(script, *cuts):
     return [*found, text]
 
 
+CUTS = ["    dataset, device =", "    del dataset\n", "    step = 0\n", "        step += 1\n"]
+CUTS += ["        run.advance(step)\n"]
+
+
 def test_the_offline_scripts_train_alike_but_for_the_update():
-    """All of `train` but optimizers and update, and what is drawn for it and its learning rate."""
-    cuts = ["    dataset, device =", "    del dataset\n", "    step = 0\n", "        step += 1\n"]
+    """All of `train` but optimizers and update, and what is drawn for it and its learning rate. The two that
+    go on online add to what is CQL's, and change its end, and how they explore."""
     given = """    if args.alpha != "auto":  # also where a checkpoint has another
         nn.init.constant_(agent.log_alpha, math.log(args.alpha))\n"""
+    own = """            if rebrac:
+                new = new[0], with_next_row(rows, index, widths), *new[2:]\n"""
     alike = []
-    for script in (iql, cql, td3_bc):
-        _, head, _, loop, _, tail = pieces(script, *cuts, "        run.advance(step)\n")
+    for script in (iql, td3_bc, cql):
+        _, head, _, loop, _, tail = pieces(script, *CUTS)
+        loop = loop.replace("args.exploration_noise * ", "").replace(own, "")
         alike.append([head.replace(given, ""), loop, tail])
-    assert alike[0] == alike[1] == alike[2]
+    assert alike[0] == alike[1]
     assert all(part.count("\n") > 12 for part in alike[0])
+    for with_online, without in zip(alike[0], alike[2], strict=True):
+        for ours, theirs in ONLINE.items():
+            with_online = with_online.replace(ours, theirs)
+        lines = iter(with_online.split("\n"))
+        assert all(line in lines for line in without.split("\n"))  # in this order
+
+
+ONLINE = {"step < total": "step < args.total_timesteps", "step == total": "step == args.total_timesteps"}
+ONLINE |= {"(step, total, ": "(step, args.total_timesteps, ", " or turns or ": " or "}
+ONLINE |= {"(run.due(step, args.eval_freq) or turns)": "run.due(step, args.eval_freq)", " or turns:": ":"}
+ONLINE |= {"environment_steps=args.online_steps": "environment_steps=0"}
 
 
 def test_the_transformer_trains_like_the_others_but_for_update_and_evaluation():
     cuts = ["    step = 0\n", "    def evaluate_now(", "    run.begin(", "        batch = sample_batch("]
-    ours, theirs = (pieces(x, *cuts, "        run.advance(step)\n") for x in (iql, decision_transformer))
+    ours, theirs = (pieces(x, *cuts, "        run.advance(step)\n") for x in (cql, decision_transformer))
     for piece in (1, 3, 5):
         assert ours[piece] == theirs[piece] and ours[piece].count("\n") > 3
 
@@ -117,7 +136,7 @@ def test_common_flags_of_both_policy_gradients():
 @pytest.mark.parametrize("script", (sac, cql, td3_bc))
 def test_common_flags_of_the_state_based_scripts(script):
     """Learning rates say what they are of, the transformer's dropout is of other layers."""
-    others = {sac: (), cql: (), td3_bc: ("tau",)}[script]
+    others = {sac: ("offline_ratio", "layer_norm"), cql: (), td3_bc: ("tau",)}[script]
     others = {"learning_rate", "critic_learning_rate", *others}
     common = assert_same_flags(flags(script), flags(iql), others)
     assert {"batch_size", "gamma", "tau", "width", "depth"} <= set(common)
