@@ -74,8 +74,9 @@ BOTH = pytest.mark.parametrize(("folder", "history"), [("home", 0), ("rememberin
 def arguments(home, **changed):
     """A run's arguments and the run, as far as they are needed to read a data set."""
     args = dict(
-        dataset=f"{home}/rollouts.hdf5", features=f"{home}/eye", env=None, keys=(), seed=1, evaluate=False
-    )
+        dataset=f"{home}/rollouts.hdf5", features=f"{home}/eye", features_of="prompt", env=None, keys=(),
+        seed=1, evaluate=False,
+    )  # fmt: skip
     run = SimpleNamespace(
         device=torch.device("cpu"), rank=0, saved=None, source=None, kept={}, closing=lambda x: x
     )
@@ -165,10 +166,11 @@ def test_what_ends_an_episode_of_a_file(tmp_path):
 # --- features
 
 
+@pytest.mark.parametrize("of", ["prompt", "actions"])
 @BOTH
-def test_features_are_the_backbones_hidden_state_and_the_proprioception(request, folder, history):
+def test_features_are_the_backbones_hidden_states_and_the_proprioception(request, folder, history, of):
     home = request.getfixturevalue(folder)
-    args, run = arguments(home)
+    args, run = arguments(home, features_of=of)
     dataset = offline_dataset(args, run)
     saved = load_checkpoint(home / "eye")
     backbone = build_backbone(**saved["backbone"])
@@ -184,13 +186,14 @@ def test_features_are_the_backbones_hidden_state_and_the_proprioception(request,
             past = [episode["actions"][t - k] if t >= k else np.zeros(2) for k in range(history, 0, -1)]
             proprio = np.float32(np.concatenate([episode["proprio"][t], *past]))
             obs = {"image": episode["overview"][t][None, None], "proprio": proprio[None]}
-            prompts = []
+            found = []
             for task in range(3):
                 with torch.no_grad():
                     batch = backbone.preprocess(obs | {"task": np.array([task])}, reach_world.INSTRUCTIONS)
-                    prompts.append(backbone(batch)[1][0].numpy())
+                    slots, prompt = backbone(batch)
+                found.append((slots if of == "actions" else prompt)[0].flatten().numpy())
             state = dataset.states[row]
-            close = [np.allclose(state[: -len(proprio)], hidden, atol=1e-5) for hidden in prompts]
+            close = [np.allclose(state[: -len(proprio)], hidden, atol=1e-5) for hidden in found]
             assert sum(close) == 1 and np.array_equal(state[-len(proprio) :], proprio)  # of one instruction
             actions = episode["actions"][t : t + CHUNK]
             actions = np.concatenate([actions, *[actions[-1:]] * (CHUNK - len(actions))])
@@ -229,6 +232,14 @@ def test_the_worlds_transitions_are_the_data_sets(request, folder, history):
                 everyone += 1
         row += 1
     assert row == len(starts) and everyone > 10
+
+
+def test_what_features_cannot_be_of_is_refused(home, monkeypatch):
+    with pytest.raises(UserError, match="--online-steps goes on from states alone"):
+        offline_dataset(*arguments(home, online_steps=5))
+    monkeypatch.setattr("common.backbones.tiny.TinyVLA.autoregressive", True)
+    with pytest.raises(UserError, match="see the actions themselves; use --features-of prompt"):
+        offline_dataset(*arguments(home, features_of="actions"))
 
 
 def test_pictures_of_another_size_are_refused(home, tmp_path):
