@@ -176,7 +176,7 @@ def serve(fd):
         with contextlib.suppress(OSError):  # as the parent's, it may be deleted
             os.chdir(folder)
         with contextlib.suppress(BaseException):  # the worker will run into it, and tell
-            importlib.import_module(module)
+            getattr(importlib.import_module(module), "preload", int)()
         if not work:
             continue
         theirs, end = map(Connection, fds)

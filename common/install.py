@@ -1,6 +1,6 @@
 """Make .venv and install requirements.txt into it, with nothing but Python 3.11 or newer.
 
-    python3 common/install.py [--libero | --robosuite | --maniskill]     # with requirements-<world>.txt too
+    python3 common/install.py [--libero] [--robosuite] [...]     # with those worlds' requirements-<world>.txt too
 
 Debian's and Ubuntu's own Python comes without ensurepip. Then pip's installer is fetched, and its hash
 checked: such a system may have no certificates either.
@@ -32,13 +32,13 @@ def fetch(url, sha256):
 
 
 def main(options):
-    worlds = {
-        "--robosuite": ["robosuite"],
-        "--libero": ["libero", "libero-assets"],
-        "--maniskill": ["maniskill"],
-    }
-    if options and options not in [[world] for world in worlds]:
-        sys.exit(f"error: common/install.py takes {', '.join(worlds)} or nothing, not {' '.join(options)}.")
+    files = sorted(ROOT.glob("requirements-*.txt"), key=lambda file: (len(file.name), file.name))
+    worlds = {}  # --libero: its file, and that of its assets
+    for file in files:
+        worlds.setdefault("--" + file.stem.split("-")[1], []).append(file)
+    if unknown := [option for option in options if option not in worlds]:
+        known = ", ".join(sorted(worlds))
+        sys.exit(f"error: common/install.py takes some of {known} or nothing, not {' '.join(unknown)}.")
     if sys.version_info < (3, 11):  # noqa: UP036 (this file alone is met by older ones)
         sys.exit(f"error: Python 3.11 or newer is needed, this is {sys.version.split()[0]}.")
     has_pip = importlib.util.find_spec("ensurepip") is not None
@@ -51,7 +51,7 @@ def main(options):
     pip = [str(python), "-m", "pip", "install", "--quiet"]
     steps.append([*pip, "-r", str(ROOT / "requirements.txt")])
     for file in [file for option in options for file in worlds[option]]:
-        steps.append([*pip, "--no-deps", "-r", str(ROOT / f"requirements-{file}.txt")])
+        steps.append([*pip, "--no-deps", "-r", str(file)])
     try:
         for step in steps:
             if code := subprocess.run(step, check=False).returncode:

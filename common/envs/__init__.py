@@ -4,8 +4,9 @@ A world is one file and one line in `WORLDS`. The file has `make(**kwargs) -> gy
 fields of its `Args` and with `split`, "train" or "eval", which never share an initial state (as with a random
 state seeded by `[split's number, seed]`). `Args`, a dataclass, holds the world's own flags, with the marks of
 `common/flags.py` if need be; it may have `check(self)`, which raises UserError for values that cannot work
-together, and `defaults(self)`, a dict of a run's defaults that follow from the flags. Beyond Gymnasium's the
-environment has
+together, and `defaults(self)`, a dict of a run's defaults that follow from the flags. The file may have
+`preload()`, which imports what worker processes share, and `OWN_PROCESS = True` where a process holds one
+environment at most. Beyond Gymnasium's the environment has
 - `reset(seed=n)`, which fixes task, initial state and all that the episode draws: evaluations and groups rest
   on it; `reset(seed=None)` goes on with the environment's own random state;
 - `instructions: list[str]`, `active_dims: bool (A,)` (those that have any effect), `has_success: bool`: then
@@ -13,8 +14,9 @@ environment has
   data set that is of this world, `action_bounds`, what -1 and 1 mean in its own units, each (A,), and
   `action_names`, a word for each action of a Discrete space;
 - `observation_space`, a Dict: `image` uint8 (cameras, H, W, 3), `proprio` float32 (P,), `task` int64 () into
-  the instructions; from states `proprio` alone; `action_space`, a Box from -1 to 1 (A,), or Discrete;
-  observations of another shape or kind, and any number that is not finite, also a reward, end the run;
+  the instructions; from states `proprio` alone, or with `task`; `action_space`, a Box from -1 to 1 (A,), or
+  Discrete; observations of another shape or kind, and any number that is not finite, also a reward, end the
+  run;
 - `advance(action) -> reward, terminated, truncated, info` (no rendering) and `observe() -> obs` (renders);
 - `render() -> uint8 (H, W, 3)`, a frame for a video;
 - optionally `draws_tasks = True`: `reset` draws its task with the chances `task_chances(options, tasks)`;
@@ -54,7 +56,7 @@ from common.memory import available_memory
 
 WORLDS = {
     name: f"common.envs.{name}"
-    for name in ("tabletop", "libero", "robosuite", "robomimic", "maniskill", "dmc", "behavior")
+    for name in ("tabletop", "libero", "robosuite", "robomimic", "maniskill", "driving", "dmc", "behavior")
 }
 NAMED = "robomimic"  # the world that a file in RoboMimic's layout names
 GYMNASIUM = "common.envs.gymnasium_env"
@@ -103,9 +105,11 @@ def make_envs(args, split, num_envs, autoreset=False, states=False):
     named = {"split": split}
     if args.env not in WORLDS:  # an id that this process has registered a worker does not know
         named = {"id": args.env, "spec": gymnasium.registry.get(args.env)}
+    own = getattr(world_module(args.env), "OWN_PROCESS", False)
     envs = vectorize(
         (args.env, WORLDS.get(args.env, GYMNASIUM), world_flags(args) | named), num_envs // processes,
-        seed=args.seed, first=rank * num_envs // processes, chunk=args.chunk, num_workers=args.num_workers,
+        seed=args.seed, first=rank * num_envs // processes, chunk=args.chunk,
+        num_workers=num_envs if own else args.num_workers,
         autoreset=autoreset, action_history=args.action_history, timeout=args.worker_timeout,
     )  # fmt: skip
     if states and ("image" in envs.single_observation_space.spaces or not envs.single_action_space.shape):

@@ -1,4 +1,4 @@
-"""What the scripted experts of simulated arms share: the moves of a hand, and demonstrations of them.
+"""What scripted experts share: demonstrations of them and, of simulated arms, the moves of a hand.
 
 A move is (way, turn, grip): of the hand, in m and rad along the world's axes, (3,) each, and the gripper's
 command, -1 to open and 1 to close. All follow from the state alone, so that an expert finds back after noise.
@@ -51,8 +51,8 @@ def episode(env, seed, noise, see):
     """`env.expert()` on layout `seed`, its actions executed with noise -> rows, dicts of `see(obs)` with
     `actions` and `executed`; whether it succeeded."""
     obs, rows, rng = env.reset(seed=seed)[0], [], np.random.default_rng([7, seed])
-    success = truncated = False
-    while not (success or truncated):
+    terminated = truncated = False
+    while not (terminated or truncated):
         action = executed = env.expert()
         if hasattr(env.action_space, "n"):
             executed = int(rng.integers(6)) if rng.random() < noise else action
@@ -61,8 +61,8 @@ def episode(env, seed, noise, see):
             executed = action + noise * scale * rng.standard_normal(len(action))
             executed = executed.clip(-1, 1).astype(np.float32)
         rows.append(see(obs) | {"actions": action, "executed": executed})
-        obs, _, success, truncated, _ = env.step(executed)
-    return rows, success
+        obs, _, terminated, truncated, info = env.step(executed)
+    return rows, info["success"]
 
 
 def play(env, seeds, noise):
