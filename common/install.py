@@ -1,6 +1,6 @@
 """Make .venv and install requirements.txt into it, with nothing but Python 3.11 or newer.
 
-    python3 common/install.py [--libero] [--robosuite] [...]     # with those worlds' requirements-<world>.txt too
+    python3 common/install.py [--libero] [--robosuite] [...]     # with requirements-<world>.txt of these
 
 Debian's and Ubuntu's own Python comes without ensurepip. Then pip's installer is fetched, and its hash
 checked: such a system may have no certificates either.
