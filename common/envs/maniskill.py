@@ -7,7 +7,8 @@
 Observation: `image` uint8 (cameras, size, size, 3) and `proprio` float32 (8,), as LIBERO's: the point between
 the fingers 3 (m, the table's top is 0), its axis-angle 3 (rad), fingers 2 (m). With `--cameras none` it is
 `proprio` alone, ManiSkill's own "state" (joints, their velocities, task); of one task then, for its length is
-the task's. A goal that ManiSkill hides from cameras and tells as numbers is seen here: PickCube's green ball.
+the task's. A goal that ManiSkill hides from cameras and tells as numbers is seen here: PickCube's green ball;
+the body of the wrist's camera is not: its 425,000 triangles are two thirds of a picture's time.
 
 Action float32 (7,): shift of the hand from where it is (1 = 10 cm), rotation about the base's axes (1 = 0.1
 rad), gripper (-1 opens, 1 closes): pd_ee_delta_pose, whose last four numbers have the opposite sign. 20 Hz.
@@ -18,7 +19,6 @@ What an episode draws follows from `[split, seed, how many without a seed since]
 its own state does not hold, so that an episode is restored exactly by acting it out again from its start.
 """
 
-import logging
 import warnings
 from dataclasses import dataclass
 from typing import Literal
@@ -66,13 +66,43 @@ class Args:
     """control steps after which an episode ends; 0 for the task's (50, RollBall 80)"""
 
 
+_idle = {}  # what `_make` made and no environment has: its arguments -> scenes
+
+
+def _make(name, size, wrist, shaped):
+    """-> ManiSkill's own environment of the task `name`, one row: a scene."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of packages and drivers that it can do without
+        import torch
+        from mani_skill import logger
+        from sapien.render import RenderBodyComponent
+
+        logger.setLevel("ERROR")
+        try:
+            made = gym.make(
+                f"mani_skill.envs:{name}", num_envs=1, sim_backend="physx_cpu", obs_mode="state",
+                render_backend="gpu" if torch.cuda.is_available() else "cpu",
+                control_mode="pd_ee_delta_pose", reward_mode="normalized_dense" if shaped else "sparse",
+                sensor_configs=dict(width=size, height=size),
+                human_render_camera_configs=dict(width=224, height=224),
+                **({"robot_uids": "panda_wristcam"} if wrist else {}),
+            )  # fmt: skip
+        except RuntimeError as error:
+            raise UserError(f"ManiSkill needs Vulkan, which failed ({error}); {VULKAN}.") from error
+    scene = made.unwrapped
+    scene._hidden_objects.clear()
+    if camera := scene.agent.robot.links_map.get("camera_link"):
+        camera._objs[0].entity.find_component_by_type(RenderBodyComponent).disable()
+    return scene
+
+
 class ManiSkillEnv(gym.Env):
     """See the module's docstring and `Args`. Raises UserError, one sentence, for what is unknown, not
     installed or without Vulkan."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
     has_success, draws_tasks, active_dims = True, True, np.ones(7, bool)
-    WORKER_GB, TASK_GB = 1.0, 0.2  # a worker process, and each further scene in it
+    WORKER_GB, TASK_GB = 1.2, 0.1  # a worker process, and each further scene in it
 
     def __init__(self, tasks=("PickCube-v1",), split="train", cameras=("agentview",), size=128,
                  reward="sparse", horizon=0):  # fmt: skip
@@ -105,28 +135,13 @@ class ManiSkillEnv(gym.Env):
         self.observation_space, self.action_space = gym.spaces.Dict(spaces), box(-1, 1, (7,), np.float32)
 
     def _scene(self, name):
-        """This environment's scene of the task `name`, a ManiSkill environment of one row, made at need."""
+        """This environment's scene of the task `name`, taken on first use."""
         if name not in self.scenes:
-            check_memory(type(self))
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of packages and drivers that it can do without
-                import torch
-
-                logging.getLogger("mani_skill").setLevel(logging.ERROR)
-                robot = {"robot_uids": "panda_wristcam"} if "wrist" in self.cameras else {}
-                try:
-                    made = gym.make(
-                        f"mani_skill.envs:{name}", num_envs=1, sim_backend="physx_cpu", obs_mode="state",
-                        control_mode="pd_ee_delta_pose",
-                        reward_mode="normalized_dense" if self.shaped else "sparse",
-                        render_backend="gpu" if torch.cuda.is_available() else "cpu",
-                        sensor_configs=dict(width=self.size, height=self.size),
-                        human_render_camera_configs=dict(width=224, height=224), **robot,
-                    )  # fmt: skip
-                except RuntimeError as error:
-                    raise UserError(f"ManiSkill needs Vulkan, which failed ({error}); {VULKAN}.") from error
-            self.scenes[name] = made.unwrapped
-            self.scenes[name]._hidden_objects.clear()
+            key = (name, self.size, "wrist" in self.cameras, self.shaped)
+            if not _idle.get(key):
+                check_memory(type(self))
+                _idle[key] = [_make(*key)]
+            self.scenes[name] = _idle[key].pop()
         return self.scenes[name]
 
     def _begin(self, task, layout):
@@ -178,8 +193,10 @@ class ManiSkillEnv(gym.Env):
         return self.scene.render_rgb_array()[0].cpu().numpy()
 
     def close(self):
-        for scene in self.scenes.values():
-            scene.close()
+        """Leaves its scenes to this process's next environment: a reset begins all anew, and with the last of
+        them the compiled shaders would go, which take 10 seconds."""
+        for name, scene in self.scenes.items():
+            _idle[name, self.size, "wrist" in self.cameras, self.shaped].append(scene)
         self.scenes = {}
 
     def get_state(self):
