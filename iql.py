@@ -253,10 +253,12 @@ def replay_batch(rows, widths, agent, scale, bias):
 
 
 def mixed_batch(old, new, share, generator):
-    """Of two batches of one size one, each of whose transitions is the `old` one with probability `share`."""
-    size, device = len(old[0]), old[0].device
-    is_old = torch.rand(size, generator=generator, device=device) < share
-    return [torch.where(is_old.view(-1, *[1] * (x.dim() - 1)), x, y) for x, y in zip(old, new, strict=True)]
+    """`old`, a batch, each of whose transitions stays with probability `share`, and else becomes that of
+    `new`, in place: to a compiled update it is what it was."""
+    is_new = torch.rand(len(old[0]), generator=generator, device=old[0].device) >= share
+    for x, y in zip(old, new, strict=True):
+        x[is_new] = y[is_new]
+    return old
 
 
 # --- training

@@ -1,21 +1,60 @@
-"""Data and environment together: sac.py --prior-data (RLPD)."""
+"""Data and environment together: sac.py --prior-data (RLPD), iql.py and td3_bc.py --online-steps."""
 
 import signal
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
 from test_cli import assert_same_run, call, one_thread, results, run, scalars, stopped_by  # noqa: F401
 from test_offline_cli import SMALL, compare_compiled, home  # noqa: F401 (one is a fixture)
-from test_offline_math import A, B, Reference, assert_same_weights, close, in_double, randn, squash  # noqa: F401
+from test_offline_math import (  # noqa: F401
+    OFFLINE,
+    A,
+    B,
+    Reference,
+    assert_same_weights,
+    close,
+    gelu,
+    in_double,
+    net,
+    randn,
+    squash,
+)
 
+import common.replay
+import iql
 import sac
+import td3_bc
 from common.checkpoint import load_checkpoint
-from common.datasets import load_dataset, save_d4rl, transition_rows
+from common.datasets import load_dataset, reward_units, save_d4rl, transition_rows
 from common.run import read_flags
 
+
+class Walk(gymnasium.Env):
+    """Observes noise; the third step of each even episode is its end, of each odd one a time-out."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (4,), np.float32)
+    action_space = gymnasium.spaces.Box(-2.0, 2.0, (A,), np.float32)
+    metadata, episodes = {"render_modes": ["rgb_array"]}, -1
+
+    def __init__(self, render_mode=None):
+        pass
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episodes, self.left = self.episodes + 1, 3
+        return self.np_random.normal(size=4).astype(np.float32), {}
+
+    def step(self, action):
+        self.left -= 1
+        ends = [self.left == 0 and self.episodes % 2 == kind for kind in (0, 1)]
+        return self.np_random.normal(size=4).astype(np.float32), float(action.sum()), *ends, {}
+
+
+gymnasium.register("Walk-v0", entry_point=Walk)
 RLPD = """--env Pendulum-v1 --total-timesteps 60 --learning-starts 40 --eval-freq 25 --save-freq 20
-    --critics 4 --utd-ratio 3 --policy-delay 2"""
+    --critics 4 --utd-ratio 3 --policy-delay 2 --max-episode-steps 25"""
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +123,8 @@ def test_a_data_set_as_rows_of_the_replay(home, whole):  # noqa: F811
     rows = transition_rows(dataset, (np.array([-2.0]), np.array([2.0])))
     saved = load_checkpoint(whole[1])["replay"][:, 0]
     assert rows.shape == saved.shape == (60, 2 * 3 + 4) and rows.dtype == torch.float32
+    assert saved[:, 6].sum() == 2  # time-outs, which no update asks for
+    saved[:, 6] = 0
     torch.testing.assert_close(rows, saved)  # and no row of the prior data is in the file
 
 
@@ -214,5 +255,210 @@ def test_wrong_input_ends_in_one_sentence(tmp_path, home, whole, flags, said):  
     flags = flags.replace("DATA", f"{home}/pendulum.hdf5").replace("RUN", str(whole[1]))
     env = "" if "--env" in flags else "--env Pendulum-v1"
     done = call(sac, f"--device cpu --total-timesteps 9 --output-dir {tmp_path}/runs {env}", flags)
+    assert done.code == 2 and said in done.err and done.err.count("\n") == 1, done
+    assert not (tmp_path / "runs").exists()
+
+
+# --- offline to online
+
+ONLINE = f"{SMALL} --total-timesteps 30 --online-steps 30 --eval-freq 25 --save-freq 20"
+ONLINE += " --env Pendulum-v1 --max-episode-steps 20"
+LEARNERS = (iql, td3_bc)
+
+
+@pytest.fixture(scope="module", params=LEARNERS, ids=lambda script: script.__name__)
+def learned(request, home):  # noqa: F811
+    """A run -> script, flags, folder. Pendulum's state can be saved."""
+    flags = f"{ONLINE} --dataset {home}/pendulum.hdf5"
+    run(request.param, flags, f"--output-dir {home} --run-name on_{request.param.__name__}")
+    return request.param, flags, home / f"on_{request.param.__name__}"
+
+
+def test_results_of_both_parts(learned, home, tmp_path):  # noqa: F811
+    """The first is what a run without the second is, bit by bit."""
+    script, flags, folder = learned
+    found, events = results(folder), scalars(folder)
+    assert (found["environment_steps"], found["gradient_steps"]) == (30, 60)
+    assert [step for step, _ in events["eval/mean_reward"]] == [0, 25, 30, 50, 60]
+    assert found["offline"]["mean_reward"] == pytest.approx(events["eval/mean_reward"][2][1])
+    assert found["final"]["mean_reward"] == pytest.approx(events["eval/mean_reward"][-1][1])
+    run(script, flags, f"--output-dir {tmp_path} --run-name alone --online-steps 0")
+    alone, best = results(tmp_path / "alone"), max(x for _, x in events["eval/mean_reward"])
+    assert "offline" not in alone and alone["final"] == found["offline"]
+    assert found["best"]["mean_reward"] == pytest.approx(best)
+    saved = load_checkpoint(folder)
+    assert saved["replay"].shape == (30, 1, 2 * 3 + 4) and saved["step"] == 60
+    assert saved["agent"].keys() == load_checkpoint(tmp_path / "alone")["agent"].keys()
+
+
+@pytest.mark.parametrize(
+    "at", [17, 30, 31, 44]
+)  # amid the data, in the last update of it, the first and later
+def test_both_parts_go_on_bit_identically(tmp_path, learned, monkeypatch, at):
+    script, flags, folder = learned
+    stopped_by(monkeypatch, script, "td_target", at)
+    done = call(script, flags, f"--output-dir {tmp_path} --run-name r")
+    monkeypatch.undo()
+    assert done.code == 128 + signal.SIGINT and f"stopped at {at} updates" in done.out, done
+    run(script, f"--resume {tmp_path}/r")
+    assert_same_run(tmp_path / "r", folder)
+    assert results(tmp_path / "r")["offline"] == results(folder)["offline"]
+    run(script, f"--evaluate --checkpoint {tmp_path}/r --output-dir {tmp_path} --run-name e {SMALL}")
+    assert results(tmp_path / "e")["final"] == results(folder)["final"]
+
+
+def test_a_crash_after_the_data_costs_none_of_it(tmp_path, learned, monkeypatch):
+    """The end of the first part is a checkpoint, whatever --save-freq."""
+    script, flags, folder = learned
+
+    def broken(*args):
+        raise RuntimeError("a power cut")
+
+    monkeypatch.setattr(common.replay, "step_envs", broken)
+    with pytest.raises(RuntimeError, match="a power cut"):
+        call(script, flags, f"--output-dir {tmp_path} --run-name r")
+    monkeypatch.undo()
+    saved = load_checkpoint(tmp_path / "r")
+    assert (
+        saved["step"] == 30 and len(saved["replay"]) == 0 and saved["offline"] == results(folder)["offline"]
+    )
+    run(script, f"--resume {tmp_path}/r")
+    assert_same_run(tmp_path / "r", folder)
+
+
+@pytest.mark.parametrize("name, more", [("iql", ""), ("iql-joint", "0.6"), ("td3_bc", ""), ("rebrac", "0.3")])
+def test_online_updates_against_a_reference(tmp_path, in_double, name, more):  # noqa: F811
+    """Four updates on the data and seven in the environment, in float64: what is done there, what a batch is
+    of, and each update."""
+    script, update, flags = OFFLINE[name]
+    rng = np.random.default_rng(0)
+    rows = [rng.normal(1, 3, size=(9, 4)), rng.uniform(-2, 2, (9, A)), rng.normal(size=9)]
+    ends = np.arange(9) == 4
+    save_d4rl(tmp_path / "made.hdf5", *rows, np.roll(rows[0], -1, 0), ends, np.zeros(9), env_id="Walk-v0")
+    flags += f" --dataset {tmp_path}/made.hdf5 --total-timesteps 4 --online-steps 7 --reward-scale 2"
+    flags += f" --reward-bias -1 {'--offline-ratio' if more else ''} {more}"
+    agent, seen = in_double(script, flags, tmp_path)
+    saved = load_checkpoint(tmp_path / "r")["replay"][:, 0]
+    mean, std = agent.obs_mean, agent.obs_std
+    assert len(seen) == 11 and mean.abs().max() > 0.5 and std.max() > 2 and len(saved) == 7
+    reference, kept = Reference(seen[0][0]), []
+    for step, (_, batch, generator) in enumerate(seen):
+        if step >= 4:
+            count = step - 3
+            wanted = explored(name, reference.w, (saved[count - 1 : count, :4] - mean) / std, generator)
+            close(saved[count - 1, 4 : 4 + A], wanted, 1e-6)
+            index = torch.randint(count, (7,), generator=generator).tolist()
+            is_old = (torch.rand(7, generator=generator) < float(more or 9 / (9 + count))).tolist()
+            batch = [x.clone() for x in batch]
+            for b in (b for b in range(7) if not is_old[b]):
+                obs, action, reward, end, cut, next_obs = saved[index[b]].split([4, A, 1, 1, 1, 4])
+                if name == "rebrac":
+                    follows = index[b] + 1 < count and not (end or cut)
+                    later = saved[index[b] + 1, 4 : 4 + A] if follows else torch.zeros(A)
+                    action = torch.cat([action, later, torch.tensor([float(follows)])])
+                values = ((obs - mean) / std, action, 2 * reward[0] - 1, (next_obs - mean) / std, end[0])
+                for part, value in zip(batch, values, strict=True):
+                    part[b] = value
+            kept += is_old
+            if name == "iql":
+                reference.updates = 0  # the policy's rate is what it was at first
+        update(reference, *batch, generator)
+        after = seen[step + 1][0] if step < 10 else agent.state_dict()
+        assert_same_weights({key: after[key] for key in reference.w if key not in BUFFERS}, reference.w)
+    assert 0.2 < np.mean(kept) < 0.9
+    assert {tuple(x) for x in saved[:, 5 + A : 7 + A].tolist()} == {(0, 0), (1, 0), (0, 1)}
+
+
+BUFFERS = ("obs_mean", "obs_std")
+
+
+def explored(name, w, obs, generator):
+    """The next action (A,) of the policy as it explores."""
+    noise = torch.randn(1, A, generator=generator)
+    mean = net(w, "actor", obs, *((gelu,) if name in ("iql-joint", "rebrac") else ()))
+    mean = mean if name == "iql-joint" else mean.tanh()  # around which its deviation is 1
+    std = {"iql": w["log_std"].exp(), "iql-joint": 1.0}[name] if "iql" in name else 0.1
+    return (mean + std * noise).clamp(-1, 1)[0].detach()
+
+
+def test_a_batch_is_of_both_as_if_they_were_one():
+    """Whole transitions, each of the old ones with its probability."""
+    generator = torch.Generator().manual_seed(0)
+    old = [torch.zeros(40_000, 2), torch.zeros(40_000, 3), torch.zeros(40_000)]
+    new = [x + 1 for x in old]
+    for share in (0.0, 0.25, 1.0):
+        for script in LEARNERS:
+            found = script.mixed_batch([x.clone() for x in old], new, share, generator)
+            which = found[2]
+            assert abs(which.mean() - (1 - share)) < 0.01
+            assert all((x == which.view(-1, *[1] * (x.dim() - 1))).all() for x in found)
+
+
+def test_rows_of_a_replay_as_the_data_are(home):  # noqa: F811
+    """Also where returns are scaled to span 1000."""
+    args = iql.Args(reward_scale=3.0, reward_bias=-2.0)
+    dataset = load_dataset(home / "aim.hdf5")
+    returns = np.add.reduceat(dataset.rewards.astype(float), dataset.episode_starts)
+    scale, bias = reward_units(dataset, args)
+    assert scale == pytest.approx(3000 / (returns.max() - returns.min())) and bias == -2
+    assert reward_units(dataset, td3_bc.Args()) == (1, 0)
+    agent = iql.Agent(2, 1, iql.Args(width=4))
+    agent.obs_mean[:], agent.obs_std[:] = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 4.0])
+    rows = torch.tensor([[3.0, 10, 0.5, 7, 1, 0, 5, 2], [1.0, 2, -0.5, 0, 0, 1, 1, 6]])
+    obs, action, reward, next_obs, end = iql.replay_batch(rows, [2, 1, 1, 1, 1, 2], agent, 2.0, -1.0)
+    assert obs.tolist() == [[1, 2], [0, 0]] and next_obs.tolist() == [[2, 0], [0, 1]]
+    assert action.tolist() == [[0.5], [-0.5]] and reward.tolist() == [13, -1] and end.tolist() == [1, 0]
+
+
+def test_the_next_action_of_a_replays_row():
+    """None after an end, a time-out, or the newest row."""
+    ends = torch.tensor([[0, 0], [1, 0], [0, 1], [0, 0], [0, 0]])
+    rows = torch.cat([torch.zeros(5, 1), torch.arange(1, 6.0)[:, None] / 10, torch.zeros(5, 1), ends,
+                      torch.ones(5, 1)], 1)  # fmt: skip
+    found = td3_bc.with_next_row(rows, torch.tensor([4, 3, 2, 1, 0, 0]), [1, 1, 1, 1, 1, 1])
+    wanted = [[0.5, 0, 0], [0.4, 0.5, 1], [0.3, 0, 0], [0.2, 0, 0], [0.1, 0.2, 1], [0.1, 0.2, 1]]
+    close(found, wanted, 1e-6)
+
+
+def test_exploring_drops_nothing_out():
+    torch.manual_seed(0)
+    agent, obs, noise = iql.Agent(4, A, iql.Args(width=64, dropout=0.5)), torch.randn(B, 4), torch.zeros(B, A)
+    assert torch.equal(agent.explore(obs, noise), agent.explore(obs, noise)) and agent.training
+    assert not torch.equal(agent.policy(obs)[0], agent.policy(obs)[0])
+
+
+def test_an_episode_that_a_resume_cuts_is_a_time_out(tmp_path, home, monkeypatch):  # noqa: F811
+    """Aim cannot be saved: its episode of 4 steps goes on from a reset."""
+    flags = f"{SMALL} --total-timesteps 3 --online-steps 9 --eval-episodes 0 --dataset {home}/aim.hdf5"
+    stopped_by(monkeypatch, td3_bc, "td_target", 9)  # after the sixth step in the environment
+    assert call(td3_bc, flags, f"--output-dir {tmp_path} --run-name r").code == 130
+    monkeypatch.undo()
+    run(td3_bc, f"--resume {tmp_path}/r")
+    rows = load_checkpoint(tmp_path / "r")["replay"][:, 0]
+    assert rows[:, 4].nonzero().flatten().tolist() == [3] and rows[:, 5].nonzero().flatten().tolist() == [5]
+
+
+def test_an_update_online_is_the_same_graph(tmp_path, home, graphs):  # noqa: F811
+    compare_compiled(tmp_path, home, iql, "--online-steps 3")
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--offline-ratio 0.5", "--offline-ratio does nothing with --online-steps 0; drop it."),
+        ("--online-steps 5 --offline-ratio 2", "--offline-ratio must be in [0, 1], not 2.0."),
+        ("--online-steps -5", "--online-steps must not be negative, not -5."),
+        ("--online-steps 5 --eval-episodes 0", "names no environment; give --env."),
+        ("--online-steps 5 --env CartPole-v1", "needs states and continuous actions"),
+        ("--online-steps 1000000000000000 --env Walk-v0", "this machine cannot hold it"),
+    ],
+)
+def test_what_cannot_go_on_online_is_one_sentence(tmp_path, flags, said):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(9, 4)), rng.uniform(-1, 1, (9, A)), rng.normal(size=9), rng.normal(size=(9, 4))
+    save_d4rl(tmp_path / "nameless.hdf5", *rows, np.zeros(9), np.zeros(9))
+    flags += f" --device cpu --dataset {tmp_path}/nameless.hdf5 --total-timesteps 2 --no-normalize-rewards"
+    done = call(iql, flags, f"--output-dir {tmp_path}/runs")
     assert done.code == 2 and said in done.err and done.err.count("\n") == 1, done
     assert not (tmp_path / "runs").exists()
