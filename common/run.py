@@ -295,6 +295,10 @@ def read_source(words, Args, script):
     if not source:
         return seen, None
     saved = load_checkpoint(source)
+    adopt = getattr(model_module(seen.backbone), "from_states", None) if vla and seen.backbone else None
+    if adopt and "backbone" not in saved and not seen.resume:
+        with readable(source):
+            saved = adopt(saved)
     if ("backbone" in saved) != vla:
         raise UserError(
             f"{source} was written by {saved['script']}.py, whose networks are none of {script}.py's."

@@ -7,9 +7,9 @@ A family is one file and one line in `BACKBONES`. The file has
 - `Args`, a dataclass of its own flags (`LoraArgs` where it takes adapters), in which `FIXED` marks what is
   part of the weights; it may have `check(self)`, which raises UserError for values that cannot work together;
 - `FROM_SCRATCH`: whether it starts at random weights; optionally `own_options(args, device, cameras,
-  micro_batch_size, train_vision)`, what `build` takes that is the run's affair and not the weights', and
+  micro_batch_size, train_vision)`, what `build` takes that is the run's affair and not the weights',
   `owns(path)`, whether a checkpoint's folder or hub id is of the family (OpenVLA's are those that no other's
-  are).
+  are), and `from_states(saved)`, which makes a checkpoint of a script that learns from states into one.
 A backbone is an `nn.Module` with
     preprocess(obs, instructions) -> batch          of arrays or tensors, a dict of tensors on its device
     encode_vision(batch) -> vision, attention       what may be cached while the vision part is frozen
