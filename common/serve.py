@@ -131,13 +131,13 @@ class Policy:
 
     def picture(self, name, image):
         """-> uint8 (H, W, 3) of the size that the policy has seen in training."""
-        height, width = self.size
+        size, (height, width) = image.shape[:2], self.size
         if image.dtype != np.uint8 or image.shape[2:] != (3,) or not image.size:
             raise UserError(f"Image {name!r} must be uint8 (H, W, 3); got {image.dtype} {image.shape}.")
-        if image.shape[0] * width != image.shape[1] * height:
-            raise UserError(f"Image {name!r} is {image.shape[:2]}, not of the shape of {self.size}; pad it.")
+        if size[0] * width != size[1] * height:
+            raise UserError(f"Image {name!r} is {size}, not of the shape of {self.size}; pad it first.")
         resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
-        return image if image.shape[0] == height else np.asarray(resized)
+        return image if size == (height, width) else np.asarray(resized)
 
     def act(self, obs, prompt):
         """-> the chunk as the world would execute it, (K, A) in [-1, 1] or ints (K,)."""
@@ -168,9 +168,8 @@ def from_wire(value):
         return value
     name = value[b"dtype"]
     dtype = np.dtype((name.decode() if isinstance(name, bytes) else name).removeprefix("torch."))
-    if b"__npgeneric__" in value:
-        return np.asarray(value[b"data"], dtype)
-    return np.frombuffer(value[b"data"], dtype).reshape(value[b"shape"])
+    data, single = value[b"data"], b"__npgeneric__" in value
+    return np.asarray(data, dtype) if single else np.frombuffer(data, dtype).reshape(value[b"shape"])
 
 
 def respond(policy, frame, episode):
@@ -231,6 +230,7 @@ def main():
     parser.add_argument("--host", default="127.0.0.1", help="where it listens; 0.0.0.0 for every network")
     parser.add_argument("--port", type=int, default=8000, help="0 for one that is free")
     own, words = parser.parse_known_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" has it ignored
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         if missing := [name for name in ("websockets", "msgpack") if not importlib.util.find_spec(name)]:

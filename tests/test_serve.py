@@ -239,7 +239,7 @@ def test_wrong_messages_are_answered_with_one_sentence_and_the_connection_stays(
             pack(good | {"images": {"camera0": x}})
             for x in (picture / 255, picture.transpose(2, 0, 1), picture[0], picture[:0], 1, "x", None)
         ],
-        "not of the shape of [32, 32]; pad it": [pack(good | {"images": {"camera0": picture[:, :30]}})],
+        "not of the shape of [32, 32]; pad it first": [pack(good | {"images": {"camera0": picture[:, :30]}})],
     }  # fmt: skip
     for dtype, data in (
         (b"O", b"12345678"),
@@ -404,10 +404,11 @@ def test_a_copy_of_a_script_is_served_by_itself(tmp_path, monkeypatch):
 
 def call(monkeypatch, capsys, *words):
     monkeypatch.setattr(sys, "argv", ["serve.py", *map(str, words)])
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.raises(SystemExit) as end:
         serve.main()
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     assert end.value.code == 2
     return capsys.readouterr().err
 
@@ -447,6 +448,7 @@ def test_the_command_line_until_it_is_told_to_stop(tmp_path):
     server = subprocess.Popen(
         [*command, "--device", "cpu"], cwd=serve.ROOT, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as a script's "&" does
     )  # fmt: skip
     try:
         line = server.stdout.readline()

@@ -115,7 +115,7 @@ class Environment:
             os.abort()
         now = sum(self.steps >= k for k in WISH["goal"])
         success = now == len(WISH["goal"])
-        ends = {"timeout": self.steps >= self.limit, "predicate": success}
+        ends = {"timeout": self.steps >= self.limit - 1, "predicate": success}
         ends = {
             name: {"done": tensor(end), "success": end and name != "timeout"} for name, end in ends.items()
         }
