@@ -56,8 +56,10 @@ from common.memory import available_memory
 
 WORLDS = {
     name: f"common.envs.{name}"
-    for name in ("tabletop", "libero", "robosuite", "robomimic", "maniskill", "driving", "dmc", "behavior")
-}
+    for name in (
+        "tabletop", "libero", "robosuite", "robomimic", "maniskill", "driving", "dmc", "behavior", "ogbench",
+    )
+}  # fmt: skip
 NAMED = "robomimic"  # the world that a file in RoboMimic's layout names
 GYMNASIUM = "common.envs.gymnasium_env"
 
