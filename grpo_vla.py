@@ -183,11 +183,11 @@ PRESETS = {  # what differs from the defaults; flags on the command line win
     ),
     "behavior": dict(num_groups=1, num_envs=4, eval_envs=4, eval_episodes=20),  # never run
     "driving": dict(  # from states; with pictures: --cameras topdown --backbone tiny --head tokens
-        backbone="mlp", cameras=("none",), head="gaussian", init_std=0.5, chunk=1, num_envs=8, eval_envs=4,
+        backbone="mlp", cameras=("none",), head="gaussian", init_std=0.4, chunk=1, num_envs=8, eval_envs=4,
         eval_episodes=40, num_groups=4, accuracy_low=0.0, accuracy_high=1.0, verifier_gamma=0.99,
         advantage_level="decision", std_normalisation=False, aggregation="token-mean", update_epochs=4,
-        minibatch_size=512, micro_batch_size=512, learning_rate=3e-4, ratio_level="chunk", max_grad_norm=0.5,
-        total_timesteps=800_000,
+        minibatch_size=512, micro_batch_size=512, learning_rate=1e-3, ratio_level="chunk", max_grad_norm=0.5,
+        total_timesteps=500_000,
     ),
     "gymnasium": dict(  # any Gymnasium id
         backbone="mlp", chunk=1, num_envs=32, num_workers=0, eval_envs=20, eval_episodes=100, num_groups=4,

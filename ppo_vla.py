@@ -157,10 +157,10 @@ PRESETS = {  # what differs from the defaults; flags on the command line win
     "robosuite": dict(num_envs=16, eval_envs=16, eval_episodes=50, total_timesteps=100_000),
     "behavior": dict(num_envs=4, eval_envs=4, eval_episodes=20, num_steps=64, gamma=0.99),  # never run
     "driving": dict(  # from states; with pictures: --cameras topdown --backbone tiny --head tokens
-        backbone="mlp", cameras=("none",), head="gaussian", init_std=0.5, chunk=1, num_envs=8, eval_envs=4,
-        eval_episodes=40, num_steps=256, update_epochs=5, micro_batch_size=256, learning_rate=3e-4,
+        backbone="mlp", cameras=("none",), head="gaussian", init_std=0.4, chunk=1, num_envs=8, eval_envs=4,
+        eval_episodes=40, num_steps=256, update_epochs=10, micro_batch_size=256, learning_rate=1e-3,
         gamma=0.99, ratio_level="chunk", clip_high=0.2, value_clip=0.0, critic_warmup=0, policy_warmup=0,
-        max_grad_norm=0.5, total_timesteps=800_000,
+        max_grad_norm=0.5, total_timesteps=500_000,
     ),
     "gymnasium": dict(  # any Gymnasium id: plain PPO
         backbone="mlp", chunk=1, num_envs=8, num_workers=0, eval_envs=20, eval_episodes=100, num_steps=128,

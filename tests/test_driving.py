@@ -218,7 +218,7 @@ def test_what_is_near_is_what_metadrive_sees(make):
     assert obs["proprio"][19:].max() > 0.1 and (obs["proprio"][19:] == 0).any()
 
 
-def test_demonstrations_whatever_the_number_of_workers():
+def test_demonstrations_whatever_the_number_of_workers(monkeypatch):
     flags = dict(cameras=("topdown",), size=32, map_blocks=(1,), traffic=(0.0,))
     demos, same = (world.demonstrations(1, 2, n, 0.1, **flags) for n in (1, 2))
     size = len(demos["task"])
@@ -226,6 +226,9 @@ def test_demonstrations_whatever_the_number_of_workers():
     assert demos["image"].shape == (size, 1, 32, 32, 3) and demos["actions"].shape == (size, 2)
     assert not np.array_equal(demos["actions"], demos["executed"]) and np.abs(demos["actions"]).max() <= 1
     assert all(np.array_equal(demos[key], same[key]) for key in demos)
+    monkeypatch.setattr(world.DrivingEnv, "expert", lambda env: np.ones(2, np.float32))  # off the road
+    with pytest.raises(UserError, match="The expert succeeded in none of 1 episodes"):
+        world.demonstrations(1, 2, 1, 0.1, **flags)
 
 
 # --- what is refused, and runs
@@ -307,7 +310,7 @@ def test_a_stopped_run_from_states_goes_on_bit_identically(tmp_path, monkeypatch
 def test_cloned_from_the_expert_and_trained_on_pictures(tmp_path):
     demos = "--seed 2 --num-demos 1 --gradient-steps 2 --batch-size 4 --warmup-steps 1"
     base = f"--output-dir {tmp_path} --size 32"
-    run(bc_warmup, EVAL.replace("--horizon 12", "--horizon 0"), demos, base, "--run-name bc --num-workers 0")
+    run(bc_warmup, EVAL.replace("--horizon 12", "--horizon 0"), demos, base, "--run-name bc")
     start = f"--checkpoint {tmp_path}/bc --cameras topdown {base}"
     run(ppo_vla, PPO, start, "--run-name ppo --capture-video --chunk 4")
     assert list((tmp_path / "ppo/videos").glob("*.mp4"))
