@@ -605,7 +605,8 @@ class OfflineDataset:
     `states` holds the N observations and then F more that no transition starts from, the last ones of
     episodes. Transition i goes from states[i] to states[next_index[i]]: a script moves both to its device
     once. A termination whose next observation was not recorded has its own in its place: it is never
-    bootstrapped from. An episode ends with a termination, a time-out or the end of the recording.
+    bootstrapped from. An episode ends with a termination (OGBench's go on), a time-out or the end of the
+    recording.
     """
 
     name: str  # as asked for
@@ -697,7 +698,8 @@ def load_dataset(name_or_path: str | os.PathLike, keys: tuple[str, ...] = ()) ->
     """Read a data set for offline RL, downloading it if it is a name and not on this disk.
 
     Takes a D4RL name (`hopper-medium-v2`; the file is in $D4RL_DATASET_DIR or ~/.d4rl/datasets), a file in
-    D4RL's or RoboMimic's HDF5 layout, or a Minari id (`mujoco/hopper/medium-v0`). A RoboMimic or Minari
+    D4RL's or RoboMimic's HDF5 layout, a Minari id (`mujoco/hopper/medium-v0`), or an OGBench name with its
+    task (`cube-single-play-singletask-task2-v0`, see common/ogbench.py). A RoboMimic or Minari
     observation of several parts is their concatenation in the order of their names, or of a RoboMimic file
     that of `keys`; pictures are not read. An episode ends with its first termination. Transitions whose next
     observation was not recorded are left out, unless they are terminations.
@@ -705,6 +707,10 @@ def load_dataset(name_or_path: str | os.PathLike, keys: tuple[str, ...] = ()) ->
     """
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
+    if "-singletask-" in name or path.suffix == ".npz":
+        from common.ogbench import load_ogbench  # which imports this file
+
+        return load_ogbench(name)
     minari_id = re.fullmatch(r"[\w-]+(/[\w-]+)+-v\d+", name) and not path.exists()
     if name in D4RL_FILES:
         folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()

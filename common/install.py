@@ -1,6 +1,6 @@
 """Make .venv and install requirements.txt into it, with nothing but Python 3.11 or newer.
 
-    python3 common/install.py [--libero | --robosuite]        # with that world's requirements-<world>.txt too
+    python3 common/install.py [--libero | --robosuite | --ogbench]     # with its requirements-<world>.txt too
 
 Debian's and Ubuntu's own Python comes without ensurepip. Then pip's installer is fetched, and its hash
 checked: such a system may have no certificates either.
@@ -32,8 +32,10 @@ def fetch(url, sha256):
 
 
 def main(options):
-    if options not in ([], ["--libero"], ["--robosuite"]):
-        sys.exit(f"error: common/install.py takes --libero, --robosuite or nothing, not {' '.join(options)}.")
+    worlds = {"--robosuite": ["robosuite"], "--libero": ["libero", "libero-assets"], "--ogbench": ["ogbench"]}
+    if options and (len(options) > 1 or options[0] not in worlds):
+        known = ", ".join(sorted(worlds))
+        sys.exit(f"error: common/install.py takes one of {known} or nothing, not {' '.join(options)}.")
     if sys.version_info < (3, 11):  # noqa: UP036 (this file alone is met by older ones)
         sys.exit(f"error: Python 3.11 or newer is needed, this is {sys.version.split()[0]}.")
     has_pip = importlib.util.find_spec("ensurepip") is not None
@@ -45,7 +47,6 @@ def main(options):
         steps.append([str(python), str(script), "--quiet"])
     pip = [str(python), "-m", "pip", "install", "--quiet"]
     steps.append([*pip, "-r", str(ROOT / "requirements.txt")])
-    worlds = {"--robosuite": ["robosuite"], "--libero": ["libero", "libero-assets"]}
     for file in [file for option in options for file in worlds[option]]:
         steps.append([*pip, "--no-deps", "-r", str(ROOT / f"requirements-{file}.txt")])
     try:

@@ -50,7 +50,7 @@ def test_an_old_python_and_a_failing_step_end_in_one_sentence(tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("world", ["libero", "robosuite"])
+@pytest.mark.parametrize("world", ["libero", "robosuite", "ogbench"])
 def test_a_world_comes_without_its_own_dependencies(tmp_path, monkeypatch, world):
     commands, done = [], install.subprocess.CompletedProcess([], 0)
     monkeypatch.setattr(install.subprocess, "run", lambda step, check: commands.append(step) or done)
@@ -63,5 +63,5 @@ def test_a_world_comes_without_its_own_dependencies(tmp_path, monkeypatch, world
     for file, command in zip(files, commands[-len(files) :], strict=True):
         wanted = ["install", "--quiet", "--no-deps", "-r", str(install.ROOT / f"requirements-{file}.txt")]
         assert command[-5:] == wanted and Path(wanted[-1]).is_file()
-    with pytest.raises(SystemExit, match="takes --libero, --robosuite or nothing, not --liber"):
+    with pytest.raises(SystemExit, match="one of --libero, --ogbench, --robosuite or nothing, not --liber"):
         install.main(["--liber"])

@@ -60,7 +60,7 @@ def parse(command, monkeypatch):
     assert (ROOT / name).is_file(), command
     script = Path(name).stem
     if name == "common/install.py":
-        assert words in ([], ["--libero"], ["--robosuite"])
+        assert words in ([], ["--libero"], ["--robosuite"], ["--ogbench"])
     elif name == "benchmarks/plot.py":
         monkeypatch.setattr(plot, "collect", lambda folder, name, script: folder)
         monkeypatch.setattr(plot, "draw", lambda path: None)

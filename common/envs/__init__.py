@@ -46,7 +46,7 @@ from common import UserError, forkserver
 from common.envs.vector import START_METHOD, vectorize
 from common.memory import available_memory
 
-WORLDS = {name: f"common.envs.{name}" for name in ("tabletop", "libero", "robosuite", "robomimic")}
+WORLDS = {name: f"common.envs.{name}" for name in ("tabletop", "libero", "robosuite", "robomimic", "ogbench")}
 NAMED = "robomimic"  # the world that a file in RoboMimic's layout names
 GYMNASIUM = "common.envs.gymnasium_env"
 

@@ -207,9 +207,18 @@ class GymnasiumEnv(gymnasium.Env):
 
     def set_state(self, state):
         """Goes on exactly where `get_state` was; also in an environment that was never reset."""
-        env = self.env.unwrapped
         self.env.reset(seed=0)  # satisfies the order-enforcing wrapper
-        physics = np.asarray(state["physics"]).copy()
+        self.set_physics(state)
+        if limit := self._wrapper(gymnasium.wrappers.TimeLimit):
+            limit._elapsed_steps = int(state["elapsed_steps"])
+        self._obs = np.asarray(state["obs"], np.float32).copy()
+        rng = np.random.default_rng(0)
+        rng.bit_generator.state = _unpack(state["np_random"])
+        self.env.unwrapped.np_random = rng
+
+    def set_physics(self, state):
+        """The simulator's part of a state alone."""
+        env, physics = self.env.unwrapped, np.asarray(state["physics"]).copy()
         if "derived" in state:
             import mujoco
 
@@ -218,12 +227,6 @@ class GymnasiumEnv(gymnasium.Env):
                 getattr(env.data, name)[...] = np.asarray(state["derived"][name])
         else:
             env.state = physics
-        if limit := self._wrapper(gymnasium.wrappers.TimeLimit):
-            limit._elapsed_steps = int(state["elapsed_steps"])
-        self._obs = np.asarray(state["obs"], np.float32).copy()
-        rng = np.random.default_rng(0)
-        rng.bit_generator.state = _unpack(state["np_random"])
-        env.np_random = rng
 
 
 def _float32(obs):

@@ -13,13 +13,15 @@ from common.envs.vector import START_METHOD
 from common.memory import available_cores
 
 
-def in_parallel(function, seeds, num_workers, *rest):
+def in_parallel(function, seeds, num_workers, *rest, parts=None):
     """The items, in the order of the `seeds`, of the lists that `function((some of them, *rest))` gives.
 
     num_workers: processes, None for one a core; fewer than 2 are this one. function: of a module, which they
-    import. Raises the UserErrors that it raises, and RuntimeError with a traceback for anything else."""
+    import. parts: how many calls there are, which the progress bar counts; default four a process. Raises the
+    UserErrors that it raises, and RuntimeError with a traceback for anything else."""
     num_workers = available_cores() if num_workers is None else num_workers
-    jobs = [(part.tolist(), *rest) for part in np.array_split(seeds, max(num_workers, 1) * 4) if len(part)]
+    parts = np.array_split(seeds, parts or max(num_workers, 1) * 4)
+    jobs = [(part.tolist(), *rest) for part in parts if len(part)]
     bar = tqdm(total=len(jobs), desc=function.__name__.strip("_"), leave=False, disable=None)
     with bar, contextlib.ExitStack() as stack:
         if num_workers < 2:
