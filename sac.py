@@ -65,8 +65,9 @@ class Args(StateArgs):
     """steps of uniformly random actions before the first update"""
     utd_ratio: NonNegative = 1.0
     """updates per environment step"""
-    policy_delay: PositiveInt = 1
-    """updates of the critics per update of the policy and of the temperature"""
+    policy_delay: NonNegativeInt = 1
+    """updates of the critics per update of the policy and of the temperature; 0 for one of these after all
+    that an environment step has"""
     batch_size: PositiveInt = 256
     """transitions per update"""
     learning_rate: NonNegative = 3e-4
@@ -120,7 +121,7 @@ class Args(StateArgs):
 
 
 RLPD = dict(
-    utd_ratio=20.0, policy_delay=20, critic_learning_rate=3e-4, action_entropy=-0.5, critics=10,
+    utd_ratio=20.0, policy_delay=0, critic_learning_rate=3e-4, action_entropy=-0.5, critics=10,
     policy_q="mean", layer_norm=True,
 )  # fmt: skip
 PRESETS = {"Pendulum-v1": dict(total_timesteps=20_000, learning_starts=1_000, eval_freq=5_000)}
@@ -297,8 +298,8 @@ def train(args, run):
     replay, N = Replay(envs, args.buffer_size, device), args.num_envs
 
     def update(rows, noise, chosen, delayed):
-        """Algorithm 1 of arXiv:1812.05905: rows (B, W), noise (2, B, A), `chosen` target critics (None: all),
-        whether it is the policy's turn -> metrics."""
+        """Algorithm 1 of arXiv:1812.05905: rows (B, W), noise (2, B, A), or (1, B, A) if it is not the
+        policy's turn too (delayed), `chosen` target critics, None for all -> metrics."""
         obs, action, reward, terminated, _, next_obs = rows.split(widths, -1)
         alpha = agent.log_alpha.detach().exp()
         with torch.no_grad():
@@ -373,13 +374,14 @@ def train(args, run):
         step += N
 
         # --- update
-        while gradient_steps < (step - args.learning_starts) * args.utd_ratio:
+        while gradient_steps < (wanted := (step - args.learning_starts) * args.utd_ratio):
             if args.prior_data:
                 rows = mixed_batch(prior, replay.rows(), args.batch_size, args.offline_ratio, sampler)
             else:
                 rows = draw(replay.rows(), args.batch_size, sampler)
             gradient_steps += 1
-            delayed = gradient_steps % args.policy_delay == 0
+            delay = args.policy_delay
+            delayed = gradient_steps % delay == 0 if delay else gradient_steps >= wanted
             noise = torch.randn(1 + delayed, args.batch_size, action_dim, generator=sampler, device=device)
             chosen = None
             if args.target_critics < args.critics:

@@ -2,8 +2,8 @@
 `common.envs`: obs `{"proprio": float32 (P,)}`, one empty instruction, continuous actions in [-1, 1].
 
 `proprio` is the observation's numbers, those of a Dict in the order of its names, each array flattened; uint8
-pictures (H, W, 3) are the cameras of `image`. `success` of a step's info, or `is_success`, is the episode's
-so far.
+pictures (H, W, 3) are the cameras of `image`. `success` of the last step's info, or `is_success`, is the
+episode's.
 """
 
 import contextlib
