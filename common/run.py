@@ -152,6 +152,7 @@ class VLAArgs(RunArgs):
         return {"deterministic": False} if self.collect else {}
 
     def check(self):
+        check_eval_episodes(self.eval_episodes)
         if not self.checkpoint and model_module(self.backbone).FROM_SCRATCH:
             if self.evaluate:
                 raise UserError("--evaluate needs --checkpoint, the weights to evaluate.")
@@ -186,6 +187,7 @@ class StateArgs(RunArgs):
     """updates between checkpoints"""
 
     def check(self):
+        check_eval_episodes(self.eval_episodes)
         if self.evaluate and not self.checkpoint:
             raise UserError("--evaluate needs --checkpoint, the weights to evaluate.")
         if self.evaluate and not self.eval_episodes:
@@ -419,6 +421,12 @@ def check_decisions(decisions, columns, size=None):
             raise ValueError("decisions that do not fit each other")
         if size is not None and any(shape[:1] != (size,) for shape, _ in kind.values()):
             raise ValueError(f"decisions that are not of {size} environments")
+
+
+def check_eval_episodes(number):
+    """UserError where memory does not hold the results of so many, in turns or not."""
+    if number * 100 > (free := available_memory()):  # bytes, the least that is kept of one
+        raise UserError(f"--eval-episodes {number} do not fit into {free / 1e9:.0f} GB; give fewer of them.")
 
 
 def check_episodes(episodes):

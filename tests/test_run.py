@@ -579,7 +579,9 @@ def test_args_that_cannot_be_written_are_one_sentence(tmp_path):
         (sac, "--env Pendulum-v1 --buffer-size 1000000000000000000"),
         (sac, "--env Pendulum-v1 --num-envs 1000000000 --buffer-size 1000000000"),
         (sac, "--env Pendulum-v1 --eval-episodes 1000000000"),
+        (sac, "--env Pendulum-v1 --eval-episodes 50000000 --eval-envs 50000000"),
         (ppo_vla, "--env CartPole-v1 --num-envs 1000000000 --eval-envs 1"),
+        (ppo_vla, "--env CartPole-v1 --eval-episodes 1000000000"),
     ],
 )
 def test_what_no_memory_holds_is_one_sentence(tmp_path, script, flags):
