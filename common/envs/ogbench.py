@@ -47,25 +47,25 @@ class OGBenchEnv(GymnasiumEnv):
     def __init__(self, task, split="eval", max_episode_steps=0):
         if "-singletask-" not in task:
             raise UserError(f"--task {task} is no single task; give one, as {Args.task}.")
-        self.split, self.draws = SPLITS.index(split), np.random.default_rng()
+        self.split, self.draws = SPLITS.index(split), np.random.PCG64()
         check_installed()
         with self.numpy_draws():
             super().__init__(f"ogbench:{task}", max_episode_steps)
 
     @contextlib.contextmanager
     def numpy_draws(self):
-        """Seeds numpy's global generator, from which the mazes draw, for a call."""
-        before = np.random.get_state()
-        np.random.seed(self.draws.integers(2**32))
+        """The mazes draw from numpy's global generator: for a call it is this environment's."""
+        before = np.random.get_bit_generator()
+        np.random.set_bit_generator(self.draws)
         try:
             yield
         finally:
-            np.random.set_state(before)
+            np.random.set_bit_generator(before)
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:
-            self.draws = np.random.default_rng([self.split, seed])
-            seed = int(self.draws.integers(2**31))
+            self.draws = np.random.PCG64([self.split, seed])
+            seed = int(np.random.Generator(self.draws).integers(2**31))
         with self.numpy_draws():
             _, info = super().reset(seed=seed, options=options)
         inner = self.env.unwrapped
@@ -83,13 +83,13 @@ class OGBenchEnv(GymnasiumEnv):
         inner = self.env.unwrapped
         buttons = np.array(getattr(inner, "_cur_button_states", ()), np.int64)
         state = {"success": bool(getattr(inner, "_success", False)), "buttons": buttons}
-        return super().get_state() | state | {"draws": _pack(self.draws.bit_generator.state)}
+        return super().get_state() | state | {"draws": _pack(self.draws.state)}
 
     def set_state(self, state):
         inner = self.env.unwrapped
         with self.numpy_draws():
             super().set_state(state)
-        self.draws.bit_generator.state = _unpack(state["draws"])
+        self.draws.state = _unpack(state["draws"])
         inner._success = state["success"]
         if len(state["buttons"]):
             inner._cur_button_states[:] = np.asarray(state["buttons"])
