@@ -106,6 +106,7 @@ PRESETS = {  # what differs from the defaults; flags on the command line win
     "tabletop": dict(randomize=0.6, image_aug=0.3),
     "libero": dict(backbone="openvla", chunk=8, eval_envs=32, num_demos=50, grounding_steps=0),
     "robosuite": dict(num_demos=100, gradient_steps=1000, eval_envs=16, eval_episodes=50),
+    "maniskill": dict(num_demos=100, gradient_steps=1000, eval_envs=16, eval_episodes=50, demo_noise=0.1),
     "openvla": dict(
         lora_modules=("language_model", "projector", "vision"), greedy="mode", gradient_steps=10_000,
         batch_size=16, learning_rate=5e-4, label_sigma=0.0, temperature=1.6, save_freq=1000,
