@@ -162,6 +162,7 @@ PRESETS = {  # what differs from the defaults; flags on the command line win
         gamma=0.99, ratio_level="chunk", clip_high=0.2, value_clip=0.0, critic_warmup=0, policy_warmup=0,
         max_grad_norm=0.5, total_timesteps=500_000,
     ),
+    "maniskill": dict(num_envs=16, eval_envs=16, eval_episodes=50, total_timesteps=100_000),
     "gymnasium": dict(  # any Gymnasium id: plain PPO
         backbone="mlp", chunk=1, num_envs=8, num_workers=0, eval_envs=20, eval_episodes=100, num_steps=128,
         update_epochs=10, minibatch_size=256, micro_batch_size=256, learning_rate=1e-3,

@@ -106,12 +106,12 @@ def test_what_each_number_of_an_action_does(make):
 
 @pytest.mark.parametrize("task", world.TASKS)
 def test_every_task_is_made_and_seeded(make, task):
-    env, other = make(task, horizon=3), make(task, split="eval")
+    env = make(task, horizon=3)
     first, again = env.reset(seed=5)[0], env.reset(seed=5)[0]
     assert env.observation_space.contains(first) and np.array_equal(first["proprio"], again["proprio"])
     assert not np.array_equal(first["proprio"], env.reset(seed=6)[0]["proprio"])
-    assert not np.array_equal(first["proprio"], other.reset(seed=5)[0]["proprio"])
-    env.reset(seed=5)
+    env.split = "eval"
+    assert not np.array_equal(first["proprio"], env.reset(seed=5)[0]["proprio"])
     ends = [env.advance(action)[1:3] for action in moves(3)]
     assert ends == [(False, False), (False, False), (False, True)]
     registered = gymnasium.spec(task).max_episode_steps
@@ -170,13 +170,13 @@ def test_what_a_reward_is_and_that_success_ends(make):
 @pytest.mark.parametrize("task", world.EXPERTS)
 def test_experts_succeed_on_evaluations_layouts(make, task):
     env, won = make(task, split="eval"), 0
-    for seed in range(4):
+    for seed in range(2):
         env.reset(seed=seed)
         success = truncated = False
         while not (success or truncated):
             _, success, truncated, _ = env.advance(env.expert())
         won += success
-    assert won == 4
+    assert won == 2
 
 
 def test_pictures_of_two_tasks(make):
@@ -256,16 +256,16 @@ def test_wrong_flags_end_in_one_line():
 
 
 EVAL = "--env maniskill --eval-episodes 1 --eval-envs 1 --num-workers 0 --device cpu --size 32 --seed 3"
-BC = f"{EVAL} --num-demos 2 --gradient-steps 3 --batch-size 8 --warmup-steps 1 --demo-noise 0.1"
-PPO = "--num-envs 2 --num-steps 2 --total-timesteps 30 --minibatch-size 4 --critic-warmup 0 --save-freq 1"
+BC = f"{EVAL} --num-demos 1 --gradient-steps 3 --batch-size 8 --warmup-steps 1 --demo-noise 0"
+PPO = "--num-envs 2 --num-steps 2 --total-timesteps 20 --minibatch-size 4 --critic-warmup 0 --save-freq 1"
 PPO += " --policy-warmup 0"
 
 
 def test_warmup_then_ppo_and_its_resume_and_evaluation(tmp_path, monkeypatch):
     """Of pictures: demonstrations, cloning, PPO stopped in the middle of episodes, as one that was not."""
     out = f"--output-dir {tmp_path}"
-    ppo = f"{EVAL} --horizon 12 {PPO} {out} --checkpoint {tmp_path}/warmup"
-    run(bc_warmup, BC, f"{out} --run-name warmup")
+    ppo = f"{EVAL} --horizon 6 {PPO} {out} --checkpoint {tmp_path}/warmup"
+    run(bc_warmup, BC, f"--horizon 30 {out} --run-name warmup")
     run(ppo_vla, ppo, "--run-name whole --capture-video")
     found = results(tmp_path / "whole")
     assert found["args"]["cameras"] == ["agentview"] and found["gradient_steps"] > 2
