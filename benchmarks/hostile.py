@@ -461,6 +461,9 @@ SPECIAL_FLAGS = [  # contradictions, what has no effect, and what no machine can
         "--resume {home}/cql",
         "--seed 1.5",
         "--bf16 maybe",
+        "--offline-ratio 0.5",
+        "--online-steps -1",
+        "--online-steps 1000000000000000",
     ),
     *special(
         "cql",
@@ -471,7 +474,14 @@ SPECIAL_FLAGS = [  # contradictions, what has no effect, and what no machine can
         "--min-penalty 1 --cql-alpha 0",
         "--alpha -1",
     ),
-    *special("td3_bc", "--policy-delay 0", "--alpha -1", "--noise-clip -1", "--dataset {case}"),
+    *special(
+        "td3_bc",
+        "--policy-delay 0",
+        "--alpha -1",
+        "--noise-clip -1",
+        "--dataset {case}",
+        "--exploration-noise 0.2",
+    ),
     *special(
         "decision_transformer",
         "--embed-dim 1000000000",
@@ -497,6 +507,11 @@ SPECIAL_FLAGS = [  # contradictions, what has no effect, and what no machine can
         "--env tabletop",
         "--save-dataset {home}/sac",
         "--save-dataset {home}/demos.hdf5/d.hdf5",
+        "--offline-ratio 0.5",
+        "--target-critics 3",
+        "--critics 1000000000000",
+        "--prior-data {case}",
+        "--prior-data {home}/demos.hdf5",
     ),
 ]
 
