@@ -188,6 +188,7 @@ PRESETS = {  # what differs from the defaults; flags on the command line win
         advantage_level="decision", std_normalisation=False, aggregation="token-mean", update_epochs=4,
         minibatch_size=512, micro_batch_size=512, learning_rate=1e-3, ratio_level="chunk", max_grad_norm=0.5,
         total_timesteps=500_000,
+    ),
     "maniskill": dict(
         num_groups=4, num_envs=16, eval_envs=16, eval_episodes=50, total_timesteps=100_000
     ),
