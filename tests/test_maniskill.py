@@ -255,7 +255,8 @@ def test_wrong_flags_end_in_one_line():
     assert done.code == 2 and "needs states and continuous actions" in done.err and done.err.count("\n") == 1
 
 
-EVAL = "--env maniskill --eval-episodes 1 --eval-envs 1 --num-workers 0 --device cpu --size 32 --seed 3"
+ONE = "--eval-episodes 1 --eval-envs 1 --num-workers 0 --device cpu --seed 3"
+EVAL = f"--env maniskill --size 32 {ONE}"
 BC = f"{EVAL} --num-demos 1 --gradient-steps 3 --batch-size 8 --warmup-steps 1 --demo-noise 0"
 PPO = "--num-envs 2 --num-steps 2 --total-timesteps 20 --minibatch-size 4 --critic-warmup 0 --save-freq 1"
 PPO += " --policy-warmup 0"
@@ -278,7 +279,7 @@ def test_warmup_then_ppo_and_its_resume_and_evaluation(tmp_path, monkeypatch):
     monkeypatch.undo()
     run(ppo_vla, f"--resume {tmp_path}/stopped")
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
-    run(ppo_vla, f"--evaluate --checkpoint {tmp_path}/whole --run-name e {out} --num-workers 0 --device cpu")
+    run(ppo_vla, f"--evaluate --checkpoint {tmp_path}/whole --run-name e {out} {ONE}")
     assert results(tmp_path / "e")["final"] == found["final"]
 
 
