@@ -9,6 +9,7 @@ after OGBench's data_gen_scripts/, which no seed fixes. Here an episode follows 
 alone, however many processes there are; what was stopped or killed goes on with the same command.
 """
 
+import contextlib
 import fcntl
 import functools
 import importlib
@@ -249,6 +250,21 @@ def joined(folder, numbers):
     return {key: rows.reshape(-1, *rows.shape[2:]) for key, rows in columns.items()}
 
 
+@contextlib.contextmanager
+def locked(folder, path):
+    """`folder`, the place of the episodes of the file `path`, is made and is this process's, or UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "w")  # noqa: SIM115 (closed below)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"{path} is being made by another process.") from error
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error}); give another --out.") from error
+    with lock:
+        yield
+
+
 def make(args):
     """`args.name` -> its file. UserError, one sentence, for what is wrong."""
     name, total = args.name.removesuffix("-v0"), args.episodes + args.validation
@@ -262,25 +278,18 @@ def make(args):
     if path.exists():
         raise UserError(f"{path} is there already; delete it, or give another --out.")
     folder = path.with_name(f".{name}-v0-{args.seed}-{steps}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "w")  # noqa: SIM115 (held until this process ends)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"{path} is being made by another process.") from error
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error}); give another --out.") from error
-    missing = [number for number in range(total) if not (folder / f"{number}.npz").is_file()]
-    if len(missing) < total:
-        say(f"{total - len(missing)} of {total} episodes are there already")
-    in_parallel(episodes, missing, args.workers, name, args.seed, steps, str(folder), parts=len(missing))
-    validation = path.with_name(f"{name}-v0-val.npz"), range(args.episodes, total)
-    for file, numbers in ([validation] if args.validation else []) + [(path, range(args.episodes))]:
-        columns = joined(folder, numbers)
-        with atomic_path(file) as temporary:
-            np.savez_compressed(temporary, **columns, seed=args.seed)
-    shutil.rmtree(folder)
-    say(f"{args.episodes} episodes of {steps} rows written to {path}")
+    with locked(folder, path):
+        missing = [number for number in range(total) if not (folder / f"{number}.npz").is_file()]
+        if len(missing) < total:
+            say(f"{total - len(missing)} of {total} episodes are there already")
+        in_parallel(episodes, missing, args.workers, name, args.seed, steps, str(folder), parts=len(missing))
+        validation = path.with_name(f"{name}-v0-val.npz"), range(args.episodes, total)
+        for file, numbers in ([validation] if args.validation else []) + [(path, range(args.episodes))]:
+            columns = joined(folder, numbers)
+            with atomic_path(file) as temporary:
+                np.savez_compressed(temporary, **columns, seed=args.seed)
+        shutil.rmtree(folder)
+        say(f"{args.episodes} episodes of {steps} rows written to {path}")
 
 
 def main(words=None):

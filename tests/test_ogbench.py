@@ -385,18 +385,18 @@ def test_an_episode_is_that_of_ogbenchs_script(tmp_path, name):
 @needs_ogbench
 def test_the_points_episode_is_that_of_ogbenchs_script(tmp_path):
     """generate_locomaze.py's loop over an episode; of its 26 free cells 21 are no corridor (medium)."""
-    found = made(tmp_path, "pointmaze-medium-navigate", "--episodes", 2, "--steps", 400)
+    found = made(tmp_path, "pointmaze-medium-navigate", "--episodes", 5, "--steps", 400)
     env, _ = data.environment("pointmaze-medium-navigate", 400)
     inner = env.unwrapped
     cells, goals = data.free_cells(inner.maze_map)
     assert (len(cells), len(goals)) == (26, 21) and (1, 1) in goals and (2, 2) in goals
     assert (5, 1) in cells and (5, 1) not in goals and not any(inner.maze_map[cell] for cell in cells)
-    first, draws = np.random.SeedSequence([1, 1, 0]).generate_state(2).tolist()
+    first, draws = np.random.SeedSequence([1, 4, 0]).generate_state(2).tolist()
     np.random.seed(draws)
     init_ij, goal_ij = cells[np.random.randint(26)], goals[np.random.randint(21)]
     ob, _ = env.reset(seed=first, options=dict(task_info=dict(init_ij=init_ij, goal_ij=goal_ij)))
     reached = 0
-    for row in range(400, 800):
+    for row in range(1600, 2000):
         assert np.array_equal(found["observations"][row], ob.astype(np.float32))
         subgoal_xy, _ = inner.get_oracle_subgoal(inner.get_xy(), inner.cur_goal_xy)
         direction = subgoal_xy - inner.get_xy()
@@ -410,7 +410,7 @@ def test_the_points_episode_is_that_of_ogbenchs_script(tmp_path):
             reached += 1
             inner.set_goal(goals[np.random.randint(21)])
     assert reached > 1
-    assert load_dataset(f"{tmp_path}/pointmaze-medium-navigate-singletask-v0").actions.shape == (798, 2)
+    assert load_dataset(f"{tmp_path}/pointmaze-medium-navigate-singletask-v0").actions.shape == (1995, 2)
 
 
 def test_episodes_in_which_the_cube_is_out_of_sight_are_played_again(tmp_path, monkeypatch):
