@@ -819,7 +819,9 @@ class Run:
             what = "success" if "success_rate" in self.latest else "return"
             before, after, minutes = score(self.initial), score(self.latest), self.seconds() / 60
             between = f" -> {score(self.offline):.3f} offline" if self.offline else ""
-            say(f"{what} {before:.3f}{between} -> {after:.3f} in {minutes:.1f} minutes ({self.folder})")
+            told = f"{what} {before:.3f}{between} -> {after:.3f}"
+            told = told if self.latest["episodes"] else "learned, not evaluated,"
+            say(f"{told} in {minutes:.1f} minutes ({self.folder})")
 
 
 def keep_freed_memory():
