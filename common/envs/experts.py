@@ -47,19 +47,25 @@ def carry(thing, place, high, low):
     return way, np.zeros(3), 1.0
 
 
+def perturb(env, action, noise, rng):
+    """The action that is executed: another move with the chance `noise`, or with that deviation of the hand's
+    way and of its turn about the vertical."""
+    if hasattr(env.action_space, "n"):
+        return int(rng.integers(6)) if rng.random() < noise else action
+    if not noise:
+        return action
+    scale = np.resize([1, 1, 1, 0, 0, 0.5, 0], len(action))
+    return (action + noise * scale * rng.standard_normal(len(action))).clip(-1, 1).astype(np.float32)
+
+
 def episode(env, seed, noise, see):
     """`env.expert()` on layout `seed`, its actions executed with noise -> rows, dicts of `see(obs)` with
     `actions` and `executed`; whether it succeeded."""
     obs, rows, rng = env.reset(seed=seed)[0], [], np.random.default_rng([7, seed])
     terminated = truncated = False
     while not (terminated or truncated):
-        action = executed = env.expert()
-        if hasattr(env.action_space, "n"):
-            executed = int(rng.integers(6)) if rng.random() < noise else action
-        elif noise:
-            scale = np.resize([1, 1, 1, 0, 0, 0.5, 0], len(action))
-            executed = action + noise * scale * rng.standard_normal(len(action))
-            executed = executed.clip(-1, 1).astype(np.float32)
+        action = env.expert()
+        executed = perturb(env, action, noise, rng)
         rows.append(see(obs) | {"actions": action, "executed": executed})
         obs, _, terminated, truncated, info = env.step(executed)
     return rows, info["success"]
