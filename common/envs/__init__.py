@@ -92,7 +92,7 @@ def world_flags(args):
     return {field.name: getattr(args, field.name, field.default) for field in fields}
 
 
-def batched(args):
+def is_batch(args):
     """Whether the flags of a run's `args` ask for a simulator that steps all environments at once."""
     ask = getattr(world_module(args.env), "batched", None) if args.env else None
     return ask is not None and ask(**world_flags(args))
@@ -127,7 +127,7 @@ def make_envs(args, split, num_envs, autoreset=False, states=False):
     num_envs, first = num_envs // processes, rank * num_envs // processes
     own = dict(seed=args.seed, first=first, chunk=args.chunk, autoreset=autoreset)
     own |= dict(action_history=args.action_history)
-    if batched(args):
+    if is_batch(args):
         from common.envs.batched import BatchedEnvs
 
         device = distributed.device(getattr(args, "device", "auto"))

@@ -178,7 +178,7 @@ class BatchedEnvs(gymnasium.vector.VectorEnv):
         self._idle()
         state = {"lost_episodes": self.lost_episodes}
         state["batch"] = self.batch.get_state() if hasattr(self.batch, "get_state") else None
-        state |= {name: np.array(torch.as_tensor(x).cpu()) for name, x in self._saved().items()}
+        state |= {name: torch.as_tensor(x).cpu().numpy().copy() for name, x in self._saved().items()}
         return state | {"obs": {key: x.cpu().numpy().copy() for key, x in self._obs.items()}}
 
     def set_state(self, state: dict) -> dict:

@@ -612,7 +612,8 @@ class Envs(gymnasium.vector.VectorEnv):
     def step_async(self, actions, mask=None, record=None):
         """Sends the chunks off; see `step`."""
         self._idle()
-        space, mask, actions = self.single_action_space, self._rows(mask), np.asarray(actions)
+        space, mask = self.single_action_space, self._rows(mask)
+        actions = np.asarray(actions.cpu() if hasattr(actions, "cpu") else actions)
         shape, discrete = (self.num_envs, self.chunk, *space.shape), space.shape == ()
         if actions.shape != shape or actions.dtype.kind not in ("iu" if discrete else "fiu"):
             kind = "integers" if discrete else "floats"
@@ -667,8 +668,9 @@ class Envs(gymnasium.vector.VectorEnv):
     def step(self, actions, mask=None, record=None):
         """Executes a chunk in each environment, open loop, until its episode ends.
 
-        actions: float32 (N, K, A), clipped to [-1, 1], or ints (N, K) for Discrete actions. mask: bool (N,),
-        the environments to step. record: bool (N,), those to render after each executed step.
+        actions: float32 (N, K, A), clipped to [-1, 1], or ints (N, K) for Discrete actions, an array or a
+        tensor. mask: bool (N,), the environments to step. record: bool (N,), those to render after each
+        executed step.
 
         Returns obs (where autoreset acted, the next episode's first), rewards float32 (N,) summed over the
         chunk, terminated and truncated bool (N,) (never both) and info, arrays (N,) unless said otherwise:
