@@ -63,7 +63,8 @@ class Args:
     eval_split: str = "eval"
     """evaluate on eval, or on a held-out variation: vision, semantics, execution"""
     backend: Literal["c", "warp"] = "c"
-    """MuJoCo in worker processes, or all environments at once on the GPU (MuJoCo Warp)"""
+    """MuJoCo in worker processes, or all environments at once on the GPU (MuJoCo Warp, whose first start
+    compiles for minutes)"""
 
     def check(self):
         if self.backend == "warp" and self.renderer == "gl":

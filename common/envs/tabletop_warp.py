@@ -116,21 +116,18 @@ class TabletopBatch:
             mujoco_warp.collision(self.model, self.data)
 
     def reset(self, seeds, options):
-        env = self.env
+        env, numbers = self.env, self._numbers()
+        source = dict.fromkeys(STATE, env.data) | dict.fromkeys(_VARIED, env.model)
+        drawn = {name: [] for name in numbers}
         for row, seed in seeds.items():
             env.np_random = self.rng[row]
             env.begin(seed, options)
             self.rng[row] = env.np_random
-            for name in STATE:
-                self.views[name][row] = self._put(getattr(env.data, name))
-            for name, view in self.varied.items():
-                view[row] = self._put(getattr(env.model, name))
-            for name, view in self.episode.items():
-                view[row] = getattr(env, name)
+            for name, rows in drawn.items():
+                rows.append(np.array(getattr(source.get(name, env), name)))
+        for name, view in numbers.items():  # at once: a copy to a GPU takes its time, however small
+            view[list(seeds)] = torch.as_tensor(np.array(drawn[name])).to(view)
         self._derive()
-
-    def _put(self, array):
-        return torch.as_tensor(np.asarray(array, np.float32), device=self.device)
 
     def advance(self, actions, rows):
         q, ctrl, actions = self.views["qpos"], self.views["ctrl"], actions.clamp(-1, 1)
@@ -141,7 +138,10 @@ class TabletopBatch:
         ctrl[:, 3] = (q[:, -3] + ROTATION_SCALE * actions[:, 5]).clamp(-1.5, 1.5)
         ctrl[:, 4:] = torch.where(actions[:, 6:] < 0, OPEN, -0.005)
         with self._stream():
-            warp.capture_launch(self.graph) if self.graph else self._substeps()
+            if self.graph:
+                warp.capture_launch(self.graph)
+            else:
+                self._substeps()
         for view, old in zip(moved, before, strict=True):
             view.copy_(torch.where(rows[:, None], view, old))
         self._derive()
@@ -201,7 +201,8 @@ class TabletopBatch:
     def _pictures(self):
         """As `RayRenderer`: uint8 (N, cameras, size, size, 3)."""
         env, cast = self.env, {name: warp.to_torch(x) for name, x in self.cast.items()}
-        turned = torch.einsum("ncij,crj->ncri", self.views["cam_xmat"][:, env.cameras], self.rays)
+        axes = self.views["cam_xmat"][:, env.cameras, None]  # (N, cameras, 1, 3, 3)
+        turned = (axes * self.rays[:, :, None]).sum(-1)  # no matmul, which may round to TF32
         origin = self.views["cam_xpos"][:, env.cameras, None].expand_as(turned)
         cast["direction"].copy_(turned.flatten(1, 2))
         cast["origin"].copy_(origin.flatten(1, 2))
