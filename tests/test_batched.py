@@ -22,7 +22,7 @@ PPO = (
 )
 GRPO = (
     "--env reach --eval-episodes 2 --eval-envs 2 --device cpu --seed 3 --num-envs 4 --group-size 2 "
-    "--num-groups 1 --total-timesteps 150 --accuracy-low 0 --accuracy-high 1 --chunk 3"
+    "--num-groups 1 --total-timesteps 200 --accuracy-low 0 --accuracy-high 1 --chunk 3"
 )
 
 
