@@ -21,6 +21,8 @@ actions give the same bits always, so that a state is these, and played once mor
 
 MetaDrive has one engine in a process: every environment has a process of its own, whatever --num-workers. It
 fetches assets for its 3-D pictures, which nothing here needs, and is kept from it.
+
+CARLA has no file: its server, 20 GB and a GPU, could not be tried, and a fake client would prove nothing.
 """
 
 import importlib.util
