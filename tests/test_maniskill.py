@@ -137,6 +137,7 @@ def test_a_layout_is_its_seeds_whatever_ran_before_and_a_state_is_exact(make):
     env.reset(seed=1)
     alone = [obs["proprio"] for obs, *_ in act(env, 8)]
     following = [env.reset()[0]["proprio"], *(obs["proprio"] for obs, *_ in act(env, 3))]
+    third = env.reset()[0]["proprio"]
     for seed in (7, 8, 1):
         other.reset(seed=seed)
         act(other, 4, seed if seed != 1 else 0)
@@ -148,6 +149,8 @@ def test_a_layout_is_its_seeds_whatever_ran_before_and_a_state_is_exact(make):
         assert all(np.array_equal(a, b) for a, b in zip(rest, alone[4:], strict=True))
         then = [each.reset()[0]["proprio"], *(obs["proprio"] for obs, *_ in act(each, 3))]
         assert all(np.array_equal(a, b) for a, b in zip(then, following, strict=True))
+    fresh.set_state(other.get_state())  # of an episode without a seed
+    assert np.array_equal(fresh.reset()[0]["proprio"], third)
 
 
 def test_what_a_reward_is_and_that_success_ends(make):
@@ -192,11 +195,19 @@ def test_pictures_of_two_tasks(make):
     for obs in seen.values():
         assert env.observation_space.contains(obs) and obs["image"].shape == (2, 64, 64, 3)
         assert obs["proprio"].shape == (8,) and all(a.std() > 5 for a in obs["image"])
-        assert np.array_equal(obs["image"], env.reset(seed=0)[0]["image"]) is False
     red, green, blue = seen[0]["image"][0].reshape(-1, 3).astype(int).T
     assert ((green > 80) & (green > 2 * red) & (green > 2 * blue)).sum() > 3
     assert ((red > 80) & (red > 2 * green) & (red > 2 * blue)).sum() > 3
     assert env.render().shape == (224, 224, 3) and env.render().std() > 5
+    for _ in range(6):
+        after = env.step(np.float32([0.5, 0.5, 0, 0, 0, 0, -1]))[0]  # PushCube's hand, open
+    changed = (np.abs(after["image"].astype(int) - seen[1]["image"]).max(-1) > 20).mean((1, 2))
+    assert changed[0] < changed[1], changed  # the wrist's camera moves, the other stands
+    scene = env.scene
+    assert np.allclose(after["proprio"][:3], scene.agent.tcp.pose.p[0])
+    assert np.allclose(np.linalg.norm(after["proprio"][3:6]), np.pi, atol=0.3)  # it points down
+    fingers = scene.agent.robot.get_qpos()[0, -2:]
+    assert np.allclose(after["proprio"][6:], fingers) and fingers.min() > 0.03
 
 
 # --- what is refused, and runs
@@ -287,10 +298,6 @@ def test_states_alone(tmp_path):
     states = (
         f"--env maniskill --cameras none --reward shaped --device cpu --output-dir {tmp_path} --horizon 10"
     )
-    run(
-        sac,
-        states,
-        "--total-timesteps 40 --learning-starts 20 --eval-episodes 1 --num-workers 1 --run-name sac",
-    )
+    run(sac, states, "--total-timesteps 40 --learning-starts 20 --eval-episodes 1 --run-name sac")
     found = results(tmp_path / "sac")["final"]
     assert found["success_rate"] == 0.0 and -10 < found["mean_reward"] < -5
