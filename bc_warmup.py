@@ -269,7 +269,7 @@ class TokenHead(nn.Module):
         return -(log_probs.exp() * log_probs).sum(-1)
 
     def to_env(self, actions):
-        return self.tokenizer.decode_bins(actions).unflatten(1, self.shape).cpu().numpy()
+        return self.tokenizer.decode_bins(actions).unflatten(1, self.shape)
 
 
 class DiscreteHead(TokenHead):
@@ -288,7 +288,7 @@ class DiscreteHead(TokenHead):
         return self.logits(action_hidden).float() / (self.temperature * self.exploration)  # (B, K, n)
 
     def to_env(self, actions):
-        return actions.cpu().numpy()
+        return actions
 
 
 class GaussianHead(nn.Module):
@@ -330,7 +330,7 @@ class GaussianHead(nn.Module):
 
     def to_env(self, actions):
         actions = actions.unflatten(1, self.shape)
-        return (actions if self.mean is None else actions.clamp(-1, 1)).cpu().numpy()  # L1: as published
+        return actions if self.mean is None else actions.clamp(-1, 1)  # L1: as published
 
 
 class Velocity(nn.Module):
@@ -441,7 +441,7 @@ class FlowHead(nn.Module):
 
     def to_env(self, actions):
         actions = actions[:, -1, self.executed].unflatten(1, self.shape)
-        return (actions if self.velocity is None else actions.clamp(-1, 1)).cpu().numpy()
+        return actions if self.velocity is None else actions.clamp(-1, 1)
 
 
 def make_head(backbone, args, envs):
@@ -491,7 +491,7 @@ class Agent(nn.Module):
         """An evaluation's (see common/evaluation.py): actions, numpy (B, K, A), and their values (B,)."""
         batch = self.backbone.preprocess(obs, turn["instructions"])
         actions, _, value = self.get_action_and_value(batch, None, self.deterministic, turn["generator"])
-        return self.backbone.to_env(self.head.to_env(actions)), value
+        return self.backbone.to_env(self.head.to_env(actions)).cpu().numpy(), value
 
     def imitation_loss(self, batch, vision, targets, mask, args, generator, weights=None):
         """targets: bins (tokens), or actions, and mask, both (B, K*A), or (B, n) of a backbone's own flow;

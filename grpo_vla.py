@@ -445,7 +445,7 @@ class TokenHead(nn.Module):
         return -(log_probs.exp() * log_probs).sum(-1)
 
     def to_env(self, actions):
-        return self.tokenizer.decode_bins(actions).unflatten(1, self.shape).cpu().numpy()
+        return self.tokenizer.decode_bins(actions).unflatten(1, self.shape)
 
 
 class DiscreteHead(TokenHead):
@@ -464,7 +464,7 @@ class DiscreteHead(TokenHead):
         return self.logits(action_hidden).float() / (self.temperature * self.exploration)  # (B, K, n)
 
     def to_env(self, actions):
-        return actions.cpu().numpy()
+        return actions
 
 
 class GaussianHead(nn.Module):
@@ -506,7 +506,7 @@ class GaussianHead(nn.Module):
 
     def to_env(self, actions):
         actions = actions.unflatten(1, self.shape)
-        return (actions if self.mean is None else actions.clamp(-1, 1)).cpu().numpy()  # L1: as published
+        return actions if self.mean is None else actions.clamp(-1, 1)  # L1: as published
 
 
 class Velocity(nn.Module):
@@ -617,7 +617,7 @@ class FlowHead(nn.Module):
 
     def to_env(self, actions):
         actions = actions[:, -1, self.executed].unflatten(1, self.shape)
-        return (actions if self.velocity is None else actions.clamp(-1, 1)).cpu().numpy()
+        return actions if self.velocity is None else actions.clamp(-1, 1)
 
 
 def make_head(backbone, args, envs):
@@ -672,7 +672,7 @@ class Agent(nn.Module):
         """An evaluation's (see common/evaluation.py): actions, numpy (B, K, A), and their values (B,)."""
         batch = self.backbone.preprocess(obs, turn["instructions"])
         actions, _, value = self.get_action_and_value(batch, None, self.deterministic, turn["generator"])
-        return self.backbone.to_env(self.head.to_env(actions)), value
+        return self.backbone.to_env(self.head.to_env(actions)).cpu().numpy(), value
 
 
 # --- training

@@ -211,9 +211,43 @@ def four_bits(args):
     tell("update, micro-batch 8: samples/s", f"{16 / seconds:.1f}", f"{peak:.1f} GB")
 
 
+def warp(args):
+    """Tabletop as one batch: how far from C MuJoCo it is after a fifth of a second, and its speed."""
+    if not importlib.util.find_spec("mujoco_warp"):
+        return tell("MuJoCo Warp", "not installed", "python3 common/install.py --warp")
+    import numpy as np
+    import torch
+
+    from common.envs import tabletop
+
+    number, steps, start = (2, 4, time.perf_counter()) if args.small else (1024, 50, time.perf_counter())
+    device, rng = torch.device(args.device), np.random.default_rng(0)
+    moves = rng.uniform(-1, 1, (steps, number, 7)).astype(np.float32)
+    batch, single = tabletop.make_batch(number, device), tabletop.make()
+    batch.reset({row: row for row in range(number)}, None)
+    obs, wanted = batch.observe(), single.reset(seed=0)[0]
+    tell("seconds to the first picture", f"{time.perf_counter() - start:.0f}", f"{number} environments")
+    gap = np.abs(obs["image"][0].cpu().numpy().astype(int) - wanted["image"]).mean()
+    tell("its distance from the ray caster's, grey levels of 255", f"{gap:.3f}")
+    rows = torch.ones(number, dtype=torch.bool, device=device)
+    for move in moves[:4]:
+        batch.advance(torch.as_tensor(move, device=device), rows)
+        single.advance(move[0])
+    gap = np.abs(batch.views["xpos"][0].cpu().numpy() - single.data.xpos).max()
+    tell("a body's distance from C MuJoCo's after 4 steps, mm", f"{1000 * gap:.2f}")
+    for what, look in (("without", False), ("with", True)):
+        start = time.perf_counter()
+        for move in moves:
+            batch.advance(torch.as_tensor(move, device=device), rows)
+            seen = batch.observe()["image"] if look else rows
+        seen.sum().item()  # waits for all of it
+        tell(f"steps a second {what} pictures", f"{steps * number / (time.perf_counter() - start):.0f}")
+
+
 STEPS = {  # name -> the step, its time limit in seconds
     "bc": (bc, 45), "ppo": (ppo, 75), "grpo": (grpo, 75), "eager": (eager, 60), "compiled": (compiled, 120),
     "libero": (libero, 90), "load": (load, 60), "openvla": (openvla, 240), "four_bits": (four_bits, 60),
+    "warp": (warp, 120),
 }  # fmt: skip
 
 

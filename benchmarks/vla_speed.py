@@ -267,7 +267,7 @@ def inference_rows(name, agent, flops, args, device):
     @torch.no_grad()
     def act(batch):
         actions = agent.get_action_and_value(batch, generator=generator)[0]
-        return model.to_env(agent.head.to_env(actions))
+        return model.to_env(agent.head.to_env(actions)).cpu().numpy()
 
     def see_and_act(obs):
         return act(model.preprocess(obs, [INSTRUCTION]))

@@ -42,6 +42,13 @@ def start(device):
     return device
 
 
+def device(wish):
+    """This process's device by --device, after `start`."""
+    if wish == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def stop():
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -19,6 +19,11 @@ from common.video import annotate, write_video
 VIDEOS = 6  # episodes of an evaluation that are filmed
 
 
+def host(x):
+    """An array, of what may be a tensor on any device."""
+    return x.cpu().numpy() if isinstance(x, torch.Tensor) else x
+
+
 def wilson_interval(successes, episodes, z=1.96):
     """95 % confidence interval of a success rate (Wilson 1927); sound near 0 and 1, unlike p +- 2 sigma."""
     p, n = successes / episodes, episodes
@@ -59,7 +64,7 @@ def finished_episodes(info, ended, tasks=None):
     """Rows (success, return, length, task) of the environments whose episode ended with this step of `Envs`;
     tasks (N,), theirs, or None where there are none."""
     columns = [info[key] for key in ("success", "episode_return", "episode_length")]
-    columns += [np.zeros(len(ended)) if tasks is None else tasks]
+    columns += [np.zeros(len(ended)) if tasks is None else host(tasks)]
     return np.stack(columns, 1, dtype=float, casting="unsafe")[ended].tolist()
 
 
@@ -110,11 +115,12 @@ def run_episodes(agent, envs, seeds, generator=None, video_folder=None, record=N
         actions = np.zeros((size, *action.shape[1:]), action.dtype)
         actions[rows] = action
         filmed = np.isin(episode, list(frames)) & running
-        tasks, before = obs.get("task", np.zeros(size, int)), obs
+        tasks, before = host(obs.get("task", np.zeros(size, int))), obs
         obs, rewards, terminated, truncated, info = envs.step(actions, mask=running, record=filmed)
         ended = terminated | truncated
         if record:
             decided = steps % agent.chunk == 0
+            before = {key: host(x) for key, x in before.items()}
             record.step(episode, running, before, actions, rewards, ended, terminated, info, decided)
         returns, steps = info["episode_return"].copy(), info["episode_length"].copy()
         for i in np.flatnonzero(filmed):

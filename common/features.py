@@ -132,7 +132,7 @@ class Encoder:
             slots, prompt = self.backbone(self.backbone.preprocess(part, self.instructions))
             hidden = slots.flatten(1) if self.of == "actions" else prompt
             features[start : start + BATCH] = torch.cat(
-                [hidden.float().cpu(), torch.as_tensor(part["proprio"])], 1
+                [hidden.float().cpu(), torch.as_tensor(part["proprio"]).cpu()], 1
             )
         return features
 

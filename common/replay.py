@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from common.evaluation import finished_episodes
+from common.evaluation import finished_episodes, host
 
 
 def row_widths(envs):
@@ -16,8 +16,8 @@ def step_envs(envs, obs, action, row):
     """One step of all environments, written to `row` (N, W): obs, action, reward, terminated, truncated,
     next_obs, which is the episode's last observation where it ended -> the next obs (N, S), info, ended."""
     after, reward, terminated, truncated, info = envs.step(action[:, None])
-    columns = (reward[:, None], terminated[:, None], truncated[:, None], info["final_obs"]["proprio"])
-    np.concatenate([obs, action, *columns], axis=1, out=row, casting="unsafe")
+    columns = (reward[:, None], terminated[:, None], truncated[:, None], host(info["final_obs"]["proprio"]))
+    np.concatenate([host(obs), action, *columns], axis=1, out=row, casting="unsafe")
     return after["proprio"], info, terminated | truncated
 
 

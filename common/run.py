@@ -64,7 +64,7 @@ from common.checkpoint import (
     write_results,
 )
 from common.datasets import d4rl_name
-from common.envs import WORLDS, prepare_workers, world_module
+from common.envs import WORLDS, is_batch, prepare_workers, world_module
 from common.evaluation import assured, score
 from common.flags import (
     FIXED,
@@ -279,6 +279,10 @@ def check_values(args, given):
     for part in type(args).__mro__:
         if "check" in vars(part):
             part.check(args)
+    idle = {"worker_timeout"} | ({"num_workers"} if not hasattr(args, "num_demos") else set())  # an expert's
+    if given & idle and is_batch(args):
+        name = flag((given & idle).pop())
+        raise UserError(f"{name} does nothing where all environments are stepped as one batch; drop it.")
 
 
 def read_source(words, Args, script):
@@ -455,7 +459,7 @@ def main(train, Args, presets, parallel=False):
     script = Path(inspect.getfile(train))
     try:
         args, saved = read_flags(sys.argv[1:], Args, presets, script.stem)
-        if isinstance(args, VLAArgs) and args.num_workers != 0:
+        if isinstance(args, VLAArgs) and args.num_workers != 0 and not is_batch(args):
             prepare_workers(args.env)  # gets ready while the model does
         with Run(args, saved, script, parallel) as run:
             train(args, run)

@@ -111,8 +111,8 @@ def test_the_table_and_the_file(tmp_path):
 
 @pytest.mark.slow
 def test_all_steps_on_a_cpu(tmp_path):
-    """All but the compiled ones, which need a C++ compiler, and LIBERO."""
-    steps = [name for name in gpu.STEPS if name not in ("compiled", "libero")]
+    """All but the compiled ones, which need a C++ compiler, LIBERO, and MuJoCo Warp (tests/test_warp.py)."""
+    steps = [name for name in gpu.STEPS if name not in ("compiled", "libero", "warp")]
     command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--small", "--steps", *steps]
     subprocess.run([*command, "--minutes", "30", "--folder", str(tmp_path / "gpu")], cwd=ROOT, check=True)
     found = {x["step"]: x["rows"] for x in json.loads((tmp_path / "gpu/results.json").read_text())["steps"]}

@@ -50,7 +50,7 @@ def test_an_old_python_and_a_failing_step_end_in_one_sentence(tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("world", ["libero", "robosuite", "maniskill", "driving", "dmc", "ogbench"])
+@pytest.mark.parametrize("world", ["libero", "robosuite", "maniskill", "driving", "dmc", "ogbench", "warp"])
 def test_a_world_comes_without_its_own_dependencies(tmp_path, monkeypatch, world):
     commands, done = [], install.subprocess.CompletedProcess([], 0)
     monkeypatch.setattr(install.subprocess, "run", lambda step, check: commands.append(step) or done)

@@ -365,9 +365,9 @@ def test_statistics_scale_states_and_actions(tmp_path, where):
     assert state.shape == (4, 40) and not state[:, 8:].any()
     close(state[:, :8], (torch.as_tensor(obs["proprio"]) - mean) / std)
     found = backbone.to_env(actions)
-    assert found.dtype == np.float32
-    close(torch.as_tensor(found), torch.as_tensor(actions) * high + low)
-    close(torch.as_tensor(backbone.from_env(found)), torch.as_tensor(actions))
+    assert found.dtype == torch.float32
+    close(found, torch.as_tensor(actions) * high + low)
+    close(torch.as_tensor(backbone.from_env(found.numpy())), torch.as_tensor(actions))
 
 
 # --- bad input

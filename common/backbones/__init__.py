@@ -16,7 +16,7 @@ A backbone is an `nn.Module` with
     forward(batch, vision=None, actions=None) -> action_hidden (B, K*A, D), prompt_hidden (B, D)
     action_logits(action_hidden) -> (B, K*A, 256)   token models only; column 0 is id 31744, i.e. action +1
     vision_parameters() -> list                     all that encode_vision uses
-    to_env(actions) -> numpy (B, K, A)              from [-1, 1] to the environment's units
+    to_env(actions) -> tensor (B, K, A)             from [-1, 1] to the environment's units, on any device
     from_env(actions) -> numpy (..., A)             and back, for demonstrations
 The batch's pictures are `image`, which a rollout drops once `encode_vision` has seen them; `length`, if
 there, is the prompts'; names that PPO and GRPO give to their own columns are refused. And it has

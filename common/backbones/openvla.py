@@ -497,14 +497,15 @@ class OpenVLA(nn.Module):
             return self.action_head(x).flatten(1).float()
 
     def to_env(self, actions):
-        """numpy (..., A) in [-1, 1] -> in the units of the data set, the gripper as it is; or LIBERO's."""
+        """(..., A) in [-1, 1] -> in the units of the data set, the gripper as it is; or LIBERO's."""
         if self.statistics:
             q = self.statistics["action"]
             mask = q.get("mask", [True] * (self.action_dim - 1) + [False])
             eps = 0.0 if self.autoregressive else 1e-8
-            actions = unnormalize(torch.as_tensor(actions), q["q01"], q["q99"], mask, eps).numpy()
+            actions = unnormalize(torch.as_tensor(actions), q["q01"], q["q99"], mask, eps)
         if self.config["libero"]:  # the model has 0 for closed and 1 for open, LIBERO +1 and -1
-            actions = np.concatenate([actions[..., :-1], -np.sign(2 * actions[..., -1:] - 1)], -1)
+            actions = torch.as_tensor(actions)
+            actions = torch.cat([actions[..., :-1], -torch.sign(2 * actions[..., -1:] - 1)], -1)
         return actions
 
     def from_env(self, actions):

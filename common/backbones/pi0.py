@@ -241,8 +241,9 @@ class PI0(nn.Module):
             return self.pi0.action_out_proj(hidden).float().flatten(1)
 
     def to_env(self, actions):
-        """numpy (..., A), normalised -> in the data set's units"""
-        mean, std = (x.numpy() for x in (self.statistics or NONE)["action"])
+        """(..., A), normalised -> in the data set's units"""
+        actions = torch.as_tensor(actions)
+        mean, std = (x.to(actions.device) for x in (self.statistics or NONE)["action"])
         return actions * std + mean
 
     def from_env(self, actions):

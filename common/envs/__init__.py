@@ -23,6 +23,16 @@ environment at most. Beyond Gymnasium's the environment has
 - optionally `get_state() -> dict | None` and `set_state(dict)`, exact, with its own random state: plain
   values and arrays.
 
+A simulator that steps many environments at once, as on a GPU, needs no workers and no copies: the file may
+have `batched(**flags) -> bool`, whether its flags ask for that, and `make_batch(num_envs, device, **kwargs)`,
+called as `make` is. What this gives has the environment's attributes and spaces, `close()`, and
+- `reset(seeds, options)`, which starts the episodes of some rows: {row: seed, or None to go on with the row's
+  own random state}; options as Gymnasium's `reset` has them, or None;
+- `advance(actions, rows) -> reward, terminated, truncated, success`, tensors (N,) on `device`, as actions
+  (N, A) and rows, bool (N,), are: the other rows stay as they are, and what is told of them is not read;
+- `observe() -> obs`, tensors (N, ...) that are not written to again; `render(row)`, an array for a video;
+- optionally `get_state()` and `set_state(dict)`, of all rows. To copy: `tabletop_warp.py`.
+
 For imitation the file may also have
 - `DEMO_KEYS`, camera -> its name in an HDF5 file (all are read, or those of a flag `cameras`),
   `from_file(images)`, pictures as files hold them -> as the world shows them, where these differ, and
@@ -82,6 +92,12 @@ def world_flags(args):
     return {field.name: getattr(args, field.name, field.default) for field in fields}
 
 
+def is_batch(args):
+    """Whether the flags of a run's `args` ask for a simulator that steps all environments at once."""
+    ask = getattr(world_module(args.env), "batched", None) if args.env else None
+    return ask is not None and ask(**world_flags(args))
+
+
 def task_chances(options, tasks):
     """The chances (len(tasks),) with which a `reset` draws one of `tasks`, numbers of instructions: by its
     `options["task_weights"]`, one an instruction, that need not add up to 1; None, all alike, without."""
@@ -107,13 +123,21 @@ def make_envs(args, split, num_envs, autoreset=False, states=False):
     named = {"split": split}
     if args.env not in WORLDS:  # an id that this process has registered a worker does not know
         named = {"id": args.env, "spec": gymnasium.registry.get(args.env)}
-    own = getattr(world_module(args.env), "OWN_PROCESS", False)
-    envs = vectorize(
-        (args.env, WORLDS.get(args.env, GYMNASIUM), world_flags(args) | named), num_envs // processes,
-        seed=args.seed, first=rank * num_envs // processes, chunk=args.chunk,
-        num_workers=num_envs if own else args.num_workers,
-        autoreset=autoreset, action_history=args.action_history, timeout=args.worker_timeout,
-    )  # fmt: skip
+    module, flags = WORLDS.get(args.env, GYMNASIUM), world_flags(args) | named
+    num_envs, first = num_envs // processes, rank * num_envs // processes
+    own = dict(seed=args.seed, first=first, chunk=args.chunk, autoreset=autoreset)
+    own |= dict(action_history=args.action_history)
+    if is_batch(args):
+        from common.envs.batched import BatchedEnvs
+
+        device = distributed.device(getattr(args, "device", "auto"))
+        batch = world_module(args.env).make_batch(num_envs, device, **flags)
+        envs = BatchedEnvs(args.env, batch, num_envs, device, **own)
+    else:
+        alone = getattr(world_module(args.env), "OWN_PROCESS", False)
+        workers = num_envs if alone else args.num_workers
+        world = (args.env, module, flags)
+        envs = vectorize(world, num_envs, num_workers=workers, timeout=args.worker_timeout, **own)
     if states and ("image" in envs.single_observation_space.spaces or not envs.single_action_space.shape):
         envs.close()
         raise UserError(f"--env {args.env} is not for this script: it needs states and continuous actions.")

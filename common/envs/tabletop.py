@@ -62,8 +62,13 @@ class Args:
     held-out splits do; 0 for not at all"""
     eval_split: str = "eval"
     """evaluate on eval, or on a held-out variation: vision, semantics, execution"""
+    backend: Literal["c", "warp"] = "c"
+    """MuJoCo in worker processes, or all environments at once on the GPU (MuJoCo Warp, whose first start
+    compiles for minutes)"""
 
     def check(self):
+        if self.backend == "warp" and self.renderer == "gl":
+            raise UserError("--renderer gl is MuJoCo's in worker processes; drop it, or --backend warp.")
         if self.eval_split not in SPLITS[1:]:
             known = ", ".join(SPLITS[1:])
             raise UserError(f"Unknown split {self.eval_split!r} for tabletop's evaluation; known: {known}.")
@@ -306,6 +311,11 @@ class TabletopEnv(gym.Env):
     # --- episode
 
     def reset(self, *, seed=None, options=None):
+        self.begin(seed, options)
+        return self.observe(), {"success": False}
+
+    def begin(self, seed, options):
+        """`reset`, but for the pictures."""
         super().reset(seed=seed)
         # An evaluation layout's stream is keyed by its split: no training seed can reproduce it.
         layout = int(self.np_random.integers(2**31)) if seed is None else seed
@@ -333,7 +343,6 @@ class TabletopEnv(gym.Env):
         mujoco.mj_forward(m, d)
         self.steps, self.held, self.dragged = 0, 0, True
         self.potential = self._potential()
-        return self.observe(), {"success": False}
 
     def _vary(self, rng):
         """Colours of table and light and a jitter of the cameras: split "vision", and training with
@@ -492,14 +501,11 @@ class TabletopEnv(gym.Env):
 
     def get_state(self):
         mujoco.mj_getState(self.model, self.data, self._state, mujoco.mjtState.mjSTATE_INTEGRATION)
-        rng = self.np_random.bit_generator.state
         return {
             "physics": self._state.copy(),
             "varied": {key: getattr(self.model, key).copy() for key in _VARIED},
             "episode": [self.task, self.steps, self.held, int(self.dragged), float(self.potential)],
-            "rng": {k: str(v) for k, v in rng["state"].items()},
-            "rng_buffer": [int(rng["has_uint32"]), int(rng["uinteger"])],
-        }
+        } | rng_state(self.np_random)
 
     def set_state(self, state):
         for key, value in state["varied"].items():
@@ -510,12 +516,23 @@ class TabletopEnv(gym.Env):
         mujoco.mj_setState(self.model, self.data, physics, mujoco.mjtState.mjSTATE_INTEGRATION)
         self.task, self.steps, self.held, dragged, self.potential = state["episode"]
         self.dragged = bool(dragged)
-        self.np_random.bit_generator.state = {
-            "bit_generator": "PCG64",
-            "state": {k: int(v) for k, v in state["rng"].items()},
-            "has_uint32": state["rng_buffer"][0],
-            "uinteger": state["rng_buffer"][1],
-        }
+        set_rng_state(self.np_random, state)
+
+
+def rng_state(rng):
+    """A Generator's state as a checkpoint can hold it: its integers are too long for an array."""
+    state = rng.bit_generator.state
+    numbers = {k: str(v) for k, v in state["state"].items()}
+    return {"rng": numbers, "rng_buffer": [int(state["has_uint32"]), int(state["uinteger"])]}
+
+
+def set_rng_state(rng, state):
+    rng.bit_generator.state = {
+        "bit_generator": "PCG64",
+        "state": {k: int(v) for k, v in state["rng"].items()},
+        "has_uint32": state["rng_buffer"][0],
+        "uinteger": state["rng_buffer"][1],
+    }
 
 
 _VARIED = ("geom_rgba", "light_diffuse", "light_dir", "cam_pos")
@@ -534,10 +551,20 @@ def _layout(rng):
             return xy
 
 
-def make(split="train", eval_split="eval", **kwargs):
+def make(split="train", eval_split="eval", backend="c", **kwargs):
     """The world's constructor for `common.envs.make_envs`: split "eval" is the one that --eval-split
     names."""
     return TabletopEnv(split=eval_split if split == "eval" else split, **kwargs)
+
+
+def batched(backend="c", **kwargs):
+    return backend == "warp"
+
+
+def make_batch(num_envs, device, **kwargs):
+    from common.envs.tabletop_warp import TabletopBatch  # its library is an optional one
+
+    return TabletopBatch(make(**kwargs), num_envs, device)
 
 
 # --- demonstrations

@@ -95,6 +95,24 @@ def _check_contract(name, env):
         raise UserError(f"environment {name!r} breaks the contract in common/envs/__init__.py: {found[0]}")
 
 
+def describe(name, env, action_history):
+    """What a vector environment tells of the worlds `env` that it holds, by attribute. UserError for one that
+    breaks the contract."""
+    _check_contract(name, env)
+    spaces, obs_space = gymnasium.spaces, dict(env.observation_space.spaces)
+    if action_history and isinstance(env.action_space, spaces.Discrete):
+        raise UserError(f"action_history needs continuous actions: {name!r} has discrete ones")
+    if action_history:
+        box, size = obs_space["proprio"], action_history * env.action_space.shape[0]
+        low, high = np.r_[box.low, -np.ones(size)], np.r_[box.high, np.ones(size)]
+        obs_space["proprio"] = spaces.Box(low.astype(np.float32), high.astype(np.float32))
+    spec = {"single_observation_space": spaces.Dict(obs_space), "single_action_space": env.action_space}
+    spec |= {"instructions": list(env.instructions), "has_success": bool(env.has_success)}
+    spec |= {"active_dims": np.array(env.active_dims, bool)}
+    spec |= {key: getattr(env, key, None) for key in ("dataset", "action_bounds", "action_names")}
+    return spec | {"draws_tasks": bool(getattr(env, "draws_tasks", False))}
+
+
 def as_array(value):
     """Any value as an array; lists of different lengths as one of no numbers, which `_Slice` refuses."""
     try:
@@ -112,25 +130,10 @@ class _Slice:
     def __init__(self, world, start, stop, num_envs, chunk, autoreset, action_history):
         self.rows, self.num_envs, self.chunk, self.autoreset = range(start, stop), num_envs, chunk, autoreset
         self.name, self.envs = world[0], [_build(*world) for _ in self.rows]
-        env, spaces = self.envs[0], gymnasium.spaces
-        _check_contract(self.name, env)
-        obs_space = dict(env.observation_space.spaces)
-        self.discrete = isinstance(env.action_space, spaces.Discrete)
-        if action_history and self.discrete:
-            raise UserError(f"action_history needs continuous actions: {world[0]!r} has discrete ones")
-        if action_history:
-            box, size = obs_space["proprio"], action_history * env.action_space.shape[0]
-            low, high = np.r_[box.low, -np.ones(size)], np.r_[box.high, np.ones(size)]
-            obs_space["proprio"] = spaces.Box(low.astype(np.float32), high.astype(np.float32))
-        self.keys, self.own_spaces = tuple(obs_space), env.observation_space.spaces
-        self.spec = {
-            "single_observation_space": spaces.Dict(obs_space),
-            "single_action_space": env.action_space,
-        }
-        self.spec |= {"instructions": list(env.instructions), "has_success": bool(env.has_success)}
-        self.spec |= {"active_dims": np.array(env.active_dims, bool)}
-        self.spec |= {name: getattr(env, name, None) for name in ("dataset", "action_bounds", "action_names")}
-        self.spec |= {"draws_tasks": bool(getattr(env, "draws_tasks", False))}
+        env = self.envs[0]
+        self.spec, self.own_spaces = describe(self.name, env, action_history), env.observation_space.spaces
+        self.keys = tuple(self.spec["single_observation_space"].spaces)
+        self.discrete = isinstance(env.action_space, gymnasium.spaces.Discrete)
         width = 0 if self.discrete else env.action_space.shape[0]
         self.history = [np.zeros((action_history, width), np.float32) for _ in self.rows]
         self.returns, self.lengths = [0.0] * len(self.rows), [0] * len(self.rows)
@@ -567,6 +570,17 @@ class Envs(gymnasium.vector.VectorEnv):
             raise ValueError(f"{name} must be bool ({self.num_envs},), got {mask.dtype} {mask.shape}")
         return mask
 
+    def _seeds(self, seeds, mask):
+        if seeds is not None:
+            seeds = np.asarray(seeds)
+            if seeds.shape != (self.num_envs,) or seeds.dtype.kind not in "iu" or (seeds[mask] < 0).any():
+                raise ValueError(f"seeds must be {self.num_envs} ints >= 0, got {seeds.dtype} {seeds.shape}")
+        return seeds
+
+    def _check_running(self, mask):
+        if (mask & self._ended).any():
+            raise ValueError(f"environments {_list(mask & self._ended)} have no running episode: reset them")
+
     def reset(self, seeds=None, mask=None):
         """First observations, each array (N, ...), a fresh copy.
 
@@ -576,10 +590,7 @@ class Envs(gymnasium.vector.VectorEnv):
         """
         self._idle()
         mask = self._rows(mask)
-        if seeds is not None:
-            seeds = np.asarray(seeds)
-            if seeds.shape != (self.num_envs,) or seeds.dtype.kind not in "iu" or (seeds[mask] < 0).any():
-                raise ValueError(f"seeds must be {self.num_envs} ints >= 0, got {seeds.dtype} {seeds.shape}")
+        seeds = self._seeds(seeds, mask)
         self._ended |= mask  # whatever ran there is given up, not lost
         self._lost &= ~mask
 
@@ -601,7 +612,8 @@ class Envs(gymnasium.vector.VectorEnv):
     def step_async(self, actions, mask=None, record=None):
         """Sends the chunks off; see `step`."""
         self._idle()
-        space, mask, actions = self.single_action_space, self._rows(mask), np.asarray(actions)
+        space, mask = self.single_action_space, self._rows(mask)
+        actions = np.asarray(actions.cpu() if hasattr(actions, "cpu") else actions)
         shape, discrete = (self.num_envs, self.chunk, *space.shape), space.shape == ()
         if actions.shape != shape or actions.dtype.kind not in ("iu" if discrete else "fiu"):
             kind = "integers" if discrete else "floats"
@@ -611,8 +623,7 @@ class Envs(gymnasium.vector.VectorEnv):
             what = f"outside [0, {space.n - 1}]" if discrete else "NaN or infinite"
             rows = bad.reshape(self.num_envs, -1).any(1) & mask
             raise ValueError(f"actions of environments {_list(rows)} are {what}")
-        if (mask & self._ended).any():
-            raise ValueError(f"environments {_list(mask & self._ended)} have no running episode: reset them")
+        self._check_running(mask)
         record = mask & (np.zeros(self.num_envs, bool) if record is None else self._rows(record, "record"))
         move = mask & ~self._lost  # an episode lost since the last step is told first
         for name in ("rewards", "terminated", "truncated", "success", "steps"):
@@ -657,8 +668,9 @@ class Envs(gymnasium.vector.VectorEnv):
     def step(self, actions, mask=None, record=None):
         """Executes a chunk in each environment, open loop, until its episode ends.
 
-        actions: float32 (N, K, A), clipped to [-1, 1], or ints (N, K) for Discrete actions. mask: bool (N,),
-        the environments to step. record: bool (N,), those to render after each executed step.
+        actions: float32 (N, K, A), clipped to [-1, 1], or ints (N, K) for Discrete actions, an array or a
+        tensor. mask: bool (N,), the environments to step. record: bool (N,), those to render after each
+        executed step.
 
         Returns obs (where autoreset acted, the next episode's first), rewards float32 (N,) summed over the
         chunk, terminated and truncated bool (N,) (never both) and info, arrays (N,) unless said otherwise:
