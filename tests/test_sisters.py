@@ -267,7 +267,8 @@ def test_every_world_and_model_has_its_file():
         (
             {**WORLDS, "gymnasium": GYMNASIUM},
             "envs",
-            {"vector", "simulation", "jobs", "experts", "to_robomimic", "behavior_server"},
+            {"vector", "batched", "simulation", "jobs", "experts", "to_robomimic", "behavior_server"}
+            | {"tabletop_warp"},
         ),
         (BACKBONES, "backbones", set()),
     ):
