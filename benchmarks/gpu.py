@@ -218,6 +218,7 @@ def warp(args):
     import numpy as np
     import torch
 
+    sys.path.insert(0, str(ROOT))
     from common.envs import tabletop
 
     number, steps, start = (2, 4, time.perf_counter()) if args.small else (1024, 50, time.perf_counter())

@@ -17,11 +17,11 @@ from common.envs.vector import vectorize
 
 CPU = torch.device("cpu")
 PPO = (
-    "--env reach --eval-episodes 4 --eval-envs 2 --device cpu --seed 3 --num-envs 4 --num-steps 2 "
-    "--total-timesteps 90 --critic-warmup 0 --minibatch-size 6 --policy-warmup 0 --chunk 3"
+    "--env reach --eval-episodes 2 --eval-envs 2 --device cpu --seed 3 --num-envs 4 --num-steps 2 "
+    "--total-timesteps 40 --critic-warmup 0 --minibatch-size 6 --policy-warmup 0 --chunk 3"
 )
 GRPO = (
-    "--env reach --eval-episodes 4 --eval-envs 2 --device cpu --seed 3 --num-envs 4 --group-size 2 "
+    "--env reach --eval-episodes 2 --eval-envs 2 --device cpu --seed 3 --num-envs 4 --group-size 2 "
     "--num-groups 1 --total-timesteps 200 --accuracy-low 0 --accuracy-high 1 --chunk 3"
 )
 
@@ -242,13 +242,13 @@ def test_nothing_asks_a_tensor_on_a_gpu_for_an_array(tmp_path, monkeypatch, worl
     with pytest.raises(TypeError, match="use cpu"):
         np.asarray(batch(1).reset()["proprio"])
     flags = f"--output-dir {tmp_path} --capture-video"
-    run(ppo_vla, PPO, f"{flags} --run-name ppo --action-history 2 --train-vision")
+    run(ppo_vla, PPO, f"{flags} --run-name ppo --action-history 2")
     run(grpo_vla, GRPO, f"{flags} --run-name grpo")
     run(
         ppo_vla,
         f"--evaluate --checkpoint {tmp_path}/ppo --eval-episodes 3 --eval-envs 2 {flags} --run-name e",
     )
-    assert len(seen) > 100
+    assert len(seen) > 50
 
 
 def test_a_flag_for_workers_is_refused(tmp_path, world):
