@@ -124,7 +124,10 @@ RLPD = dict(
     utd_ratio=20.0, policy_delay=0, critic_learning_rate=3e-4, action_entropy=-0.5, critics=10,
     policy_q="mean", layer_norm=True,
 )  # fmt: skip
-PRESETS = {"Pendulum-v1": dict(total_timesteps=20_000, learning_starts=1_000, eval_freq=5_000)}
+PRESETS = {
+    "Pendulum-v1": dict(total_timesteps=20_000, learning_starts=1_000, eval_freq=5_000),
+    "maniskill": dict(gamma=0.8, tau=0.01),  # its own baselines'
+}
 LOG_FREQ = 1000  # steps between two points of the log
 
 

@@ -4,10 +4,12 @@ Needs requirements-maniskill.txt and the Vulkan that its head names.
 """
 
 import importlib.util
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from test_cli import assert_same_run, call, frames, results, run, scalars, stopped_by
 
 import bc_warmup
@@ -15,6 +17,9 @@ import ppo_vla
 import sac
 from common import UserError
 from common.envs import maniskill as world
+from common.envs import maniskill_gpu
+from common.envs.batched import BatchedEnvs
+from common.envs.vector import vectorize
 
 if not all(importlib.util.find_spec(name) for name in ("mani_skill", "sapien")):
     pytest.skip(
@@ -137,6 +142,7 @@ def test_a_layout_is_its_seeds_whatever_ran_before_and_a_state_is_exact(make):
     env.reset(seed=1)
     alone = [obs["proprio"] for obs, *_ in act(env, 8)]
     following = [env.reset()[0]["proprio"], *(obs["proprio"] for obs, *_ in act(env, 3))]
+    third = env.reset()[0]["proprio"]
     for seed in (7, 8, 1):
         other.reset(seed=seed)
         act(other, 4, seed if seed != 1 else 0)
@@ -148,6 +154,8 @@ def test_a_layout_is_its_seeds_whatever_ran_before_and_a_state_is_exact(make):
         assert all(np.array_equal(a, b) for a, b in zip(rest, alone[4:], strict=True))
         then = [each.reset()[0]["proprio"], *(obs["proprio"] for obs, *_ in act(each, 3))]
         assert all(np.array_equal(a, b) for a, b in zip(then, following, strict=True))
+    fresh.set_state(other.get_state())  # of an episode without a seed
+    assert np.array_equal(fresh.reset()[0]["proprio"], third)
 
 
 def test_what_a_reward_is_and_that_success_ends(make):
@@ -192,11 +200,148 @@ def test_pictures_of_two_tasks(make):
     for obs in seen.values():
         assert env.observation_space.contains(obs) and obs["image"].shape == (2, 64, 64, 3)
         assert obs["proprio"].shape == (8,) and all(a.std() > 5 for a in obs["image"])
-        assert np.array_equal(obs["image"], env.reset(seed=0)[0]["image"]) is False
     red, green, blue = seen[0]["image"][0].reshape(-1, 3).astype(int).T
     assert ((green > 80) & (green > 2 * red) & (green > 2 * blue)).sum() > 3
     assert ((red > 80) & (red > 2 * green) & (red > 2 * blue)).sum() > 3
     assert env.render().shape == (224, 224, 3) and env.render().std() > 5
+    for _ in range(6):
+        after = env.step(np.float32([0.5, 0.5, 0, 0, 0, 0, -1]))[0]  # PushCube's hand, open
+    changed = (np.abs(after["image"].astype(int) - seen[1]["image"]).max(-1) > 20).mean((1, 2))
+    assert changed[0] < changed[1], changed  # the wrist's camera moves, the other stands
+    scene = env.scene
+    assert np.allclose(after["proprio"][:3], scene.agent.tcp.pose.p[0])
+    assert np.allclose(np.linalg.norm(after["proprio"][3:6]), np.pi, atol=0.3)  # it points down
+    fingers = scene.agent.robot.get_qpos()[0, -2:]
+    assert np.allclose(after["proprio"][6:], fingers) and fingers.min() > 0.03
+
+
+# --- as a batch
+
+
+class Rows:
+    """Stands for ManiSkill on a GPU: scenes of one row on the CPU, behind the calls of one with many."""
+
+    def __init__(self, scenes):
+        self.scenes, names = scenes, [*scenes[0].scene.sensors]
+        self.scene = SimpleNamespace(update_render=self.update_render)
+        self.scene.sensors = {name: SimpleNamespace(capture=lambda: None) for name in names}
+        for name, sensor in self.scene.sensors.items():
+            sensor.get_obs = lambda name=name, **flags: {"rgb": self.each(self.picture, name, flags)}
+        self.agent = SimpleNamespace(robot=self)
+
+    def each(self, read, *args):
+        return torch.cat([read(scene, *args) for scene in self.scenes])
+
+    def picture(self, scene, name, flags):
+        scene.scene.sensors[name].capture()
+        return scene.scene.sensors[name].get_obs(**flags)["rgb"]
+
+    def update_render(self, **flags):
+        for scene in self.scenes:
+            scene.scene.update_render(**flags)
+        pose = self.each(lambda scene: scene.agent.tcp.pose.raw_pose)
+        self.agent.tcp = SimpleNamespace(pose=SimpleNamespace(raw_pose=pose))
+
+    def get_qpos(self):
+        return self.each(lambda scene: scene.agent.robot.get_qpos())
+
+    def reset(self, seed, options=None):
+        for row in range(len(self.scenes)) if options is None else options["env_idx"].tolist():
+            self.scenes[row].reset(seed=seed)
+        return self.each(lambda scene: scene._last_obs), {}
+
+    def step(self, actions):
+        told = [scene.step(action[None]) for scene, action in zip(self.scenes, actions, strict=True)]
+        *columns, info = zip(*told, strict=True)
+        return *map(torch.cat, columns), {"success": torch.cat([x["success"] for x in info])}
+
+    def get_state_dict(self):
+        states = [scene.get_state_dict() for scene in self.scenes]
+        return {
+            kind: {name: torch.cat([x[kind][name] for x in states]) for name in states[0][kind]}
+            for kind in ("actors", "articulations")
+        }
+
+    def set_state_dict(self, state, rows):
+        for i, row in enumerate(rows.tolist()):
+            mine = {kind: {name: x[i : i + 1] for name, x in parts.items()} for kind, parts in state.items()}
+            self.scenes[row].set_state_dict(mine)
+
+    def render_rgb_array(self):
+        return self.each(lambda scene: scene.render_rgb_array())
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    def build(name, size, wrist, shaped, num_envs, gpu):
+        assert gpu == 0
+        return Rows([world._make(name, size, wrist, shaped) for _ in range(num_envs)])
+
+    monkeypatch.setattr(maniskill_gpu.ManiSkillBatch, "DEVICE", "cpu")
+    monkeypatch.setattr(maniskill_gpu, "_make", build)
+
+
+@pytest.mark.parametrize(("cameras", "steps"), [(("none",), 5), (("agentview",), 2)])
+def test_a_batch_is_its_rows(rows, cameras, steps):
+    """Of rows that are scenes on the CPU it tells what `Envs` does, with ends in the middle of a chunk."""
+    flags = SMALL | dict(tasks=("PickCube-v1",), cameras=cameras, reward="shaped", horizon=5, split="train")
+    own = dict(seed=3, first=0, chunk=3, autoreset=True, action_history=0)
+    theirs = vectorize(("maniskill", "common.envs.maniskill", flags), 2, num_workers=0, **own)
+    device = torch.device("cpu", 0)
+    ours = BatchedEnvs("maniskill", world.make_batch(2, device, **flags, backend="gpu"), 2, device, **own)
+    assert ours.single_observation_space == theirs.single_observation_space
+
+    def same(found, wanted):
+        assert found.keys() == wanted.keys()
+        for name, value in found.items():
+            off = np.abs(value.numpy().astype(float) - wanted[name].astype(float))
+            assert off.max() < 1e-5 if name != "image" else off.mean() < 0.2, (name, off.max())
+
+    same(ours.reset(), theirs.reset())
+    for step in range(steps):
+        actions = np.random.default_rng(step).uniform(-1, 1, (2, 3, 7)).astype(np.float32)
+        (obs, *told, info), (theirs_obs, *theirs_told, theirs_info) = ours.step(actions), theirs.step(actions)
+        same(obs, theirs_obs)
+        same(info["final_obs"], theirs_info["final_obs"])
+        assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(told, theirs_told, strict=True))
+        assert (info["steps"] == theirs_info["steps"]).all() and told[2].all() == (step % 2 == 1)
+    if cameras != ("none",):
+        assert ours.batch.render(1).shape == (224, 224, 3)
+    ours.close()
+    theirs.close()
+
+
+def test_a_row_that_is_not_to_move_stays_and_success_is_told(rows):
+    batch = world.make_batch(2, torch.device("cpu", 0), cameras=("none",), reward="sparse", split="eval")
+    batch.reset({0: 5, 1: 6}, None)
+    first, still = batch.observe()["proprio"].clone(), torch.tensor([True, False])
+    expert, told = world.make(cameras=("none",), split="eval"), []
+    expert.reset(seed=5)
+    for _ in range(50):
+        action = expert.expert()
+        ended = expert.advance(action)[1]
+        told.append(batch.advance(torch.tensor(np.stack([action, action])), still))
+        if ended:
+            break
+    assert ended and [bool(x[1][0]) for x in told] == [False] * (len(told) - 1) + [True]
+    assert told[-1][0][0] == 1.0 and not told[-1][2][0] and batch.steps.tolist() == [len(told), 0]
+    now = batch.observe()["proprio"]
+    assert torch.equal(now[1], first[1]) and not torch.equal(now[0], first[0])
+    fresh = batch.scene.scenes[1].get_obs({"is_grasped": torch.tensor([False])})
+    assert torch.allclose(fresh[0, :9], first[1, :9], atol=1e-5)  # its joints, in the simulator
+    batch.reset({0: None}, None)
+    assert batch.episodes[0].tolist() == [5, 1] and batch.episodes[1].tolist() == [6, 0]
+    assert not torch.equal(batch.observe()["proprio"][0], first[0])
+
+
+def test_a_batch_needs_a_gpu_and_one_task():
+    with pytest.raises(UserError, match="runs on a GPU, not on cpu; drop the flag"):
+        world.make_batch(2, torch.device("cpu"))
+    done = call(ppo_vla, "--env maniskill --backend gpu --device cpu")
+    assert done.code == 2 and "runs on a GPU, not on cpu" in done.err and done.err.count("\n") == 1
 
 
 # --- what is refused, and runs
@@ -287,10 +432,6 @@ def test_states_alone(tmp_path):
     states = (
         f"--env maniskill --cameras none --reward shaped --device cpu --output-dir {tmp_path} --horizon 10"
     )
-    run(
-        sac,
-        states,
-        "--total-timesteps 40 --learning-starts 20 --eval-episodes 1 --num-workers 1 --run-name sac",
-    )
+    run(sac, states, "--total-timesteps 40 --learning-starts 20 --eval-episodes 1 --run-name sac")
     found = results(tmp_path / "sac")["final"]
     assert found["success_rate"] == 0.0 and -10 < found["mean_reward"] < -5

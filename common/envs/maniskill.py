@@ -1,7 +1,8 @@
-"""ManiSkill3 (Tao et al. 2024): eight tabletop tasks for one Panda arm, in SAPIEN, on the CPU.
+"""ManiSkill3 (Tao et al. 2024): eight tabletop tasks for one Panda arm, in SAPIEN, on the CPU;
+`--backend gpu`: all environments of a task at once on a GPU, which nobody has run yet (maniskill_gpu.py).
 
     pip install --no-deps -r requirements-maniskill.txt      # after requirements.txt; its head names a Vulkan
-    python sac.py --env maniskill --cameras none --reward shaped
+    python sac.py --env maniskill --cameras none --reward shaped --prior-data f.hdf5   # benchmarks
     python ppo_vla.py --env maniskill --tasks StackCube-v1 --cameras agentview wrist
 
 Observation: `image` uint8 (cameras, size, size, 3) and `proprio` float32 (8,), as LIBERO's: the point between
@@ -64,13 +65,16 @@ class Args:
     """1 at success, or ManiSkill's normalized dense reward less 1 at every step"""
     horizon: NonNegativeInt = 0
     """control steps after which an episode ends; 0 for the task's (50, RollBall 80)"""
+    backend: Literal["cpu", "gpu"] = "cpu"
+    """PhysX in worker processes, or all environments of one task at once on the GPU"""
 
 
 _idle = {}  # what `_make` made and no environment has: its arguments -> scenes
 
 
-def _make(name, size, wrist, shaped):
-    """-> ManiSkill's own environment of the task `name`, one row: a scene."""
+def _make(name, size, wrist, shaped, num_envs=1, gpu=None):
+    """-> ManiSkill's own environment of the task `name`, one row: a scene; on the GPU of that number,
+    `num_envs` rows."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of packages and drivers that it can do without
         import torch
@@ -78,10 +82,13 @@ def _make(name, size, wrist, shaped):
         from sapien.render import RenderBodyComponent
 
         logger.setLevel("ERROR")
+        physics, renderer = "physx_cpu", "gpu" if torch.cuda.is_available() else "cpu"
+        if gpu is not None:
+            physics, renderer = f"physx_cuda:{gpu}", f"sapien_cuda:{gpu}"
         try:
             made = gym.make(
-                f"mani_skill.envs:{name}", num_envs=1, sim_backend="physx_cpu", obs_mode="state",
-                render_backend="gpu" if torch.cuda.is_available() else "cpu",
+                f"mani_skill.envs:{name}", num_envs=num_envs, obs_mode="state",
+                sim_backend=physics, render_backend=renderer,
                 control_mode="pd_ee_delta_pose", reward_mode="normalized_dense" if shaped else "sparse",
                 sensor_configs=dict(width=size, height=size),
                 human_render_camera_configs=dict(width=224, height=224),
@@ -90,9 +97,9 @@ def _make(name, size, wrist, shaped):
         except RuntimeError as error:
             raise UserError(f"ManiSkill needs Vulkan, which failed ({error}); {VULKAN}.") from error
     scene = made.unwrapped
-    scene._hidden_objects.clear()
     if camera := scene.agent.robot.links_map.get("camera_link"):
-        camera._objs[0].entity.find_component_by_type(RenderBodyComponent).disable()
+        for body in camera._objs:
+            body.entity.find_component_by_type(RenderBodyComponent).disable()
     return scene
 
 
@@ -150,13 +157,18 @@ class ManiSkillEnv(gym.Env):
         self.scene = self._scene(self.tasks[task])
         self.state, _ = self.scene.reset(seed=layout)
 
-    def reset(self, *, seed=None, options=None):
-        self.episode = [int(seed), 0] if seed is not None else [self.episode[0], self.episode[1] + 1]
-        rng = np.random.default_rng([SPLITS.index(self.split), *self.episode])
+    def _draw(self, episode, seed, options):
+        """-> of the one after `episode`, or the first of `seed`: [seed, episodes without since], task and
+        layout."""
+        episode = [int(seed), 0] if seed is not None else [episode[0], episode[1] + 1]
+        rng = np.random.default_rng([SPLITS.index(self.split), *episode])
         layout = 2 * int(rng.integers(2**31)) + SPLITS.index(self.split)  # training's are no evaluation's
-        self._begin(
-            int(rng.choice(len(self.tasks), p=task_chances(options, np.arange(len(self.tasks))))), layout
-        )
+        chances = task_chances(options, np.arange(len(self.tasks)))
+        return episode, int(rng.choice(len(self.tasks), p=chances)), layout
+
+    def reset(self, *, seed=None, options=None):
+        self.episode, *drawn = self._draw(self.episode, seed, options)
+        self._begin(*drawn)
         return self.observe(), {"success": False}
 
     def advance(self, action):
@@ -172,17 +184,26 @@ class ManiSkillEnv(gym.Env):
     def observe(self):
         if not self.cameras:
             return {"proprio": self.state[0].numpy().astype(np.float32)}
+        image = np.stack([picture[0].cpu().numpy() for picture in self._pictures()])
+        position, quaternion, fingers = (x[0].numpy() for x in self._hand())
+        proprio = np.concatenate([position, axis_angle(quaternion), fingers]).astype(np.float32)
+        return {"image": image, "proprio": proprio, "task": np.int64(self.task)}
+
+    def _pictures(self):
+        """-> of each camera a tensor, uint8 (rows, size, size, 3)."""
         scene = self.scene
         scene.scene.update_render(update_sensors=True, update_human_render_cameras=False)
         pictures = []
         for camera in (scene.scene.sensors[CAMERAS[name]] for name in self.cameras):
             camera.capture()
             seen = camera.get_obs(depth=False, position=False, segmentation=False)
-            pictures.append(seen["rgb"][0].cpu().numpy())
-        position, quaternion = np.split(scene.agent.tcp.pose.raw_pose[0].numpy(), [3])
-        fingers = scene.agent.robot.get_qpos()[0, -2:].numpy()
-        proprio = np.concatenate([position, axis_angle(quaternion), fingers]).astype(np.float32)
-        return {"image": np.stack(pictures), "proprio": proprio, "task": np.int64(self.task)}
+            pictures.append(seen["rgb"])
+        return pictures
+
+    def _hand(self):
+        """-> tensors: position (rows, 3), quaternion (rows, 4), w first, and fingers (rows, 2)."""
+        position, quaternion = self.scene.agent.tcp.pose.raw_pose.split([3, 4], 1)
+        return position, quaternion, self.scene.agent.robot.get_qpos()[:, -2:]
 
     def step(self, action):
         reward, terminated, truncated, info = self.advance(action)
@@ -240,7 +261,20 @@ def _stack_cube(scene, hand):
 
 
 EXPERTS = {"PickCube-v1": _pick_cube, "StackCube-v1": _stack_cube}
-make = ManiSkillEnv
+
+
+def make(backend="cpu", **kwargs):
+    return ManiSkillEnv(**kwargs)
+
+
+def batched(backend="cpu", **kwargs):
+    return backend == "gpu"
+
+
+def make_batch(num_envs, device, backend="gpu", **kwargs):
+    from common.envs.maniskill_gpu import ManiSkillBatch  # which imports torch
+
+    return ManiSkillBatch(num_envs, device, **kwargs)
 
 
 def _demonstrate(job):
