@@ -2,7 +2,8 @@
 `--backend gpu`: all environments of a task at once on a GPU, which nobody has run yet (maniskill_gpu.py).
 
     pip install --no-deps -r requirements-maniskill.txt      # after requirements.txt; its head names a Vulkan
-    python sac.py --env maniskill --cameras none --reward shaped --prior-data f.hdf5   # benchmarks
+    python -m common.envs.to_d4rl --env maniskill --reward shaped --out pick.hdf5
+    python sac.py --env maniskill --cameras none --reward shaped --prior-data pick.hdf5
     python ppo_vla.py --env maniskill --tasks StackCube-v1 --cameras agentview wrist
 
 Observation: `image` uint8 (cameras, size, size, 3) and `proprio` float32 (8,), as LIBERO's: the point between
