@@ -15,6 +15,11 @@ import torch
 ARCHIVE = Path(__file__).resolve().parents[2] / "shared" / "data" / "libero_assets.tar.xz"
 
 
+def pytest_collection_modifyitems(items):
+    """The file whose few tests take minutes comes first: else one of two processes ends with it alone."""
+    items.sort(key=lambda item: item.path.name != "test_learning.py")
+
+
 def live_workers():
     """This process's worker processes: what its fork server has forked and not yet buried."""
     servers = [p for p in psutil.Process().children() if any("forkserver" in word for word in p.cmdline())]

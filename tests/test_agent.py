@@ -505,7 +505,7 @@ def test_token_head_hands_the_chunk_in_order_to_the_environment():
     agent = make_agent()
     bins = torch.arange(6 * K * A).view(6, K * A) % 256
     found = agent.head.to_env(bins)
-    assert found.shape == (6, K, A) and found.dtype == np.float32
+    assert found.shape == (6, K, A) and found.dtype == torch.float32
     # bin 0 is a = +1, bin 255 a = -1; 255 centres
     assert found[0, 0, 0] == pytest.approx(1 - 1 / 255, abs=1e-6)
     assert found[0, 1, 3] == pytest.approx(1 - (2 * (1 * A + 3) - 1) / 255, abs=1e-6)
