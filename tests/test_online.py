@@ -194,7 +194,7 @@ def flags_of(*words):
 
 
 def test_prior_data_brings_the_published_defaults(whole):
-    """Which the command line beats, and a checkpoint's networks; without it nothing changes."""
+    """Which the command line, a world's preset and a checkpoint's networks beat; without it nothing changes."""
     plain, args = flags_of(), flags_of("--prior-data", "x.hdf5")
     published = dict(utd_ratio=20, policy_delay=0, critics=10, target_critics=2, policy_q="mean")
     published |= dict(layer_norm=True, learning_rate=3e-4, critic_learning_rate=3e-4, action_entropy=-0.5)
@@ -206,6 +206,8 @@ def test_prior_data_brings_the_published_defaults(whole):
     assert (args.utd_ratio, args.layer_norm, args.critics) == (1, False, 10)
     args = flags_of("--prior-data", "x.hdf5", "--checkpoint", str(whole[1]))
     assert (args.critics, args.width, args.utd_ratio) == (4, 16, 20)
+    args = flags_of("--prior-data", "x.hdf5", "--env", "robosuite")  # whose preset says it more closely
+    assert (args.critics, args.utd_ratio, args.alpha, args.layer_norm) == (2, 1, 0.01, True)
 
 
 def test_an_evaluation_of_an_ensemble_needs_no_flag(tmp_path, whole):

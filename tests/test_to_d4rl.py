@@ -77,7 +77,8 @@ def test_episodes_are_the_experts_in_time_with_its_rewards_and_ends(tmp_path, ca
 def test_what_cannot_be_is_said_in_a_sentence(tmp_path, capsys, monkeypatch):
     out = f"--out {tmp_path / 'x.hdf5'} --episodes 1"
     for words, sentence in {
-        f"--env nowhere {out}": "Unknown --env 'nowhere'",
+        f"--env nowhere {out}": "; not nowhere.",
+        out: "; not None.",
         f"--env line --cameras agentview {out}": "has no expert that plays from states",
         "--env line --out /dev/null/x.hdf5 --episodes 1": "/dev/null",
     }.items():

@@ -31,8 +31,8 @@ class Args:
 
     out: str
     """the file to write"""
-    env: str = "robosuite"
-    """a world with an expert and states: robosuite, maniskill"""
+    env: str
+    """a world that has an expert, and states alone"""
     episodes: PositiveInt = 60
     """successful or not"""
     noise: NonNegative = 0.3
@@ -75,13 +75,11 @@ def write(args, flags):
 def main(words=None):
     words = sys.argv[1:] if words is None else words
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--env", default=Args.env)
+    early.add_argument("--env")
     try:
         name = early.parse_known_args(words)[0].env
         if name not in WORLDS:
-            raise UserError(
-                f"Unknown --env {name!r}; worlds with an expert and states: robosuite, maniskill."
-            )
+            raise UserError(f"--env has to name a world with an expert, of {', '.join(WORLDS)}; not {name}.")
         world = world_module(name).Args
         own = [(f.name, f.type, ("none",)) for f in dataclasses.fields(world) if f.name == "cameras"]
         joined = dataclasses.make_dataclass("Args", own, bases=(Args, world))
