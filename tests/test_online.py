@@ -194,7 +194,7 @@ def flags_of(*words):
 
 
 def test_prior_data_brings_the_published_defaults(whole):
-    """Which the command line, a world's preset and a checkpoint's networks beat; without it nothing changes."""
+    """Which the command line, a world's preset and a checkpoint's networks beat; without it none changes."""
     plain, args = flags_of(), flags_of("--prior-data", "x.hdf5")
     published = dict(utd_ratio=20, policy_delay=0, critics=10, target_critics=2, policy_q="mean")
     published |= dict(layer_norm=True, learning_rate=3e-4, critic_learning_rate=3e-4, action_entropy=-0.5)
