@@ -563,7 +563,7 @@ def saves(path, count, process):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("env", RESUMED)
+@pytest.mark.parametrize("env", ["tabletop", pytest.param("CartPole-v1", marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_bit_identically(tmp_path, whole, env, number):
     wanted = whole(env, ppo_vla, RESUMED[env])
     rng = random.Random(f"{env} {number}")
@@ -650,7 +650,7 @@ def test_every_variant_goes_on_bit_identically(tmp_path, home, whole, monkeypatc
     ("env", "flags", "at"),
     [
         ("CartPole-v1", "", 2),
-        ("CartPole-v1", "", 11),
+        pytest.param("CartPole-v1", "", 11, marks=pytest.mark.slow),
         ("tabletop", "--kl-coef 0.1 --curriculum --exploration-end 0.5", 2),
         ("tabletop", "--train-vision --num-workers 2", 11),
     ],

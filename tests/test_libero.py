@@ -88,7 +88,9 @@ def test_in_a_worker_with_chunks(assets):
     envs.close()
 
 
-@pytest.mark.parametrize("suite,task", [("libero_goal", 2), ("libero_spatial", 4)])
+@pytest.mark.parametrize(
+    "suite,task", [("libero_goal", 2), pytest.param("libero_spatial", 4, marks=pytest.mark.slow)]
+)
 def test_stock_loop_bit_for_bit(assets, suite, task):
     """openvla-oft's run_libero_eval.py with LIBERO's own OffScreenRenderEnv, and ours in another order;
     tasks with a stove, and with a bowl in a drawer."""
@@ -349,6 +351,7 @@ def test_the_expert_succeeds_in_eight_of_ten(assets, suite, task):
     env.close()
 
 
+@pytest.mark.slow
 def test_demonstrations_are_of_fresh_states_and_succeed_replayed(env, monkeypatch):
     """Whatever the number of workers."""
     flags = dict(suite="libero_object", tasks=("0",), size=48, noise=0.2)

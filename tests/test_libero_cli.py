@@ -85,6 +85,7 @@ def test_ppo_trains_stops_resumes_evaluates_two_tasks_and_shows_them(tmp_path, b
         assert loss.mean((1, 2, 3)).max() < 5
 
 
+@pytest.mark.slow
 def test_grpo_trains_one_iteration_on_one_task_in_two_workers(tmp_path, base):
     flags = f"{base} --tasks 5 --eval-episodes 1 --eval-envs 1 --num-envs 2 --group-size 2 --num-groups 1"
     flags += f" --max-steps 16 --total-timesteps 60 --save-freq 1 --output-dir {tmp_path} --run-name run"

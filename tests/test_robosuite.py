@@ -258,7 +258,7 @@ PPO = "--num-envs 2 --num-steps 2 --total-timesteps 30 --minibatch-size 4 --crit
 PPO += " --policy-warmup 0"
 
 
-@pytest.mark.parametrize("actions", ["continuous", "discrete"])
+@pytest.mark.parametrize("actions", [pytest.param("continuous", marks=pytest.mark.slow), "discrete"])
 def test_warmup_then_ppo_and_its_resume(tmp_path, monkeypatch, actions):
     monkeypatch.setitem(world.TASKS, "Lift", (1, 90, "lift the cube"))
     out = f"--cameras wrist --actions {actions} --output-dir {tmp_path}"
