@@ -8,8 +8,8 @@
 
 Proximal policy optimisation (Schulman et al. 2017) where one decision is a chunk of K actions of A numbers,
 emitted as K*A tokens in one parallel forward (OpenVLA-OFT, Kim et al. 2025) and executed open loop. The value
-is read at the last prompt position, before any action token. Log-probs are taken at the sampling temperature
-over the sampling support. Expect on 2 CPU cores: tabletop 0.975 to 0.99 greedy success (3 seeds) in about 6
+is read off the prompt, before any action token. Log-probs are taken at the sampling temperature over the
+sampling support. Expect on 2 CPU cores: tabletop 0.975 to 0.99 greedy success (3 seeds) in about 6
 minutes after the warm-up's 8; CartPole 500 in half a minute.
 """
 
@@ -594,7 +594,7 @@ class Agent(nn.Module):
         self.backbone, self.deterministic = backbone, args.deterministic
         self.detach_value = args.detach_value and not backbone.own_critic  # which nothing else would train
         self.head = make_head(backbone, args, envs)
-        width = backbone.hidden_size
+        width = getattr(backbone, "prompt_size", backbone.hidden_size)
         layers = [nn.LayerNorm(width), nn.Linear(width, 128), nn.Tanh(), nn.Linear(128, 1)]
         self.value_head = nn.Linear(width, 1) if backbone.own_critic else nn.Sequential(*layers)
         last = self.value_head if backbone.own_critic else layers[-1]

@@ -3,11 +3,10 @@
     python ppo_vla.py --checkpoint runs/warmup --collect 400 --save-dataset rollouts.hdf5
     python iql.py --dataset rollouts.hdf5 --features runs/warmup
 
-The pictures of a data set are encoded once, and what learns from states learns from these features: the last
-hidden state at the prompt's end, where the value of a VLA is read (D), and the proprioception (P). It is
-evaluated in the data's world, or --env, through the same encoder. `--features-of actions` takes the hidden
-states of all action slots instead (K*A*D). Nothing teaches a tiny policy's prompt's end, as pretraining does
-a large one's: of one the recorded actions follow to 0.54 of their variance from there, of the slots to 0.88.
+The pictures of a data set are encoded once, and what learns from states learns from these features: what a
+critic of the policy reads (D: a large model's last hidden state at the prompt's end, of tiny the prompt as it
+enters the layers), and the proprioception (P). It is evaluated in the data's world, or --env, through the
+same encoder. `--features-of actions` takes the hidden states of all action slots instead (K*A*D).
 
 One step of such a data set is a decision, as in `ppo_vla.py`: an action is a whole chunk, K*A numbers, those
 that the world ignores left out, which is executed open loop; its reward is the sum over the chunk, and
@@ -108,10 +107,14 @@ class Encoder:
         holder.backbone = self.backbone
         load_weights(holder, args, source)
         holder.eval().requires_grad_(False)
-        slots = np.prod(self.acts) if of == "actions" else 1
         if of == "actions" and (self.backbone.autoregressive or hasattr(self.backbone, "velocity")):
             raise UserError(f"The slots of {path} see the actions themselves; use --features-of prompt.")
-        self.size = slots * self.backbone.hidden_size + envs.single_observation_space["proprio"].shape[0]
+        hidden = self.backbone.hidden_size
+        if of == "actions":
+            hidden *= np.prod(self.acts)
+        else:
+            hidden = getattr(self.backbone, "prompt_size", hidden)
+        self.size = hidden + envs.single_observation_space["proprio"].shape[0]
         # of a base's own files, where there are some
         files = getattr(self.backbone, "fingerprint", "")
         digest = hashlib.sha256(repr((saved["backbone"], files)).encode())

@@ -206,7 +206,7 @@ class OfflineArgs(StateArgs):
     """learn from pictures: the data set's, encoded by the frozen backbone of this run or checkpoint, whose
     chunk is then an action"""
     features_of: Annotated[Literal["prompt", "actions"], FIXED, Only("features")] = "prompt"
-    """the hidden states that are the features: of the prompt's end, or of all action slots, which are many
+    """what the features are: what a critic reads, or the hidden states of all action slots, which are many
     numbers, but which imitation has trained"""
     total_timesteps: PositiveInt = 1_000_000
     """updates to train for"""

@@ -268,7 +268,7 @@ def test_a_script_learns_from_features_stops_resumes_and_is_evaluated(home, tmp_
     assert list((tmp_path / "whole/videos").glob("*.mp4"))
     found, saved = results(tmp_path / "whole"), load_checkpoint(tmp_path / "whole")
     assert "success_rate" in found["final"] and found["args"]["features"] == f"{home}/eye"
-    assert len(saved["agent"]["obs_mean"]) == 96 + 2 and "encoder" in saved
+    assert len(saved["agent"]["obs_mean"]) == 10 * 96 + 2 and "encoder" in saved
     stopped_by(monkeypatch, script, "sample_batch", 13)
     assert call(script, flags, "--run-name stopped").code == 130
     monkeypatch.undo()

@@ -7,7 +7,8 @@ come out as the chunk's action tokens, all decoded in parallel. Differences to t
 convolutional stem in place of the two ViTs, and the projector: a few queries, made from the instruction's
 words, attend over the 16x16 feature map, and each yields one token (what it saw and where: features and the
 attention's mean position). Two of the queries have a meaning that `bc_warmup.py` teaches: the named object
-and the named plate.
+and the named plate. A critic reads the prompt's tokens as they enter the Llama, the words averaged: imitation
+teaches nothing at the prompt's end, where that of a pretrained model reads (benchmarks/README.md).
 """
 
 import torch
@@ -148,6 +149,7 @@ class TinyVLA(nn.Module):
             channels=channels,
         )  # fmt: skip
         self.chunk, self.action_dim, self.hidden_size = chunk, action_dim, width
+        self.prompt_size = (cameras * queries + 2) * width
         self.word_ids = {word: i + 4 for i, word in enumerate(words)}
         self.prompts = {}  # tuple of instructions -> ids (I, L)
 
@@ -200,7 +202,6 @@ class TinyVLA(nn.Module):
                 [self.word_ids.get(w, UNKNOWN) for w in text.lower().split()] + [END] for text in instructions
             ]
             longest = max(map(len, rows))
-            # Pads stand on the left, so that the end of the prompt, where the value is read, has one index.
             self.prompts[key] = torch.tensor(
                 [[PAD] * (longest - len(row)) + row for row in rows], device=device
             )
@@ -239,19 +240,21 @@ class TinyVLA(nn.Module):
             self.see(torch.cat([vision[..., :channels], fourier(vision[..., channels:])], -1))
             + self.visual_slots
         )
-        proprio = self.feel(fourier(batch["proprio"]))[:, None]
+        proprio = self.feel(fourier(batch["proprio"]))
+        words, real = self.words(ids), ids != PAD
         bos = self.words(ids.new_full((size, 1), BOS))
         slots = self.action_slots.expand(size, -1, -1)
-        sequence = torch.cat([bos, visual, proprio, self.words(ids), slots], 1)  # (B, S, width)
+        sequence = torch.cat([bos, visual, proprio[:, None], words, slots], 1)  # (B, S, width)
         before, length = 2 + visual.shape[1], sequence.shape[1]
-        keep = F.pad(ids != PAD, (before, slots.shape[1]), value=True)
+        keep = F.pad(real, (before, slots.shape[1]), value=True)
         # An explicit 4-D mask: every row sees every real column. A causal mask would be the silent error
         # (OFT).
         mask = keep[:, None, None, :].expand(-1, 1, length, -1)
         position_ids = keep.cumsum(1) - 1
         hidden = self.language_model(sequence, attention_mask=mask, position_ids=position_ids)
-        start = before + ids.shape[1]
-        return hidden[:, start:], hidden[:, start - 1]
+        instruction = (words * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+        prompt = torch.cat([visual.flatten(1), proprio, instruction], 1)
+        return hidden[:, before + ids.shape[1] :], prompt
 
     def action_logits(self, action_hidden):
         return self.lm_head(action_hidden)
