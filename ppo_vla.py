@@ -71,7 +71,7 @@ class Args(VLAArgs):
     """AdamW, value head"""
     anneal_lr: bool = True
     """linear decay of both learning rates to zero"""
-    policy_warmup: NonNegativeInt = 20
+    policy_warmup: NonNegativeInt = 10
     """iterations over which the policy's learning rate rises from 0"""
     gamma: Share = 0.9
     """discount per decision: an episode is 3 to 12 of them, and 0.9 makes a late success worth visibly
@@ -107,7 +107,7 @@ class Args(VLAArgs):
     """Huber's delta for the value loss; 0 for the squared error"""
     detach_value: bool = True
     """keep the value loss's gradient out of the backbone that the policy shares"""
-    critic_warmup: NonNegativeInt = 15
+    critic_warmup: NonNegativeInt = 5
     """iterations that train only the value head: by a poor one a good warm-up is unlearned"""
     normalize_advantages: bool = True
     """to mean 0 and std 1 over an iteration's data"""
@@ -131,9 +131,8 @@ class Args(VLAArgs):
     that of the tasks drawn"""
 
     def defaults(self):
-        """A chain of several steps moves further than tokens at the same rate, and too far in Adam's
-        first steps, its largest."""
-        own = dict(learning_rate=2e-5, policy_warmup=10) if self.head == "flow" else {}
+        """A chain of several steps moves further than tokens at the same rate."""
+        own = dict(learning_rate=2e-5) if self.head == "flow" else {}
         return {name: x for name, x in own.items() if getattr(self, name) == getattr(Args, name)}
 
     def check(self):
