@@ -119,11 +119,12 @@ class Args(VLAArgs):
     """gaussian head: train the standard deviation, one per action dimension"""
     flow_steps: Annotated[PositiveInt, KEPT, Only("head", "flow")] = 4
     """flow head: S, Euler steps from the noise to the chunk"""
-    flow_noise: Annotated[Literal["sde", "learned"], KEPT, Only("head", "flow")] = "sde"
+    flow_noise: Annotated[Literal["sde", "learned", "fpo"], KEPT, Only("head", "flow")] = "sde"
     """flow head: the noise of sampled steps: Flow-SDE's, which keeps the flow's marginals, or a standard
-    deviation per action dimension, trained, that starts at --noise-level (Flow-Noise)"""
+    deviation per action dimension, trained, that starts at --noise-level (Flow-Noise), or none, and
+    flow-matching losses for log-probs (FPO)"""
     noise_level: Annotated[Positive, KEPT, Only("head", "flow")] = 0.3
-    """flow head: how much of it"""
+    """flow head: how much of it; with fpo the deviation by which losses count"""
     exploration_end: Positive = 1.0
     """how much of the temperature, or of a Gaussian's or flow's deviation, is left at the end; linear"""
     curriculum: bool = False
@@ -189,6 +190,7 @@ PRESETS = {  # what differs from the defaults; flags on the command line win
         temperature=1.0, entropy_coef=0.01, critic_warmup=5, total_timesteps=100_000,
     ),
 }  # fmt: skip
+FPO_DRAWS = 8  # noises, each at its own time, whose losses are a flow's log-prob in FPO
 
 
 # --- the mathematics: pure functions on tensors
@@ -329,6 +331,12 @@ def teachable(episodes, num_tasks):
     counts = np.bincount(task.astype(int), minlength=num_tasks)
     p = (np.bincount(task.astype(int), success, num_tasks) + 1) / (counts + 2)
     return p * (1 - p)
+
+
+def flow_matching_loss(velocity, actions, noise):
+    """(v - (noise - actions))^2 elementwise: the velocity of the straight line x = t noise + (1 - t) actions
+    (Lipman et al. 2023, eq. 23, with time as in pi0's code)."""
+    return (velocity - (noise - actions)).square()
 
 
 def flow_times(steps):
@@ -489,6 +497,10 @@ class FlowHead(nn.Module):
     Each step is Gaussian, so that a chain has a log-prob: of a number, the sum over its steps. The noise's
     own is the same for all policies and left out. Greedily the ODE starts at zero.
 
+    With FPO (McAllister et al. 2025, arXiv:2507.21053) no step is noisy. Actions are FPO_DRAWS noises and
+    where the ODE led from another one, (B, FPO_DRAWS+1, n). In the place of a log-prob stands minus the
+    flow-matching loss, mean over these noises, each at its own time: as a Gaussian's of deviation `level`.
+
     n is K*A, but where the backbone has a flow of its own, of longer chunks and more numbers than are
     executed. The steps' noise is in those that are; the others follow the ODE from theirs, so that they are a
     function of the chain and the policy, and `log_prob` is the executed ones' exactly.
@@ -506,7 +518,8 @@ class FlowHead(nn.Module):
         self.others = numbers.numel() - executed.numel()
         self.register_buffer("times", flow_times(args.flow_steps), persistent=False)
         self.register_buffer("sde", sde_std(args.flow_steps, args.noise_level), persistent=False)
-        self.learned, self.level = args.flow_noise == "learned", args.noise_level
+        self.learned, self.fpo = args.flow_noise == "learned", args.flow_noise == "fpo"
+        self.level = args.noise_level
         # of the learned noise; a checkpoint's goes with every level
         self.log_scale = nn.Parameter(torch.zeros(backbone.action_dim), requires_grad=self.learned)
         self.register_buffer("exploration", torch.ones(()))  # what the schedule has left of the noise
@@ -534,6 +547,14 @@ class FlowHead(nn.Module):
 
     def sample(self, flow, deterministic, generator):
         velocity, size = flow
+        if self.fpo:
+            noise = self.sde.new_zeros(size, FPO_DRAWS + 1, len(self.executed) + self.others)
+            if not deterministic:
+                noise.normal_(generator=generator)
+            x = self.exploration * noise[:, -1]
+            for k in range(self.steps):
+                x = self.mean(velocity, x, k, None)
+            return torch.cat([noise[:, :-1], x[:, None]], 1)
         std = self.whole(self.std())
         noise = std.new_zeros(size, self.steps + 1, std.shape[1])
         if not deterministic:
@@ -545,6 +566,12 @@ class FlowHead(nn.Module):
         return torch.stack(chain, 1)
 
     def log_prob(self, flow, actions):
+        if self.fpo:
+            noise, action = actions[:, :-1], actions[:, -1:]
+            t = flow_times(FPO_DRAWS).to(noise) - 0.5 / FPO_DRAWS
+            x = t[:, None] * noise + (1 - t[:, None]) * action
+            losses = flow_matching_loss(flow[0](x, t.expand(len(x), -1)), action, noise)
+            return -losses.mean(1)[:, self.executed] / (2 * self.level**2)
         std, x, means = self.std(), actions[:, 0], []
         whole = self.whole(std)
         for k in range(self.steps):
@@ -556,6 +583,8 @@ class FlowHead(nn.Module):
         return normal.log_prob(actions[:, 1:, self.executed]).sum(1)  # (B, K*A)
 
     def entropy(self, flow):
+        if self.fpo:  # unknown
+            return self.sde.new_zeros(flow[1], len(self.executed))
         normal = torch.distributions.Normal(0.0, self.std(), validate_args=False)
         return normal.entropy().sum(0).expand(flow[1], -1)
 

@@ -113,6 +113,33 @@ def test_log_prob_is_the_sum_of_the_steps_densities():
     )
 
 
+def test_fpo_weighs_an_action_by_its_flow_matching_losses():
+    """-(v - (noise - action))^2 / (2 level^2), mean over 8 noises at t = 15/16, 13/16, ..., 1/16; the action
+    is where Euler's steps lead from one more noise, which --exploration-end shrinks, greedily from zero."""
+    head = make_head(3, 0.4, noise="fpo", numbers=2)
+    draws = torch.zeros(6, 9, 2).normal_(generator=generator())
+    found = head.sample((linear, 6), False, generator())
+    assert torch.equal(found[:, :8], draws[:, :8]) and found.shape == (6, 9, 2)
+    for left in (1.0, 0.5):
+        head.exploration.fill_(left)
+        action = left * draws[:, 8]
+        for k in range(3):
+            action = action - linear(action, 1 - k / 3) / 3
+        torch.testing.assert_close(head.sample((linear, 6), False, generator())[:, 8], action)
+    greedy = head.sample((linear, 6), True, None)
+    assert not greedy[:, :8].any() and greedy[0, 8, 0] and greedy[:, 8].std() < 1e-12
+    log_prob = head.log_prob((lambda x, t: linear(x, t[..., None]), 6), found)
+    for b in range(6):
+        for a in range(2):
+            total, action = 0.0, float(found[b, 8, a])
+            for i in range(8):
+                t, noise = (15 - 2 * i) / 16, float(found[b, i, a])
+                v = linear(t * noise + (1 - t) * action, t)
+                total -= (v - (noise - action)) ** 2 / (2 * 0.4**2) / 8
+            assert abs(log_prob[b, a] - total) < 1e-12
+    assert not head.entropy((linear, 6)).any() and head.to_env(found).shape == (6, 1, 2)
+
+
 @pytest.mark.parametrize("noise", ["sde", "learned"])
 def test_importance_weights_average_one(noise):
     """exp(log p' - log p) over chains of p, for another velocity: 1, as densities have it."""
@@ -270,7 +297,7 @@ def test_log_probs_do_not_depend_on_the_batch():
     assert actions.shape == (5, 5, K * A) and (torch.cat(alone) - log_probs).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("noise", ["sde", "learned"])
+@pytest.mark.parametrize("noise", ["sde", "learned", "fpo"])
 def test_the_policy_moves_towards_the_reward(noise):
     """A bandit whose reward is the first number of the chunk: PPO's own loss raises its mean."""
     torch.set_default_dtype(torch.float32)

@@ -310,7 +310,7 @@ def test_a_worker_that_dies_or_hangs_does_not_end_the_run(tmp_path, warmup, monk
             "--ratio-level chunk --kl-coef 0.1 --train-vision --verifier-gamma 0.9", marks=pytest.mark.slow
         ),
         pytest.param("--ratio-level sequence --entropy-coef 0.01 --head gaussian", marks=pytest.mark.slow),
-        "--ratio-level token --head flow --flow-steps 2 --curriculum --exploration-end 0.5",
+        "--ratio-level token --head flow --flow-noise fpo --flow-steps 2 --curriculum --exploration-end 0.5",
     ],
 )
 def test_every_variant_goes_on_bit_identically(tmp_path, monkeypatch, flags):

@@ -205,16 +205,19 @@ def test_a_row_alone_is_the_row_among_others(published):
         close(backbone.velocity(alone, x[i : i + 1], torch.tensor(0.7)), velocity[i : i + 1])
 
 
+@pytest.mark.parametrize(("noise", "points"), [("sde", 5), ("fpo", 9)])
 @torch.no_grad()
-def test_a_chain_has_one_log_prob_whoever_caches(published):
+def test_a_chain_has_one_log_prob_whoever_caches(published, noise, points):
     """Ratio 1 on the first minibatch: cached and not, also of a chain that was saved."""
     backbone = load(published)
-    batch, head = backbone.preprocess(observe(), INSTRUCTIONS), flow_head(backbone, noise_level=0.5)
+    batch = backbone.preprocess(observe(), INSTRUCTIONS)
+    head = flow_head(backbone, noise_level=0.5, flow_noise=noise)
     vision, _ = backbone.encode_vision(batch)
     flow = head(backbone, backbone(batch, vision)[0])
     chain = head.sample(flow, False, torch.Generator().manual_seed(0))
     log_prob = head.log_prob(flow, chain)
-    assert chain.shape == (4, 5, 54) and log_prob.shape == (4, 21) and head.entropy(flow).shape == (4, 21)
+    assert chain.shape == (4, points, 54)
+    assert log_prob.shape == (4, 21) and head.entropy(flow).shape == (4, 21)
     assert head.log_prob(head(backbone, backbone(batch)[0]), chain.clone()).equal(log_prob)
     greedy = [head.sample(flow, True, None) for _ in range(2)]
     assert greedy[0].equal(greedy[1]) and not greedy[0][:, 0].any()
