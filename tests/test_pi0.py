@@ -554,6 +554,20 @@ def test_the_published_recipe_is_the_preset(published):
     assert (args.head, args.learning_rate, args.flow_samples) == ("flow", 2.5e-5, 1)
 
 
+@pytest.mark.parametrize(
+    ("script", "flags", "passes"),
+    [
+        (ppo_vla, "", 4),
+        (ppo_vla, "--flow-noise fpo", ppo_vla.FPO_DRAWS),
+        (bc_warmup, "--flow-samples 12", 12),
+        (bc_warmup, "--flow-noise fpo", 10),  # of an evaluation
+    ],
+)
+def test_memory_is_estimated_for_the_passes_of_an_update(published, script, flags, passes):
+    args = read(script, f"--backbone {published.folder} {flags}")
+    assert pi0.own_options(args, torch.device("cpu"), 1, 8, False)["passes"] == passes
+
+
 def test_ppo_trains_and_evaluates(tmp_path, published):
     run(ppo_vla, PPO, f"--backbone {published.folder} --output-dir {tmp_path} --run-name ppo")
     log = scalars(tmp_path / "ppo")

@@ -267,7 +267,8 @@ def from_flags(args, chunk, action_dim, proprio_dim, **_):
 def own_options(args, device, cameras, micro_batch_size, train_vision):
     """What `build` takes that is the run's affair and not the weights'."""
     train_prefix = bool(train_vision) and not args.evaluate
-    passes = max(getattr(args, name, 1) for name in ("flow_steps", "flow_samples"))
+    draws = 8 if getattr(args, "flow_noise", None) == "fpo" else 1  # FPO_DRAWS
+    passes = max(getattr(args, "flow_steps", 1), getattr(args, "flow_samples", draws))
     return dict(
         train_prefix=train_prefix, lora_rank=args.lora_rank, cameras=cameras, passes=passes,
         micro_batch_size=0 if args.evaluate else micro_batch_size,
