@@ -391,6 +391,7 @@ class FlowHead(nn.Module):
         self.register_buffer("executed", executed, persistent=False)
         self.others = numbers.numel() - executed.numel()
         self.register_buffer("times", flow_times(args.flow_steps), persistent=False)
+        self.register_buffer("draw_times", flow_times(FPO_DRAWS) - 0.5 / FPO_DRAWS, persistent=False)
         self.register_buffer("sde", sde_std(args.flow_steps, args.noise_level), persistent=False)
         self.learned, self.fpo = args.flow_noise == "learned", args.flow_noise == "fpo"
         self.level = args.noise_level
@@ -442,7 +443,7 @@ class FlowHead(nn.Module):
     def log_prob(self, flow, actions):
         if self.fpo:
             noise, action = actions[:, :-1], actions[:, -1:]
-            t = flow_times(FPO_DRAWS).to(noise) - 0.5 / FPO_DRAWS
+            t = self.draw_times
             x = t[:, None] * noise + (1 - t[:, None]) * action
             losses = flow_matching_loss(flow[0](x, t.expand(len(x), -1)), action, noise)
             return -losses.mean(1)[:, self.executed] / (2 * self.level**2)
