@@ -13,17 +13,17 @@ A family is one file and one line in `BACKBONES`. The file has
 A backbone is an `nn.Module` with
     preprocess(obs, instructions) -> batch          of arrays or tensors, a dict of tensors on its device
     encode_vision(batch) -> vision, attention       what may be cached while the vision part is frozen
-    forward(batch, vision=None, actions=None) -> action_hidden (B, K*A, D), prompt_hidden (B, D): a critic's
+    forward(batch, vision=None, actions=None) -> action_hidden (B, K*A, D), prompt_hidden (B, D)
     action_logits(action_hidden) -> (B, K*A, 256)   token models only; column 0 is id 31744, i.e. action +1
     vision_parameters() -> list                     all that encode_vision uses
     to_env(actions) -> tensor (B, K, A)             from [-1, 1] to the environment's units, on any device
     from_env(actions) -> numpy (..., A)             and back, for demonstrations
 The batch's pictures are `image`, which a rollout drops once `encode_vision` has seen them; `length`, if
 there, is the prompts'; names that PPO and GRPO give to their own columns are refused. And it has
-`hidden_size` (D; prompt_hidden's is `prompt_size`, where there is one), `chunk`, `action_dim`,
-`autoregressive`, `config` (a dict of plain values, `name` among them, that `build_backbone(**config)`
-rebuilds: a vocabulary made from `instructions` belongs there), `lora_targets` (a regular expression of module
-names, or None), `has_attention` (encode_vision returns attention logits and
+`hidden_size` (D; of prompt_hidden, which a critic reads, `prompt_size` if there is one), `chunk`,
+`action_dim`, `autoregressive`, `config` (a dict of plain values, `name` among them, that
+`build_backbone(**config)` rebuilds: a vocabulary made from `instructions` belongs there), `lora_targets` (a
+regular expression of module names, or None), `has_attention` (encode_vision returns attention logits and
 not None), `own_critic` (prompt_hidden comes from parameters that no action depends on) and `has_files` (the
 base's weights are in files of their own, and no checkpoint repeats them while they are frozen: True for all,
 or how the names of those that are begin, a tuple). The last of `proprio`'s numbers are args.action_history
