@@ -61,6 +61,9 @@ class Args(VLAArgs):
     """weight of the grounding loss beside the imitation loss"""
     image_aug: Share = 0.0
     """the pictures' colours vary in training, by factors in 1 +- this"""
+    word_dropout: Share = 0.0
+    """the chance of each word of an instruction to be a blank in training: what a word means that nobody
+    taught is guessed from the others (to tiny it looks like a blank)"""
     gradient_steps: PositiveInt = 2000
     """gradient steps of imitation"""
     batch_size: PositiveInt = 128
@@ -125,6 +128,7 @@ PRESETS = {  # what differs from the defaults; flags on the command line win
     ),
 }  # fmt: skip
 FPO_DRAWS = 8  # noises, each at its own time, whose losses are a flow's log-prob in FPO
+BLANKED = 100  # copies of each instruction, with other words blank
 MAX_WEIGHT = 20.0  # of a step with a large advantage (AWR's)
 
 
@@ -203,14 +207,22 @@ def learning_rate_at(step, args):
 def jitter_colours(image, strength, generator):
     """Pictures uint8 (B, ..., 3), each in other colours: contrast about its mean, saturation about its
     grey and each channel are multiplied by factors uniform in 1 +- strength."""
-    one = [1] * (image.dim() - 2)
-    factors = torch.rand(len(image), *one, 5, generator=generator, device=image.device)
+    factors = torch.rand(len(image), 1, 5, generator=generator, device=image.device)
     contrast, saturation, channels = (1 + strength * (2 * factors - 1)).split([1, 1, 3], -1)
-    mean = image.float().mean(tuple(range(1, image.dim())), keepdim=True)
-    x = mean + contrast * (image - mean)
-    grey = x.mean(-1, keepdim=True)
-    x = grey + saturation * (x - grey)
-    return (x * channels).round().clamp(0, 255).to(torch.uint8)
+    x = image.flatten(1, -2).float()  # (B, P, 3)
+    saturate = saturation * torch.eye(3, device=image.device) + (1 - saturation) / 3
+    offset = (1 - contrast) * channels * x.mean((1, 2), keepdim=True)
+    x = torch.baddbmm(offset, x, contrast * saturate * channels)  # all of it is linear
+    return x.round_().clamp_(0, 255).to(torch.uint8).view_as(image)
+
+
+def blank_words(instructions, share, copies, rng):
+    """-> `copies` of each instruction, next to each other, whose words are blanks with the chance `share`."""
+    return [
+        " ".join("___" if rng.random() < share else word for word in text.split())
+        for text in instructions
+        for _ in range(copies)
+    ]
 
 
 def flow_times(steps):
@@ -614,6 +626,10 @@ def train(args, run):
     trained = [p for p in agent.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, eps=1e-5, weight_decay=1e-4)
     shuffler, sampler = run.generator("shuffler"), run.generator("sampler", device)
+    instructions = eval_envs.instructions
+    if args.word_dropout:
+        rng = np.random.default_rng(args.seed)
+        instructions = blank_words(instructions, args.word_dropout, BLANKED, rng)
 
     first = 0 if scenes is not None else args.grounding_steps  # nothing to ground on: that stage is left out
     step, total = first, args.grounding_steps + args.gradient_steps
@@ -646,7 +662,10 @@ def train(args, run):
         obs = {key: source[key][index.to(source[key].device)] for key in names}
         if args.image_aug:
             obs["image"] = jitter_colours(obs["image"].to(device), args.image_aug, sampler)
-        batch = backbone.preprocess(obs, eval_envs.instructions)
+        if args.word_dropout:
+            copy = torch.randint(BLANKED, index.shape, generator=shuffler).to(device)
+            obs["task"] = obs["task"] * BLANKED + copy
+        batch = backbone.preprocess(obs, instructions)
         vision, attention = backbone.encode_vision(batch)
         losses, loss = {}, 0.0
         if not grounding:

@@ -1,5 +1,6 @@
 """The agent on the tiny backbone: ratio, temperature, sampling, heads, attention, caches and adapters."""
 
+import contextlib
 import dataclasses
 import math
 from types import SimpleNamespace
@@ -13,8 +14,9 @@ import bc_warmup
 import grpo_vla
 import ppo_vla
 from common import UserError
-from common.backbones import add_lora, build_backbone
-from common.backbones.tiny import END, PAD, Llama
+from common.backbones import add_lora, build_backbone, load_backbone
+from common.backbones.tiny import END, PAD, UNKNOWN, Llama
+from common.envs import make_envs, tabletop
 
 K, A, TEMPERATURE = 2, 7, 1.6
 INSTRUCTIONS = ["lift the red cube", "put the blue ball on the yellow plate now", "wait"]
@@ -288,6 +290,9 @@ def test_tinys_llama_is_transformers():
             inputs_embeds=x, attention_mask=mask, position_ids=position_ids, use_cache=False
         ).last_hidden_state
         torch.testing.assert_close(model(x, mask, position_ids), wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            model(x, keep[:, None, None], position_ids, 20), wanted[:, 20:], rtol=1e-5, atol=1e-5
+        )
         assert (model(x, mask, position_ids + keep) - wanted).abs().max() > 1e-3  # positions count
 
 
@@ -331,6 +336,22 @@ def test_value_is_read_off_the_prompt(head):
         )  # whatever is sampled
         for action in (first[0], second[0]):
             assert torch.equal(agent.evaluate_actions(batch, action)[2], wanted)
+
+
+def test_words_that_training_never_shows_look_like_a_blank():
+    own = dict(env="tabletop", backbone="tiny", chunk=K, num_workers=0)
+    args = SimpleNamespace(**vars(bc_warmup.Args()) | vars(tabletop.Args()) | own)
+    run = SimpleNamespace(saved=None, source=None, device="cpu", rank=0)
+    with contextlib.closing(make_envs(args, "eval", 1)) as envs:
+        backbone = load_backbone(args, envs, run)
+        assert len(envs.training_instructions) == 11 < len(envs.instructions)
+    obs = {"image": np.zeros((3, 1, 64, 64, 3), np.uint8), "proprio": np.zeros((3, 8), np.float32)}
+    texts = ["push the red cube over to the yellow plate", "___ the red cube ___ to the yellow plate"]
+    batch = backbone.preprocess(
+        obs | {"task": np.arange(3)}, [*texts, "move the red cube to the yellow plate"]
+    )
+    first, second, known = batch["input_ids"]
+    assert torch.equal(first, second) and first.tolist().count(UNKNOWN) == 2 and UNKNOWN not in known
 
 
 def test_attention_is_bidirectional_and_blind_to_pads():

@@ -1,5 +1,6 @@
 """The scripts' mathematics against float64 scalar loops and closed forms; how a rollout bootstraps."""
 
+import functools
 import math
 import sys
 from dataclasses import dataclass
@@ -604,6 +605,20 @@ def test_colours_vary_within_their_bounds_and_a_picture_alike():
     assert torch.equal(bc_warmup.jitter_colours(images, 0.0, torch.Generator()), images)
     ends = torch.tensor([0, 255], dtype=torch.uint8).repeat(3, 4, 6).view(3, 1, 4, 4, 3)
     assert {0, 255} <= set(bc_warmup.jitter_colours(ends, 1.0, torch.Generator()).unique().tolist())
+
+
+def test_blank_words_are_drawn_for_each_copy():
+    texts = ["lift the red cube", "put it down"]
+    blank = functools.partial(bc_warmup.blank_words, texts)
+    assert blank(0.0, 2, rng_of(0)) == [texts[0]] * 2 + [texts[1]] * 2
+    assert blank(1.0, 1, rng_of(0)) == ["___ ___ ___ ___", "___ ___ ___"]
+    found = [text.split() for text in blank(0.2, 1000, rng_of(0))]
+    assert {len(words) for words in found[:1000]} == {4} and {len(words) for words in found[1000:]} == {3}
+    for text, copies in zip(texts, (found[:1000], found[1000:]), strict=True):
+        for place, word in enumerate(text.split()):
+            kept = np.mean([words[place] == word for words in copies])
+            assert kept == pytest.approx(0.8, abs=0.05)
+            assert {words[place] for words in copies} == {word, "___"}
 
 
 def test_learning_rate_schedule():

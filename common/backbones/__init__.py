@@ -163,7 +163,7 @@ def load_backbone(args, envs, run, micro_batch_size=0, train_vision=None):
                     "was."
                 )
     else:
-        shape |= {"instructions": envs.instructions, "dataset": envs.dataset}
+        shape |= {"instructions": envs.training_instructions or envs.instructions, "dataset": envs.dataset}
         config = {"name": args.backbone} | module.from_flags(args, **shape)
     if old_rank and lora_rank not in (0, old_rank):
         raise UserError(f"The checkpoint's adapters have rank {old_rank}; use --lora-rank {old_rank} or 0.")

@@ -47,15 +47,17 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
         self.v_proj, self.o_proj = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
 
-    def forward(self, x, keep, cos, sin):
-        """x (B, S, width), keep bool (B, 1, S, S), cos and sin (B, 1, S, width of a head)"""
+    def forward(self, x, keep, cos, sin, first=0):
+        """x (B, S, width), keep bool (B, 1, 1, S), cos and sin (B, 1, S, width of a head) -> (B, S - first,
+        width), of the positions from `first` on"""
         q, k, v = (
-            projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, S, width of a head)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(z).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, S, width of a head)
+            for projection, z in ((self.q_proj, x[:, first:]), (self.k_proj, x), (self.v_proj, x))
         )
         q, k = (
-            z * cos + torch.cat([-z[..., z.shape[-1] // 2 :], z[..., : z.shape[-1] // 2]], -1) * sin
-            for z in (q, k)
+            z * cos[:, :, i:]
+            + torch.cat([-z[..., z.shape[-1] // 2 :], z[..., : z.shape[-1] // 2]], -1) * sin[:, :, i:]
+            for z, i in ((q, first), (k, 0))
         )
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
         return self.o_proj(out.transpose(1, 2).flatten(2))
@@ -79,8 +81,8 @@ class Layer(nn.Module):
         self.input_layernorm = nn.RMSNorm(width, eps=1e-6)
         self.post_attention_layernorm = nn.RMSNorm(width, eps=1e-6)
 
-    def forward(self, x, keep, cos, sin):
-        x = x + self.self_attn(self.input_layernorm(x), keep, cos, sin)
+    def forward(self, x, keep, cos, sin, first=0):
+        x = x[:, first:] + self.self_attn(self.input_layernorm(x), keep, cos, sin, first)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -100,13 +102,14 @@ class Llama(nn.Module):
         with torch.no_grad():
             self.embed_tokens.weight[PAD] = 0.0
 
-    def forward(self, x, attention_mask, position_ids):
-        """x (B, S, width), attention_mask bool (B, 1, S, S), position_ids (B, S) -> (B, S, width)"""
+    def forward(self, x, attention_mask, position_ids, first=0):
+        """x (B, S, width), attention_mask bool (B, 1, 1, S), position_ids (B, S) -> (B, S - first, width): of
+        the last layer only what is read, from position `first` on"""
         angle = (position_ids[..., None] * self.frequencies).repeat(1, 1, 2)[:, None]
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             x = layer(x, attention_mask, cos, sin)
-        return self.norm(x)
+        return self.norm(self.layers[-1](x, attention_mask, cos, sin, first))
 
 
 class TinyVLA(nn.Module):
@@ -159,7 +162,7 @@ class TinyVLA(nn.Module):
             nn.Conv2d(24, 48, 3, 2, 1),
             nn.GELU(),
             nn.Conv2d(48, channels, 3, 1, 1),
-        )
+        ).to(memory_format=torch.channels_last)  # as pictures come
         side = image_size // 4
         self.place = nn.Parameter(0.02 * torch.randn(cameras, side * side, channels))
         self.key, self.value = nn.Linear(channels, channels), nn.Linear(channels, channels)
@@ -245,16 +248,13 @@ class TinyVLA(nn.Module):
         bos = self.words(ids.new_full((size, 1), BOS))
         slots = self.action_slots.expand(size, -1, -1)
         sequence = torch.cat([bos, visual, proprio[:, None], words, slots], 1)  # (B, S, width)
-        before, length = 2 + visual.shape[1], sequence.shape[1]
+        before, first = 2 + visual.shape[1], sequence.shape[1] - slots.shape[1]
         keep = F.pad(real, (before, slots.shape[1]), value=True)
-        # An explicit 4-D mask: every row sees every real column. A causal mask would be the silent error
-        # (OFT).
-        mask = keep[:, None, None, :].expand(-1, 1, length, -1)
-        position_ids = keep.cumsum(1) - 1
-        hidden = self.language_model(sequence, attention_mask=mask, position_ids=position_ids)
+        # Every row sees every real column. A causal mask would be the silent error (OFT).
+        hidden = self.language_model(sequence, keep[:, None, None], keep.cumsum(1) - 1, first)
         instruction = (words * real[..., None]).sum(1) / real.sum(1, keepdim=True)
         prompt = torch.cat([visual.flatten(1), proprio, instruction], 1)
-        return hidden[:, before + ids.shape[1] :], prompt
+        return hidden, prompt
 
     def action_logits(self, action_hidden):
         return self.lm_head(action_hidden)

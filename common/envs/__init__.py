@@ -11,8 +11,9 @@ environment at most. Beyond Gymnasium's the environment has
   on it; `reset(seed=None)` goes on with the environment's own random state;
 - `instructions: list[str]`, `active_dims: bool (A,)` (those that have any effect), `has_success: bool`: then
   every step's info has `success` (of others the first step tells); optionally `dataset: str`, the published
-  data set that is of this world, `action_bounds`, what -1 and 1 mean in its own units, each (A,), and
-  `action_names`, a word for each action of a Discrete space;
+  data set that is of this world, `action_bounds`, what -1 and 1 mean in its own units, each (A,),
+  `action_names`, a word for each action of a Discrete space, and `training_instructions`, those that split
+  "train" shows, where it keeps some back;
 - `observation_space`, a Dict: `image` uint8 (cameras, H, W, 3), `proprio` float32 (P,), `task` int64 () into
   the instructions; from states `proprio` alone, or with `task`; `action_space`, a Box from -1 to 1 (A,), or
   Discrete; observations of another shape or kind, and any number that is not finite, also a reward, end the

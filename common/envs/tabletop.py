@@ -249,7 +249,7 @@ class TabletopEnv(gym.Env):
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
     has_success, draws_tasks = True, True
-    instructions = INSTRUCTIONS
+    instructions, training_instructions = INSTRUCTIONS, [INSTRUCTIONS[i] for i in TRAIN_TASKS]
     active_dims = np.array([True, True, True, False, False, True, True])
 
     def __init__(

@@ -56,7 +56,8 @@ class TabletopBatch:
 
     def __init__(self, env, num_envs, device):
         self.env, self.num_envs, self.device = env, num_envs, device
-        for name in ("instructions", "active_dims", "has_success", "draws_tasks", "observation_space"):
+        texts = "instructions", "training_instructions"
+        for name in (*texts, "active_dims", "has_success", "draws_tasks", "observation_space"):
             setattr(self, name, getattr(env, name))
         self.action_space = env.action_space
         env.begin(0, None)

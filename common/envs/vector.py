@@ -109,7 +109,8 @@ def describe(name, env, action_history):
     spec = {"single_observation_space": spaces.Dict(obs_space), "single_action_space": env.action_space}
     spec |= {"instructions": list(env.instructions), "has_success": bool(env.has_success)}
     spec |= {"active_dims": np.array(env.active_dims, bool)}
-    spec |= {key: getattr(env, key, None) for key in ("dataset", "action_bounds", "action_names")}
+    optional = "dataset", "action_bounds", "action_names", "training_instructions"
+    spec |= {key: getattr(env, key, None) for key in optional}
     return spec | {"draws_tasks": bool(getattr(env, "draws_tasks", False))}
 
 
