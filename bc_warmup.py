@@ -64,7 +64,7 @@ class Args(VLAArgs):
     word_dropout: Share = 0.0
     """the chance of each word of an instruction to be a blank in training: what a word means that nobody
     taught is guessed from the others (to tiny it looks like a blank)"""
-    gradient_steps: PositiveInt = 1600
+    gradient_steps: PositiveInt = 2000
     """gradient steps of imitation"""
     batch_size: PositiveInt = 128
     """decisions per gradient step"""
@@ -107,7 +107,7 @@ class Args(VLAArgs):
 
 
 PRESETS = {  # what differs from the defaults; flags on the command line win
-    "tabletop": dict(randomize=0.6, image_aug=0.3, word_dropout=0.2),
+    "tabletop": dict(randomize=0.6, image_aug=0.3, word_dropout=0.1),
     "libero": dict(backbone="openvla", chunk=8, eval_envs=32, num_demos=50, grounding_steps=0),
     "robosuite": dict(num_demos=100, gradient_steps=1000, eval_envs=16, eval_episodes=50),
     "driving": dict(num_demos=40, demo_noise=0.1, gradient_steps=1000, eval_envs=4, eval_episodes=40),
