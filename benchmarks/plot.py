@@ -2,14 +2,15 @@
 
     python benchmarks/plot.py --collect runs/ppo ppo_1   # -> benchmarks/results/ppo_1.json
     python benchmarks/plot.py                            # benchmarks/curve.png      (pip install matplotlib)
-    python benchmarks/plot.py --splits                   # benchmarks/splits.png, of tabletop's variations
+    python benchmarks/plot.py --splits bc_blank ppo_blank    # benchmarks/splits.png: tabletop's variations
     python benchmarks/plot.py --table                    # the tabletop's runs, in Markdown
     python benchmarks/plot.py --tabletop                 # benchmarks/tabletop.png, a film strip
 
-A file holds the command, the date, the commit of the working tree when it was collected, the run's
-results.json (whose `args`, `versions` and `hardware` say the rest), its evaluations' curve and, of those
-on another split whose folder is called RUN_FOLDER_vision or the like, the success. Collect a run before its
-folder, or that of the run that it started from, is moved.
+The pictures show the named methods, METHOD_SEED.json, or all that there are. A file holds the command, the
+date, the commit of the working tree when it was collected, the run's results.json (whose `args`, `versions`
+and `hardware` say the rest), its evaluations' curve and, of those on another split whose folder is called
+RUN_FOLDER_vision or the like, the success. Collect a run before its folder, or that of the run that it
+started from, is moved.
 """
 
 import argparse
@@ -142,11 +143,15 @@ def tabletop_runs(results):
     }
 
 
-def lines(results=RESULTS):
+def method(name):
+    return name.rpartition("_")[0]
+
+
+def lines(results=RESULTS, methods=()):
     """-> [(name, style, million environment steps, greedy success in %)] of the runs that have a curve."""
     found = []
     for name, content in tabletop_runs(results).items():
-        if curve := content["curve"]:
+        if (curve := content["curve"]) and (not methods or method(name) in methods):
             style = ":" if curve["first_step"] else "--" if "grpo" in content["command"] else "-"
             steps = (curve["first_step"] + np.array(curve["steps"])) / 1e6
             found.append((name, style, steps, 100 * np.array(curve["values"])))
@@ -162,33 +167,35 @@ def pyplot():
     return importlib.import_module("matplotlib.pyplot")
 
 
-def splits(results=RESULTS):
+def splits(results=RESULTS, methods=()):
     """-> {method: {split: [(success rate, lower and upper end of its interval) of each seed]}} of the runs
     that were evaluated on the held-out splits too; a file is called METHOD_SEED."""
     found = {}
     for path in sorted(results.glob("*.json")):
         content = json.loads(path.read_text())
-        if "splits" not in content:
+        name = method(path.stem)
+        if "splits" not in content or (methods and name not in methods):
             continue
-        method = found.setdefault(path.stem.rpartition("_")[0], {split: [] for split in SPLITS})
+        seeds = found.setdefault(name, {split: [] for split in SPLITS})
         for split, success in ({"eval": content["results"]["final"]} | content["splits"]).items():
-            method[split].append((success["success_rate"], *success["success_rate_ci95"]))
+            seeds[split].append((success["success_rate"], *success["success_rate_ci95"]))
     return found
 
 
-def draw_splits(path, results=RESULTS):
+def draw_splits(path, results=RESULTS, methods=()):
     """Bars: the seeds' mean success of each method on each split; on them each seed with its interval."""
-    found = splits(results)
+    found = splits(results, methods)
     if not found:
         raise UserError(f"No file in {results} has the splits of tabletop; --collect such runs first.")
+    found = {name: found[name] for name in methods or found if name in found}  # in the order as named
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(9, 3.8), dpi=130)
     width = 0.8 / len(found)
-    for k, (method, by_split) in enumerate(found.items()):
+    for k, (name, by_split) in enumerate(found.items()):
         for i, split in enumerate(SPLITS):
             seeds = 100 * np.array(by_split[split])
             x = i + (k - (len(found) - 1) / 2) * width
-            axis.bar(x, seeds[:, 0].mean(), 0.9 * width, color=f"C{k}", label=method if i == 0 else None)
+            axis.bar(x, seeds[:, 0].mean(), 0.9 * width, color=f"C{k}", label=name if i == 0 else None)
             spread = x + np.linspace(-0.25, 0.25, len(seeds) + 2)[1:-1] * width
             bars = np.abs(seeds[:, 1:].T - seeds[:, 0])
             axis.errorbar(spread, seeds[:, 0], bars, fmt=".", color="black", markersize=3, linewidth=0.7)
@@ -200,9 +207,9 @@ def draw_splits(path, results=RESULTS):
     plt.close(figure)
 
 
-def draw(path, results=RESULTS):
+def draw(path, results=RESULTS, methods=()):
     """Greedy success over environment steps."""
-    found = lines(results)
+    found = lines(results, methods)
     if not found:
         raise UserError(f"No file in {results} has a curve of tabletop; --collect a run first.")
     plt = pyplot()
@@ -264,6 +271,7 @@ def main(words=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help="draw these alone")
     parser.add_argument("--collect", nargs=2, metavar=("RUN_FOLDER", "NAME"), help="write results/NAME.json")
     parser.add_argument("--script", help="with --collect: the script, where the folder holds no checkpoint")
     parser.add_argument("--table", action="store_true", help="print the runs as a table")
@@ -276,11 +284,11 @@ def main(words=None):
         elif args.table:
             print(table())
         elif args.splits:
-            draw_splits(ROOT / "benchmarks" / "splits.png")
+            draw_splits(ROOT / "benchmarks" / "splits.png", methods=args.methods)
         elif args.tabletop:
             strip(ROOT / "benchmarks" / "tabletop.png")
         else:
-            draw(ROOT / "benchmarks" / "curve.png")
+            draw(ROOT / "benchmarks" / "curve.png", methods=args.methods)
     except (UserError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

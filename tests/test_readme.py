@@ -63,8 +63,8 @@ def parse(command, monkeypatch):
         assert all((ROOT / f"requirements-{word[2:]}.txt").is_file() for word in words), command
     elif name == "benchmarks/plot.py":
         monkeypatch.setattr(plot, "collect", lambda folder, name, script: folder)
-        monkeypatch.setattr(plot, "draw", lambda path: None)
-        monkeypatch.setattr(plot, "draw_splits", lambda path: None)
+        monkeypatch.setattr(plot, "draw", lambda path, methods: None)
+        monkeypatch.setattr(plot, "draw_splits", lambda path, methods: None)
         plot.main(words)
     elif "/" not in name:
         module = importlib.import_module(script)
@@ -199,6 +199,7 @@ def test_a_run_is_collected_drawn_and_tabulated(tmp_path):
     assert [(name, style) for name, style, *_ in lines] == [("grpo_2", ":"), ("ppo_2", "-")]
     assert lines[0][2].tolist() == [0.002, 0.003, 0.004]  # it went on from the other's 2000 steps
     assert lines[1][3].tolist() == [50, 60, 75]
+    assert [name for name, *_ in plot.lines(results, ["ppo"])] == ["ppo_2"]
     row = "| ppo_2 | 0.500 | 0.750 (0.69 to 0.80) | lift 1.00, put 0.50 | 2,000 | 1.5 |"
     assert plot.table(results).split("\n")[-1] == row
 
@@ -225,7 +226,8 @@ def test_the_held_out_splits_are_collected_and_drawn(tmp_path):
         "episodes": 200, "success_rate": 0.5, "success_rate_ci95": [0.69, 0.8],
     }  # fmt: skip
     expected = {split: [(0.5 if split == "vision" else 0.75, 0.69, 0.8)] * 2 for split in plot.SPLITS}
-    assert plot.splits(results) == {"ppo": expected}
+    assert plot.splits(results) == plot.splits(results, ["ppo"]) == {"ppo": expected}
+    assert plot.splits(results, ["grpo"]) == {}
     pytest.importorskip("matplotlib")
     plot.draw_splits(tmp_path / "splits.png", results)
     assert (tmp_path / "splits.png").read_bytes()[:4] == b"\x89PNG"
