@@ -53,7 +53,7 @@ def test_grpo_learns_cartpole(tmp_path):
 
 
 def test_warmup_learns_to_point_and_to_imitate(tmp_path):
-    flags = "--num-demos 60 --grounding-scenes 1000 --grounding-steps 80 --gradient-steps 100".split()
+    flags = "--num-demos 60 --grounding-scenes 1000 --grounding-steps 80 --gradient-steps 130".split()
     run(tmp_path, "bc_warmup.py", *flags, *"--batch-size 48 --eval-episodes 4 --eval-envs 4".split())
     grounding, policy = (scalars(tmp_path / "run", f"loss/{name}") for name in ("grounding", "policy"))
     # log 256 = 5.5 knows nothing; about 1.0 is the bilinear target's entropy
@@ -65,9 +65,9 @@ def test_warmup_learns_to_point_and_to_imitate(tmp_path):
 def test_main_job(tmp_path):
     """The README's main job at one seed: 20 minutes on 2 idle cores."""
     warmup = run(tmp_path, "bc_warmup.py", name="warmup", threads=2)
-    assert warmup["final"]["success_rate"] >= 0.95  # 0.985 with seeds 1, 2, 3
+    assert warmup["final"]["success_rate"] >= 0.95  # 0.990 and 0.995 with seeds 1 and 2
     ppo = run(tmp_path, "ppo_vla.py", "--checkpoint", str(tmp_path / "warmup"), name="ppo", threads=2)
-    assert ppo["final"]["success_rate"] >= 0.95  # 0.985, 0.990, 0.975
+    assert ppo["final"]["success_rate"] >= 0.95  # 0.980, 0.995
     sampled = scalars(tmp_path / "ppo", "rollout/success_rate")
     assert sampled[-1] > sampled[5] + 0.05  # 0.65 -> 0.8 and 0.59 -> 0.78 after the critic's warm-up
 

@@ -162,7 +162,7 @@ class TinyVLA(nn.Module):
             nn.Conv2d(24, 48, 3, 2, 1),
             nn.GELU(),
             nn.Conv2d(48, channels, 3, 1, 1),
-        ).to(memory_format=torch.channels_last)  # as pictures come
+        )
         side = image_size // 4
         self.place = nn.Parameter(0.02 * torch.randn(cameras, side * side, channels))
         self.key, self.value = nn.Linear(channels, channels), nn.Linear(channels, channels)
