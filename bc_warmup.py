@@ -8,8 +8,8 @@ Cross-entropy on the 256-bin action tokens of the next K actions (OpenVLA, Kim e
 OpenVLA-OFT, 2025). The 7B models come with a pretrained eye for words and things; the tiny one is random, so
 a short grounding stage comes first: on random pictures its attention learns to point at the object and the
 plate that the instruction names, whose pixels the simulator knows. It stands in for the pretrained VLM and
-uses nothing but the training layouts. Expect on 2 CPU cores 0.99 greedy success (2 seeds) in 8 to 16 minutes
-(1,000 steps, nothing varied: 0.955 to 0.98 in 5; a flow of 600 demonstrations: 0.91).
+uses nothing but the training layouts. Expect 0.99 greedy success (2 seeds) in 25 minutes of one slow core
+(1,000 steps, nothing varied: 0.955 to 0.98; a flow of 600 demonstrations: 0.91).
 """
 
 import functools
