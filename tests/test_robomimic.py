@@ -546,8 +546,9 @@ def test_cloning_from_states_of_the_file(file, tmp_path):
     )
     run(bc_warmup, again, f"--output-dir {tmp_path} --run-name e")
     assert results(tmp_path / "e")["final"] == found["final"]
-    done = call(bc_warmup, flags, f"--image-aug 0.3 --output-dir {tmp_path}")
-    assert done.code == 2 and "--image-aug varies pictures, and --env robomimic shows none" in done.err, done
+    for flag in ("--image-aug 0.3", "--word-dropout 0.1"):
+        done = call(bc_warmup, flags, f"{flag} --output-dir {tmp_path}")
+        assert done.code == 2 and "--env robomimic shows no pictures" in done.err, done
     done = call(bc_warmup, flags, f"--keys nose --output-dir {tmp_path}")
     assert done.code == 2 and "has no numbers 'nose'" in done.err and done.err.count("\n") == 1
     done = call(bc_warmup, flags.replace("mlp --head gaussian", "tiny"), f"--output-dir {tmp_path}")
