@@ -2,7 +2,7 @@
 
     python benchmarks/plot.py --collect runs/ppo ppo_1   # -> benchmarks/results/ppo_1.json
     python benchmarks/plot.py                            # benchmarks/curve.png      (pip install matplotlib)
-    python benchmarks/plot.py --splits bc_blank ppo_blank    # benchmarks/splits.png: tabletop's variations
+    python benchmarks/plot.py --splits bc_main ppo_main      # benchmarks/splits.png: tabletop's variations
     python benchmarks/plot.py --table                    # the tabletop's runs, in Markdown
     python benchmarks/plot.py --tabletop                 # benchmarks/tabletop.png, a film strip
 
