@@ -16,6 +16,7 @@ which every process would then need, whoever's episodes end first.
 """
 
 import os
+import time
 from datetime import timedelta
 
 import torch
@@ -52,6 +53,7 @@ def device(wish):
 def stop():
     if dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(0.1)  # gloo's threads let go of the last tensors; at the interpreter's end they would abort
 
 
 def ranks():

@@ -105,7 +105,7 @@ def launch(tmp_path, script, processes, flags, patch="", name=None):
         "--local-addr=127.0.0.1",  # the host may not know its own name
         f"--nproc-per-node={processes}",
     ]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
     if "--resume" not in flags:
         flags += f" --output-dir {tmp_path} --run-name {name or f'{script}_{processes}'}"
     return subprocess.run(

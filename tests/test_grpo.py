@@ -303,7 +303,10 @@ def test_a_worker_that_dies_or_hangs_does_not_end_the_run(tmp_path, warmup, monk
 @pytest.mark.parametrize(
     "flags",
     [
-        "--ratio-level sequence --aggregation sequence-mean-token-mean --kl-coef 0.1 --lora-rank 2",
+        pytest.param(
+            "--ratio-level sequence --aggregation sequence-mean-token-mean --kl-coef 0.1 --lora-rank 2",
+            marks=pytest.mark.slow,
+        ),
         "--num-groups 2 --num-envs 9 --ratio-level token --aggregation constant-length --leave-one-out "
         "--advantage-level episode",
         pytest.param(

@@ -68,6 +68,7 @@ def test_the_packaged_assets_are_upstreams(assets):
 # --- the protocol
 
 
+@pytest.mark.slow
 def test_in_a_worker_with_chunks(assets):
     """Two environments of two tasks in one process, chunks of actions, exact resume in another worker."""
     world = (*WORLD, dict(suite="libero_object", tasks=("0", "5"), split="eval", size=32, horizon=6))

@@ -162,6 +162,7 @@ def test_wrong_input_ends_in_one_sentence(tmp_path, base, flags, said):
     assert done.code == 2 and said in done.err and done.err.count("\n") == 1, done
 
 
+@pytest.mark.slow
 def test_a_small_policy_from_scripted_demonstrations(assets, tmp_path, monkeypatch):
     """bc_warmup.py makes them, ppo_vla.py goes on from it in small pictures and short episodes."""
     monkeypatch.undo()  # the whole episode, and its own success
