@@ -53,7 +53,7 @@ def device(wish):
 def stop():
     if dist.is_initialized():
         dist.destroy_process_group()
-        time.sleep(0.1)  # gloo's threads let go of the last tensors; at the interpreter's end they would abort
+        time.sleep(0.1)  # gloo's threads let go of the last tensors, which aborts an interpreter at its end
 
 
 def ranks():
