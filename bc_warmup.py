@@ -8,7 +8,7 @@ Cross-entropy on the 256-bin action tokens of the next K actions (OpenVLA, Kim e
 OpenVLA-OFT, 2025). The 7B models come with a pretrained eye for words and things; the tiny one is random, so
 a short grounding stage comes first: on random pictures its attention learns to point at the object and the
 plate that the instruction names, whose pixels the simulator knows. It stands in for the pretrained VLM and
-uses nothing but the training layouts. Expect 0.96 to 0.995 greedy success (4 seeds) in 4 minutes of two fast
+uses nothing but the training layouts. Expect 0.96 to 0.995 greedy success (4 seeds) in 4 minutes of 2 fast
 cores, 25 of a slow one (a flow of 600 demonstrations: 0.91).
 """
 

@@ -9,8 +9,8 @@
 Proximal policy optimisation (Schulman et al. 2017) where one decision is a chunk of K actions of A numbers,
 emitted as K*A tokens in one parallel forward (OpenVLA-OFT, Kim et al. 2025) and executed open loop. The value
 is read off the prompt, before any action token. Log-probs are taken at the sampling temperature over the
-sampling support. Expect on 2 CPU cores: tabletop 0.985 to 0.995 greedy success (4 seeds) in 3 minutes
-after the warm-up's 4; CartPole 500 in half a minute.
+sampling support. Expect on 2 fast CPU cores: tabletop 0.985 to 0.995 greedy success (4 seeds) in 3
+minutes after the warm-up's 4; CartPole 500 in half a minute.
 """
 
 import contextlib

@@ -53,7 +53,7 @@ def device(wish):
 def stop():
     if dist.is_initialized():
         dist.destroy_process_group()
-        time.sleep(0.1)  # gloo's threads let go of the last tensors, which aborts an interpreter at its end
+        time.sleep(0.1)  # a thread of gloo that still frees a tensor when the interpreter ends aborts it
 
 
 def ranks():
