@@ -122,6 +122,25 @@ def test_one_arms_video_is_overview_and_wrist(make):
         assert np.array_equal(place, env.turn().look([world.CAMERAS[name]], 224)[0][0])
 
 
+def test_what_stands_beside_a_picture_is_left_out_and_changes_nothing(make, monkeypatch):
+    env = make("TwoArmLift", cameras=("agentview", "wrist0", "wrist1"), size=84)
+    env.reset(seed=0)
+    left_out, found = simulation.outside, []
+
+    def outside(*args):
+        found.append(left_out(*args))
+        return found[-1]
+
+    for action in moves(env, 9):
+        env.advance(action)
+        monkeypatch.setattr(simulation, "outside", outside)
+        fast = env.observe()["image"]
+        monkeypatch.setattr(simulation, "outside", lambda model, *_: np.zeros(model.ngeom, bool))
+        assert np.array_equal(env.observe()["image"], fast)
+    shares = np.mean(found, 1).reshape(-1, 3)[:, 1:]  # of the wrists' pictures: much, and it moves with them
+    assert shares.min() > 0.3 and len(np.unique(shares)) > 2
+
+
 def test_environments_take_turns_and_states_are_exact(make):
     """Two episodes interleaved in one simulation equal each alone; a saved one goes on, in another too."""
     alone = []
