@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 
 from common import UserError
+from common.envs import osc
 from common.memory import available_memory
 
 
@@ -88,10 +89,16 @@ class Simulation:
         """One control step -> success. robosuite computes the dynamics three times in a substep; MuJoCo's two
         half steps around the controller give the same bits in half the time."""
         self.env.sim.forward = lambda: None
+        each = np.split(action, len(self.robots))
+        amid = [osc.substep(self.model, self.data, *pair) for pair in zip(self.robots, each, strict=True)]
         for substep in range(SUBSTEPS):
             before = self.data.qpos.copy() if substep == self.SEEN else None
             mujoco.mj_step1(self.model, self.data)
-            self.env._pre_action(action, substep == 0)
+            if substep in (0, SUBSTEPS - 1):  # the goal; and what the controller has seen at the end
+                self.env._pre_action(action, substep == 0)
+            else:
+                for run in amid:
+                    run()
             mujoco.mj_step2(self.model, self.data)
             if substep == self.SEEN:  # bodies are seen where it found them, joints where it left them
                 fingers = [self.data.qpos[r._ref_gripper_joint_pos_indexes] for r in self.robots]
