@@ -154,7 +154,10 @@ PRESETS = {  # what differs from the defaults; flags on the command line win
         ratio_level="token", critic_warmup=4, policy_warmup=0, eval_freq=20, save_freq=5,
         total_timesteps=2_000_000,
     ),
-    "robosuite": dict(num_envs=16, eval_envs=16, eval_episodes=50, total_timesteps=100_000),
+    "robosuite": dict(
+        num_envs=32, eval_envs=16, eval_episodes=50, update_epochs=4, learning_rate=1e-4, gamma=0.95,
+        target_kl=0.03, total_timesteps=150_000,
+    ),
     "behavior": dict(num_envs=4, eval_envs=4, eval_episodes=20, num_steps=64, gamma=0.99),  # never run
     "driving": dict(  # from states; with pictures: --cameras topdown --backbone tiny --head tokens
         backbone="mlp", cameras=("none",), head="gaussian", init_std=0.4, chunk=1, num_envs=8, eval_envs=4,

@@ -121,14 +121,15 @@ class DinoBert(nn.Module):
     def encode_text(self, instructions):
         """-> BERT's states of each (I, L, D), zeros before the shorter ones, so that the end of the prompt,
         where the value is read, has one index; and which are no such pads, bool (I, L)."""
-        device, rows = self.action_slots.device, []
-        for text in instructions:
+        device, states = self.action_slots.device, {}
+        for text in dict.fromkeys(instructions):  # with --word-dropout many are alike
             ids, sizes = self.tokenize(text), self.text.config
             if max(ids) >= sizes.vocab_size:
                 raise UserError("The text tower's tokenizer.json is not its own: it has more words.")
             if len(ids) > (most := sizes.max_position_embeddings):
                 raise UserError(f"{text[:40]!r}... has {len(ids)} tokens; the text tower reads {most}.")
-            rows.append(self.text(torch.tensor([ids], device=device)).last_hidden_state[0])
+            states[text] = self.text(torch.tensor([ids], device=device)).last_hidden_state[0]
+        rows = [states[text] for text in instructions]
         longest = max(map(len, rows))
         words = torch.stack([F.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
         lengths = torch.tensor([[len(row)] for row in rows], device=device)
