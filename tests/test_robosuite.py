@@ -224,6 +224,31 @@ def test_experts_succeed_on_evaluations_layouts(make, task, actions, steps):
     assert won == 3
 
 
+@pytest.mark.parametrize("task, joint", [("Lift", "cube_joint0"), ("PickPlaceCan", "Can_joint0")])
+def test_pixels_are_where_the_thing_is_seen(make, task, joint):
+    """What changes in the pictures when the thing is taken away."""
+    env = make(task, cameras=("agentview", "wrist"), size=48)
+    env.reset(seed=0)
+    for _ in range(12):
+        env.advance(env.expert())
+    before, pixels = env.observe()["image"].astype(int), env.pixels()
+    assert pixels.shape == (2, 2, 2) and pixels.dtype == np.float32
+    simulation = env.simulation
+    simulation.seen[0][simulation.model.joint(joint).qposadr[0] + 2] += 9
+    gone = np.abs(env.observe()["image"] - before).sum(-1) > 30
+    for there, (x, y) in zip(gone, pixels[:, 0], strict=True):
+        rows, columns = np.nonzero(there)
+        assert len(rows) > 5
+        np.testing.assert_allclose([x, y], [columns.mean() / 24 - 1, rows.mean() / 24 - 1], atol=0.12)
+    assert np.isnan(pixels[:, 1]).all() == (task == "Lift")  # no place; the can's bin
+
+
+def test_both_handles_are_pixels(make):
+    env = make("TwoArmLift", cameras=("agentview",))
+    env.reset(seed=0)
+    assert np.isfinite(env.pixels()).all()
+
+
 def test_demonstrations_whatever_the_number_of_workers():
     demos, same = (world.demonstrations(2, 0, n, 0.2, cameras=("wrist",), **SMALL) for n in (1, 2))
     starts, size = demos["episode_starts"], len(demos["task"])
@@ -233,7 +258,7 @@ def test_demonstrations_whatever_the_number_of_workers():
         and demos["actions"].dtype == demos["executed"].dtype == np.float32
     )
     assert np.abs(demos["actions"]).max() <= 1 and not np.array_equal(demos["actions"], demos["executed"])
-    assert all(np.array_equal(demos[key], same[key]) for key in demos)
+    assert all(np.array_equal(demos[key], same[key], equal_nan=key == "pixels") for key in demos)
 
 
 # --- what is refused, and runs

@@ -41,9 +41,10 @@ import torch
 from common import UserError
 from common.envs import experts, simulation, task_chances
 from common.envs.experts import carry, pick, play
-from common.envs.simulation import SharingEnv, axis_angle, mujoco
+from common.envs.simulation import SharingEnv, axis_angle, mujoco, project
 from common.flags import NonNegativeInt
 
+MIRROR = np.float32([-1, 1])  # LIBERO shows its pictures so
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 PROTOCOLS = {  # steps of an episode
     "oft": dict(zip(SUITES, (220, 280, 300, 520, 400), strict=True)),
@@ -287,15 +288,9 @@ class LiberoEnv(SharingEnv):
         """Where the thing and the place that the task names are in the pictures: float32 (cameras, 2, 2), x
         right and y down, each in [-1, 1]; nan where one is out of sight."""
         env, _, thing, place = self._goal()
-        model, data, out = self.simulation.model, self.simulation.data, []
-        for name in self.cameras:
-            camera = data.camera(CAMERAS[name])
-            ways = np.stack([env.sim.data.body_xpos[env.obj_body_id[thing.name]], place]) - camera.xpos
-            ways = ways @ camera.xmat.reshape(3, 3)
-            tan = np.tan(np.deg2rad(model.camera(CAMERAS[name]).fovy[0]) / 2)
-            out.append(ways[:, :2] / ways[:, 2:] / tan)  # x, by the mirror, and y are turned round
-            out[-1][(np.abs(out[-1]) > 1).any(1) | (ways[:, 2] > 0)] = np.nan
-        return np.stack(out).astype(np.float32)
+        points = [env.sim.data.body_xpos[env.obj_body_id[thing.name]], place]
+        physics = self.simulation.model, self.simulation.data
+        return np.stack([project(*physics, CAMERAS[name], points) * MIRROR for name in self.cameras])
 
     def _goal(self):
         """-> robosuite's environment in its present state, and of the task's goal the predicate, "in" or

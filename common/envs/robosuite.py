@@ -29,7 +29,7 @@ import numpy as np
 from common import UserError
 from common.envs import experts, task_chances
 from common.envs.experts import carry, pick, play, reach
-from common.envs.simulation import SharingEnv, Simulation, axis_angle, check_installed, check_memory
+from common.envs.simulation import SharingEnv, Simulation, axis_angle, check_installed, check_memory, project
 from common.flags import NonNegativeInt
 
 TASKS = {  # arms, steps of an episode, instruction
@@ -214,6 +214,15 @@ class RobosuiteEnv(SharingEnv):
             return 6 if grip > 0 else 7
         return 2 * axis + int(move[axis] < 0)
 
+    def pixels(self):
+        """Where the first two things of an expert's task are in the pictures: float32 (cameras, 2, 2), x
+        right and y down, each in [-1, 1]; nan where there is none or it is out of sight."""
+        simulation = self.turn()
+        points = THINGS[self.tasks[self.task]](simulation.env)
+        points = np.array([*points, np.full(3, np.nan)][:2])
+        physics = simulation.model, simulation.data
+        return np.stack([project(*physics, CAMERAS[name], points) for name in self.cameras])
+
     def get_state(self):
         own = {"simulation": self.turn().save(), "episode": [self.task, self.steps, self.grip]}
         return own | self.random_state()
@@ -264,6 +273,14 @@ def _pot(env):
 
 
 EXPERTS = {"Lift": _lift, "PickPlaceCan": _can, "TwoArmLift": _pot}
+THINGS = {
+    "Lift": lambda env: [env.sim.data.body_xpos[env.cube_body_id]],
+    "PickPlaceCan": lambda env: [
+        env.sim.data.body_xpos[env.obj_body_id["Can"]],
+        env.target_bin_placements[env.object_id],
+    ],
+    "TwoArmLift": lambda env: [env._handle0_xpos, env._handle1_xpos],
+}
 make = RobosuiteEnv
 
 

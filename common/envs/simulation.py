@@ -314,6 +314,16 @@ def outside(model, data, camera):
     return (normals @ centres.T > reach).any(0) & (model.geom_type != mujoco.mjtGeom.mjGEOM_PLANE)
 
 
+def project(model, data, camera, points):
+    """Where points (n, 3) are in a camera's square picture: float32 (n, 2), x right and y down, in [-1, 1];
+    nan where one is out of sight."""
+    eye, fovy = data.camera(camera), model.camera(camera).fovy[0]
+    ways = (np.asarray(points) - eye.xpos) @ eye.xmat.reshape(3, 3)  # it looks along -z
+    found = ways[:, :2] / ways[:, 2:] / np.tan(np.deg2rad(fovy) / 2) * [-1, 1]
+    found[~(np.abs(found) <= 1).all(1) | (ways[:, 2] > 0)] = np.nan
+    return found.astype(np.float32)
+
+
 def axis_angle(quaternion):
     """Unit quaternion (4,), w first -> axis times angle (3,) in [0, 2 pi] rad, as robosuite: 2 acos(w) xyz /
     sqrt(1 - w^2)."""
