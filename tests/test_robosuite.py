@@ -253,6 +253,7 @@ def test_demonstrations_whatever_the_number_of_workers():
     demos, same = (world.demonstrations(2, 0, n, 0.2, cameras=("wrist",), **SMALL) for n in (1, 2))
     starts, size = demos["episode_starts"], len(demos["task"])
     assert starts[0] == 0 and len(starts) == 2 and demos["image"].shape == (size, 1, 32, 32, 3)
+    assert demos["pixels"].shape == (size, 1, 2, 2) and np.isfinite(demos["pixels"][:, 0, 0]).mean() > 0.8
     assert (
         demos["proprio"].shape == (size, 8)
         and demos["actions"].dtype == demos["executed"].dtype == np.float32
