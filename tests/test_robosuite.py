@@ -243,6 +243,18 @@ def test_pixels_are_where_the_thing_is_seen(make, task, joint):
     assert np.isnan(pixels[:, 1]).all() == (task == "Lift")  # no place; the can's bin
 
 
+def test_pixels_are_of_ones_own_turn(make):
+    one, other = make(cameras=("agentview",)), make(cameras=("agentview",))
+    one.reset(seed=0)
+    for _ in range(5):
+        one.advance(one.expert())
+    one.observe()
+    pixels = one.pixels()
+    other.reset(seed=1)
+    assert not np.array_equal(other.pixels(), pixels, equal_nan=True)
+    assert np.array_equal(one.pixels(), pixels, equal_nan=True)
+
+
 def test_both_handles_are_pixels(make):
     env = make("TwoArmLift", cameras=("agentview",))
     env.reset(seed=0)

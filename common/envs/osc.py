@@ -11,7 +11,7 @@ import numpy as np
 def substep(model, data, robot, action):
     """-> a function that sets `data.ctrl` to what `robot.control(action)` makes of the state that it finds.
 
-    action: float64 (7,), of which the fingers' last number alone counts; the arm's goal is the controller's.
+    action: float64 (7,), whose last number, the fingers', alone counts; the controller has the arm's goal.
     """
     from robosuite.utils.control_utils import nullspace_torques, opspace_matrices, orientation_error
 

@@ -218,6 +218,7 @@ class RobosuiteEnv(SharingEnv):
         """Where the first two things of an expert's task are in the pictures: float32 (cameras, 2, 2), x
         right and y down, each in [-1, 1]; nan where there is none or it is out of sight."""
         simulation = self.turn()
+        simulation.look([], self.size)  # as the pictures have it
         points = THINGS[self.tasks[self.task]](simulation.env)
         points = np.array([*points, np.full(3, np.nan)][:2])
         physics = simulation.model, simulation.data
