@@ -19,7 +19,6 @@ import numpy as np
 import psutil
 
 from common import UserError
-from common.envs import osc
 from common.memory import available_memory
 
 
@@ -36,6 +35,8 @@ try:
     import mujoco  # with the OpenGL that MUJOCO_GL names
 except (AttributeError, OSError, RuntimeError) as error:
     raise no_gl(error) from error
+
+from common.envs import osc  # noqa: E402  (which imports mujoco too)
 
 SUBSTEPS = 25  # of 2 ms: 20 Hz
 INSTALL = "pip install --no-deps -r requirements-{}.txt"
