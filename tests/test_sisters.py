@@ -267,7 +267,17 @@ def test_every_world_and_model_has_its_file():
         (
             {**WORLDS, "gymnasium": GYMNASIUM},
             "envs",
-            {"vector", "batched", "simulation", "osc", "jobs", "experts", "to_robomimic", "behavior_server"}
+            {
+                "vector",
+                "batched",
+                "simulation",
+                "osc",
+                "views",
+                "jobs",
+                "experts",
+                "to_robomimic",
+                "behavior_server",
+            }
             | {"tabletop_warp", "maniskill_gpu", "to_d4rl"},
         ),
         (BACKBONES, "backbones", set()),

@@ -41,7 +41,8 @@ import torch
 from common import UserError
 from common.envs import experts, simulation, task_chances
 from common.envs.experts import carry, pick, play
-from common.envs.simulation import SharingEnv, axis_angle, mujoco, project
+from common.envs.simulation import SharingEnv, axis_angle, mujoco
+from common.envs.views import project
 from common.flags import NonNegativeInt
 
 MIRROR = np.float32([-1, 1])  # LIBERO shows its pictures so

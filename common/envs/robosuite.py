@@ -29,7 +29,8 @@ import numpy as np
 from common import UserError
 from common.envs import experts, task_chances
 from common.envs.experts import carry, pick, play, reach
-from common.envs.simulation import SharingEnv, Simulation, axis_angle, check_installed, check_memory, project
+from common.envs.simulation import SharingEnv, Simulation, axis_angle, check_installed, check_memory
+from common.envs.views import project
 from common.flags import NonNegativeInt
 
 TASKS = {  # arms, steps of an episode, instruction
