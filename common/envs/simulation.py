@@ -92,11 +92,11 @@ class Simulation:
         half steps around the controller give the same bits in half the time."""
         self.env.sim.forward = lambda: None
         each = np.split(action, len(self.robots))
-        amid = [osc.substep(self.model, self.data, *pair) for pair in zip(self.robots, each, strict=True)]
+        amid = [osc.prepare(self.model, self.data, *pair) for pair in zip(self.robots, each, strict=True)]
         for substep in range(SUBSTEPS):
             before = self.data.qpos.copy() if substep == self.SEEN else None
             mujoco.mj_step1(self.model, self.data)
-            if substep in (0, SUBSTEPS - 1):  # the goal; and what the controller has seen at the end
+            if substep in (0, SUBSTEPS - 1):  # sets the goal; leaves in the controller what it saw last
                 self.env._pre_action(action, substep == 0)
             else:
                 for run in amid:
@@ -139,7 +139,7 @@ class Simulation:
             self.options = mujoco.MjvOption()
             self.options.geomgroup[0] = 0  # the collision shapes
         renderer, groups = self.renderers[size], self.model.geom_group.copy()
-        if not self.SHADOWS:  # the picture is the same without what stands beside it, and takes half the time
+        if not self.SHADOWS:  # nor mirrors: what stands beside the picture only costs half its time
             self.model.geom_group[outside(self.model, self.data, camera)] = 0
         renderer.update_scene(self.data, camera, self.options)
         self.model.geom_group[:] = groups

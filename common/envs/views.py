@@ -10,11 +10,11 @@ def outside(model, data, camera):
     sin, cos = (f(np.deg2rad(model.cam_fovy[camera]) / 2) for f in (np.sin, np.cos))
     normals = np.array([[cos, 0, sin], [-cos, 0, sin], [0, cos, sin], [0, -cos, sin], [0, 0, 1]])  # outward
     normals = normals @ data.cam_xmat[camera].reshape(3, 3).T
-    turns = data.geom_xmat.reshape(-1, 3, 3)
+    axes = data.geom_xmat.reshape(-1, 3, 3)
     boxes = model.geom_aabb  # centre and half sizes, in the geom's frame
-    centres = data.geom_xpos + np.einsum("gij,gj->gi", turns, boxes[:, :3]) - data.cam_xpos[camera]
-    reach = np.einsum("pgj,gj->pg", np.abs(np.einsum("pi,gij->pgj", normals, turns)), boxes[:, 3:])
-    return (normals @ centres.T > reach).any(0) & (model.geom_type != mujoco.mjtGeom.mjGEOM_PLANE)
+    centres = data.geom_xpos + np.einsum("gij,gj->gi", axes, boxes[:, :3]) - data.cam_xpos[camera]
+    extents = np.einsum("pgj,gj->pg", np.abs(np.einsum("pi,gij->pgj", normals, axes)), boxes[:, 3:])
+    return (normals @ centres.T > extents).any(0) & (model.geom_type != mujoco.mjtGeom.mjGEOM_PLANE)
 
 
 def project(model, data, camera, points):
