@@ -139,6 +139,15 @@ def gaussian_log_prob(mean, log_std, action):
 # --- networks
 
 
+class GELU(nn.Module):
+    """x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) (arXiv:1606.08415): (...) -> (...)"""
+
+    def forward(self, x):
+        if torch.compiler.is_compiling():  # 1 + tanh(u) = 2 sigmoid(2u): its tanh is slow on a CPU
+            return x * (2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).sigmoid()
+        return F.gelu(x, approximate="tanh")
+
+
 class TwinCritic(nn.Module):
     """Q1 and Q2 as one network of batched matrices: obs (B, S), action (B, A) -> (2, B)."""
 
@@ -156,7 +165,7 @@ class TwinCritic(nn.Module):
 
     def activate(self, x, layer):
         """The activation of a hidden layer's sums (2, B, width), and layer norm if there is one."""
-        x = x.relu_() if self.activation == "relu" else F.gelu(x, approximate="tanh")
+        x = x.relu_() if self.activation == "relu" else GELU()(x)
         if self.scales:
             x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
             x = torch.addcmul(self.shifts[layer], self.scales[layer], x)
@@ -174,7 +183,7 @@ class TwinCritic(nn.Module):
 def mlp(inputs, outputs, width, depth, activation, dropout=0.0, layer_norm=False):
     sizes, layers = [inputs, *[width] * depth], []
     for m, n in zip(sizes[:-1], sizes[1:], strict=True):
-        layers += [nn.Linear(m, n), nn.ReLU(inplace=True) if activation == "relu" else nn.GELU("tanh")]
+        layers += [nn.Linear(m, n), nn.ReLU(inplace=True) if activation == "relu" else GELU()]
         layers += [nn.Dropout(dropout), *([nn.LayerNorm(n, eps=1e-6)] if layer_norm else [])]
     return nn.Sequential(*layers, nn.Linear(width, outputs))
 

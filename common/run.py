@@ -176,7 +176,8 @@ class StateArgs(RunArgs):
     compile: bool = False
     """torch.compile the update; with CUDA graphs on a GPU"""
     bf16: bool = False
-    """matrix products of the critics in bfloat16, but for the last layer's"""
+    """matrix products of the critics in bfloat16, but for the last layer's; of the other networks in what is
+    fast inside: TF32 on a GPU, bfloat16 on a CPU with AMX (torch's "medium")"""
     eval_episodes: NonNegativeInt = 10
     """episodes of an evaluation, of the mean action, each with a seed of its own; 0 for no evaluation"""
     eval_freq: NonNegativeInt = 5_000
@@ -501,6 +502,7 @@ class Run:
         self.device = distributed.start(torch.device(device))
         self.rank, self.processes = distributed.ranks()
         torch.manual_seed(args.seed)
+        torch.set_float32_matmul_precision("medium" if getattr(args, "bf16", False) else "highest")
         if isinstance(args, StateArgs):
             keep_freed_memory()
         self.initial = self.best = self.latest = self.offline = self.videos = self._writer = self._bar = None

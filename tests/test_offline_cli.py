@@ -597,6 +597,7 @@ def test_cql_asks_its_critics_in_pieces(tmp_path, home, monkeypatch):
 def test_half_precision(tmp_path, whole):
     script, flags, folder = whole
     run(script, flags, f"--eval-episodes 0 --output-dir {tmp_path} --run-name r --bf16")
+    assert torch.get_float32_matmul_precision() == "medium"
     a, b = (load_checkpoint(path)["agent"] for path in (folder, tmp_path / "r"))
     assert not torch.equal(a["critic.weights.0"], b["critic.weights.0"])
     assert (a["critic.weights.0"] - b["critic.weights.0"]).abs().max() < 0.05

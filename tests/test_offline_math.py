@@ -324,12 +324,25 @@ def test_critics_with_gelu_and_layer_norm(script):
 
 
 @pytest.mark.parametrize("script", [iql, td3_bc])
+def test_gelu_is_the_same_eager_and_compiled(script):
+    compiled = torch.compile(script.GELU(), backend="eager", fullgraph=True)
+    found = []
+    for function in (script.GELU(), compiled, gelu):
+        x = torch.linspace(-30, 30, 6001, dtype=torch.float64, requires_grad=True)
+        y = function(x)
+        found.append((y.detach(), *torch.autograd.grad(y.sum(), x)))
+    for y, slope in found[:2]:
+        close(y, found[2][0])
+        close(slope, found[2][1])
+    assert not torch.equal(found[0][0], found[1][0])  # two forms
+
+
+@pytest.mark.parametrize("script", [iql, td3_bc])
 def test_networks_with_gelu_begin_with_xaviers_weights(script):
     torch.manual_seed(0)
     agent = script.Agent(20, A, script.Args(width=64, depth=2, activation="gelu", layer_norm=True))
-    assert [type(layer) for layer in agent.actor if not isinstance(layer, (nn.Linear, nn.Dropout))] == 2 * [
-        nn.GELU
-    ]
+    layers = [type(layer) for layer in agent.actor if not isinstance(layer, (nn.Linear, nn.Dropout))]
+    assert layers == 2 * [script.GELU]
     for name, p in agent.named_parameters():
         if p.ndim > 1 and "weight" in name:
             bound = math.sqrt(6 / sum(p.shape[-2:])) * (0.1 if name.endswith("actor.4.weight") else 1)
