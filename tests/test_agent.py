@@ -559,6 +559,23 @@ def test_a_head_that_does_not_fit_the_actions_is_refused(head, space, sentence):
         ppo_vla.make_head(backbone, args, SimpleNamespace(single_action_space=space))
 
 
+def test_an_mlps_actions_are_functions_of_their_own():
+    """Where the numbers of a chunk all shared one weight vector they would differ by constants alone."""
+    torch.manual_seed(0)
+    backbone = build_backbone("mlp", chunk=2, action_dim=3, proprio_dim=4)
+    head = ppo_vla.GaussianHead(backbone, ppo_vla.Args(head="gaussian"))
+    obs = torch.randn(256, 4)
+    wanted = 0.5 * obs @ torch.randn(4, 6)
+    optimizer = torch.optim.Adam([*backbone.actor.parameters(), backbone.scales, head.mean.weight], lr=1e-2)
+    for _ in range(300):
+        found = head(backbone, backbone({"proprio": obs})[0]).mean
+        loss = (found - wanted).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.02 * wanted.var(), loss
+
+
 def test_action_tokens_need_a_backbone_that_has_them():
     backbone = build_backbone("mlp", chunk=1, action_dim=A, proprio_dim=4)
     with pytest.raises(UserError, match="has no action tokens"):

@@ -55,9 +55,9 @@ class MLP(nn.Module):
         )
         self.chunk, self.action_dim, self.hidden_size = chunk, action_dim, width
         self.actor, self.critic = _trunk(proprio_dim, width), _trunk(proprio_dim, width)
-        self.slots = nn.Parameter(
-            torch.zeros(chunk * action_dim, width)
-        )  # tells the actions of one chunk apart
+        # Each number of a chunk is read from the features by weights of its own: the head's times its scales.
+        self.scales = nn.Parameter(2.0 * torch.randint(2, (chunk * action_dim, width)) - 1)
+        self.slots = nn.Parameter(torch.zeros(chunk * action_dim, width))
 
     def preprocess(self, obs, instructions):
         device = next(self.parameters()).device
@@ -70,7 +70,8 @@ class MLP(nn.Module):
         return []
 
     def forward(self, batch, vision=None, actions=None):
-        return self.actor(batch["proprio"])[:, None] + self.slots, self.critic(batch["proprio"])
+        hidden = self.actor(batch["proprio"])[:, None] * self.scales + self.slots
+        return hidden, self.critic(batch["proprio"])
 
     def to_env(self, actions):
         return actions
