@@ -599,8 +599,6 @@ def train(args, run):
     """Make or read the data, ground, imitate, evaluate."""
     eval_envs, device = run.closing(make_envs(args, "eval", args.eval_envs)), run.device
     pictures = "image" in eval_envs.single_observation_space.spaces
-    if not pictures and not (args.demos or args.evaluate):
-        raise UserError(f"{args.env} has no pictures to imitate from; give another --env.")
     if not pictures and (args.image_aug or args.word_dropout):
         raise UserError(
             f"--env {args.env} shows no pictures, so that no backbone for it sees or reads; drop --image-aug "

@@ -109,7 +109,7 @@ def test_a_user_error_of_the_world_is_one_sentence(tmp_path, monkeypatch, warmup
             f"--env CartPole-v1 --backbone cnn --chunk 1 {base}",
             "has no pictures for the backbone 'cnn'",
         ),
-        (bc_warmup, f"--env CartPole-v1 {base}", "has no pictures to imitate from"),
+        (bc_warmup, f"--env CartPole-v1 --backbone mlp --head discrete {base}", "needs --demos"),
     ):
         done = call(script, flags)
         assert done.code == 2 and said in done.err and done.err.count("\n") == 1, done

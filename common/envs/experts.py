@@ -72,11 +72,11 @@ def episode(env, seed, noise, see):
 
 
 def play(env, seeds, noise):
-    """Worker: the rows of the episodes that succeed, with the observations, and `pixels` of a world that
-    knows them."""
+    """Worker: the rows of the episodes that succeed, with the observations, and `pixels` of pictures in
+    a world that knows them."""
 
     def see(obs):
-        return obs | ({"pixels": env.pixels()} if hasattr(env, "pixels") else {})
+        return obs | ({"pixels": env.pixels()} if "image" in obs and hasattr(env, "pixels") else {})
 
     episodes = [episode(env, seed, noise, see) for seed in seeds]
     env.close()
