@@ -56,8 +56,10 @@ class MLP(nn.Module):
         self.chunk, self.action_dim, self.hidden_size = chunk, action_dim, width
         self.actor, self.critic = _trunk(proprio_dim, width), _trunk(proprio_dim, width)
         # Each number of a chunk is read from the features by weights of its own: the head's times its scales.
-        self.scales = nn.Parameter(2.0 * torch.randint(2, (chunk * action_dim, width)) - 1)
-        self.slots = nn.Parameter(torch.zeros(chunk * action_dim, width))
+        n = chunk * action_dim
+        signs = 2.0 * torch.randint(2, (n, width)) - 1 if n > 1 else torch.ones(n, width)
+        self.scales = nn.Parameter(signs, requires_grad=n > 1)
+        self.slots = nn.Parameter(torch.zeros(n, width))
 
     def preprocess(self, obs, instructions):
         device = next(self.parameters()).device
