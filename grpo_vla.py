@@ -174,9 +174,7 @@ PRESETS = {  # what differs from the defaults; flags on the command line win
         std_normalisation=False, aggregation="token-mean", minibatch_size=96, micro_batch_size=96,
     ),
     "libero": dict(
-        backbone="openvla", chunk=8, num_envs=32, eval_envs=32, minibatch_size=256, micro_batch_size=16,
-        learning_rate=2e-5, temperature=1.6, ratio_level="token", eval_freq=10, save_freq=2,
-        total_timesteps=4_000_000,
+        backbone="openvla", num_envs=32, eval_envs=32, eval_freq=10, save_freq=2, total_timesteps=4_000_000
     ),
     "robosuite": dict(
         num_groups=4, num_envs=16, eval_envs=16, eval_episodes=50, total_timesteps=100_000
@@ -198,10 +196,13 @@ PRESETS = {  # what differs from the defaults; flags on the command line win
         learning_rate=1e-3, ratio_level="chunk", temperature=1.0, max_grad_norm=0.5, save_freq=50,
     ),
     "CartPole-v1": dict(head="discrete"),
-    "openvla": dict(greedy="mode"),  # as published
+    "openvla": dict(
+        greedy="mode", chunk=8, minibatch_size=256, micro_batch_size=16, learning_rate=2e-5, temperature=1.6,
+        ratio_level="token",
+    ),
     "pi0": dict(  # RLinf's and piRL's flow (arXiv:2510.25889)
-        head="flow", chunk=5, micro_batch_size=32, learning_rate=5e-6, ratio_level="chunk", flow_steps=4,
-        noise_level=0.5,
+        head="flow", chunk=5, minibatch_size=256, micro_batch_size=32, learning_rate=5e-6,
+        ratio_level="chunk", flow_steps=4, noise_level=0.5,
     ),
     "qwen": dict(  # from PPO's, not tuned
         chunk=1, num_groups=4, num_envs=16, eval_envs=16, eval_episodes=50, micro_batch_size=4,

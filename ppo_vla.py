@@ -149,10 +149,8 @@ class Args(VLAArgs):
 PRESETS = {  # what differs from the defaults; flags on the command line win
     "tabletop": dict(randomize=0.6),
     "libero": dict(
-        backbone="openvla", chunk=8, num_envs=32, eval_envs=32, num_steps=32, update_epochs=1,
-        minibatch_size=256, micro_batch_size=16, learning_rate=1e-4, gamma=0.99, temperature=1.6,
-        ratio_level="token", critic_warmup=4, policy_warmup=0, eval_freq=20, save_freq=5,
-        total_timesteps=2_000_000,
+        backbone="openvla", num_envs=32, eval_envs=32, update_epochs=4, learning_rate=1e-4, gamma=0.95,
+        eval_freq=20, save_freq=5, total_timesteps=2_000_000,
     ),
     "robosuite": dict(
         num_envs=32, eval_envs=16, eval_episodes=50, update_epochs=4, learning_rate=1e-4, gamma=0.95,
@@ -175,7 +173,11 @@ PRESETS = {  # what differs from the defaults; flags on the command line win
     ),
     "CartPole-v1": dict(head="discrete"),
     "Pendulum-v1": dict(head="gaussian", gamma=0.9, num_steps=256, init_std=1.0, total_timesteps=300_000),
-    "openvla": dict(greedy="mode"),  # as published
+    "openvla": dict(
+        greedy="mode", chunk=8, num_steps=32, update_epochs=1, minibatch_size=256, micro_batch_size=16,
+        learning_rate=1e-4, gamma=0.99, temperature=1.6, ratio_level="token", critic_warmup=4,
+        policy_warmup=0,
+    ),
     # RLinf's and piRL's (arXiv:2510.25889) for LIBERO, but joint over the steps, and in 1024 decisions an
     # iteration for 2048 or more: a decision's prefix of two cameras is 10 MB in bfloat16.
     "pi0": dict(
