@@ -196,7 +196,7 @@ PRESETS = {  # what differs from the defaults; flags on the command line win
         learning_rate=1e-3, ratio_level="chunk", temperature=1.0, max_grad_norm=0.5, save_freq=50,
     ),
     "CartPole-v1": dict(head="discrete"),
-    "openvla": dict(
+    "openvla": dict(  # greedy as published
         greedy="mode", chunk=8, minibatch_size=256, micro_batch_size=16, learning_rate=2e-5, temperature=1.6,
         ratio_level="token",
     ),

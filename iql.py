@@ -153,7 +153,7 @@ class TwinCritic(nn.Module):
 
     def __init__(self, obs_dim, action_dim, width, depth, bf16=False, activation="relu", layer_norm=False):
         super().__init__()
-        self.bf16, self.activation = bf16, activation
+        self.bf16, self.activation, self.gelu = bf16, activation, GELU()
         sizes = [obs_dim + action_dim, *[width] * depth, 1]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):  # nn.Linear's initialisation
@@ -165,7 +165,7 @@ class TwinCritic(nn.Module):
 
     def activate(self, x, layer):
         """The activation of a hidden layer's sums (2, B, width), and layer norm if there is one."""
-        x = x.relu_() if self.activation == "relu" else GELU()(x)
+        x = x.relu_() if self.activation == "relu" else self.gelu(x)
         if self.scales:
             x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
             x = torch.addcmul(self.shifts[layer], self.scales[layer], x)

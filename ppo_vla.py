@@ -173,7 +173,7 @@ PRESETS = {  # what differs from the defaults; flags on the command line win
     ),
     "CartPole-v1": dict(head="discrete"),
     "Pendulum-v1": dict(head="gaussian", gamma=0.9, num_steps=256, init_std=1.0, total_timesteps=300_000),
-    "openvla": dict(
+    "openvla": dict(  # greedy as published
         greedy="mode", chunk=8, num_steps=32, update_epochs=1, minibatch_size=256, micro_batch_size=16,
         learning_rate=1e-4, gamma=0.99, temperature=1.6, ratio_level="token", critic_warmup=4,
         policy_warmup=0,

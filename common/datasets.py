@@ -480,7 +480,7 @@ def training_demonstrations(args, envs, outcomes=False) -> dict:
         demos = world.demonstrations(
             args.num_demos, args.seed, noise=args.demo_noise, num_workers=args.num_workers, **flags
         )
-        demos.setdefault("task", np.zeros(len(demos["actions"]), np.int64))  # a world of one
+        demos.setdefault("task", np.zeros(len(demos["actions"]), np.int64))  # of a world of one task
     else:
         raise UserError(
             f"--env {args.env} needs --demos, HDF5 files or a folder of them: it has no expert of its own."

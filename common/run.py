@@ -176,8 +176,8 @@ class StateArgs(RunArgs):
     compile: bool = False
     """torch.compile the update; with CUDA graphs on a GPU"""
     bf16: bool = False
-    """matrix products of the critics in bfloat16, but for the last layer's; of the other networks in what is
-    fast inside: TF32 on a GPU, bfloat16 on a CPU with AMX (torch's "medium")"""
+    """matrix products of the critics in bfloat16, but for the last layer's; those of the other networks by
+    torch's precision "medium": TF32 on a GPU, bfloat16 on a CPU with AMX, of float32 numbers"""
     eval_episodes: NonNegativeInt = 10
     """episodes of an evaluation, of the mean action, each with a seed of its own; 0 for no evaluation"""
     eval_freq: NonNegativeInt = 5_000

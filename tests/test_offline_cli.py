@@ -609,6 +609,7 @@ def compare_compiled(tmp_path, home, script, extra=""):
     flags += "" if script is sac else f" --dataset {home}/pendulum.hdf5"
     for name in ("eager", "compile"):
         run(script, flags, extra, f"--run-name {name}", "--compile" if name == "compile" else "")
+    assert torch.get_float32_matmul_precision() == ("medium" if "--bf16" in extra else "highest")
     a, b = (load_checkpoint(tmp_path / name)["agent"] for name in ("eager", "compile"))
     for key, x in a.items():
         torch.testing.assert_close(x, b[key], rtol=1e-3, atol=1e-5)

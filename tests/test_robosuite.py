@@ -348,7 +348,7 @@ def test_two_arms_are_trained_filmed_and_cloned_from_their_rollouts(tmp_path, mo
     run(bc_warmup, arms, f"--demos {tmp_path}/one.hdf5 --gradient-steps 2 --batch-size 4 --run-name bc")
 
 
-def test_the_expert_is_cloned_from_states_and_improved(tmp_path, monkeypatch):
+def test_the_expert_is_cloned_from_states_and_trained_on(tmp_path, monkeypatch):
     monkeypatch.setitem(world.TASKS, "Lift", (1, 90, "lift the cube"))
     states = f"--cameras none --backbone mlp --head gaussian --chunk 2 --output-dir {tmp_path}"
     run(bc_warmup, BC, f"{states} --run-name warmup")

@@ -45,9 +45,9 @@ For imitation the file may also have
   `common.datasets.load_demonstrations` gives others, or None for other files; `REFERENCE_SCORES`, the returns
   of a normalised score of 0 and of 100;
 - `demonstrations(num_episodes, seed, noise, num_workers, **flags)` of a scripted expert -> flat arrays of S
-  steps: `image`, `proprio`, `task` as observed, `actions` (S, A) as labelled, `episode_starts` (E,),
-  optionally `executed` (S, A), where these are not the labels, and `pixels` (S, cameras, 2, 2), where the
-  first two things that the instruction names are in the picture, in [-1, 1];
+  steps: `proprio` and, where they are observed, `image` and `task`; `actions` (S, A) as labelled,
+  `episode_starts` (E,), optionally `executed` (S, A), where these are not the labels, and `pixels`
+  (S, cameras, 2, 2), where the first two things that the instruction names are in the picture, in [-1, 1];
 - `scenes(num_scenes, seed, num_workers, **flags)`, still pictures -> `image`, `proprio`, `task`, `pixels`.
 For `common/serve.py` it may have `from_client(message)`, the dict of a client of its own, which asks at each
 step -> a dict of `images`, {camera: uint8 (H, W, 3)}, and `state`, UserError for any other; `to_client`,
