@@ -66,6 +66,8 @@ class Args(OfflineArgs):
     """the noise is clipped to this"""
     exploration_noise: Annotated[NonNegative, Unless("online_steps", 0)] = 0.1
     """standard deviation of the noise on online actions"""
+    online_bc: Annotated[Share, Unless("online_steps", 0)] = 1.0
+    """imitation's weight at the end of the online steps, as a share of that before: it falls linearly"""
     policy_delay: PositiveInt = 2
     """updates of the critics per update of the policy and of the targets"""
     normalize: bool = True
@@ -133,11 +135,17 @@ def critic_loss(q, target):
     return (q - target).square().mean(-1).sum()
 
 
-def policy_loss(q, policy_action, action, alpha):
-    """-lambda E[Q1(s, pi(s))] + E[(pi(s) - a)^2], lambda = alpha / E|Q1(s, pi(s))| without gradient (arXiv:
-    2106.06860, eq. 5): Q1 (B,), actions (B, A) -> (), the imitation's part ()."""
+def policy_loss(q, policy_action, action, alpha, bc):
+    """bc E[(pi(s) - a)^2] - lambda E[Q1(s, pi(s))], lambda = alpha / E|Q1(s, pi(s))| without gradient, bc 1
+    in arXiv:2106.06860, eq. 5: Q1 (B,), actions (B, A) -> (), the imitation's part ()."""
     imitation = (policy_action - action).square().mean()
-    return imitation - alpha / q.abs().mean().detach() * q.mean(), imitation
+    return bc * imitation - alpha / q.abs().mean().detach() * q.mean(), imitation
+
+
+def imitation_weight(step, steps, end):
+    """At an online step of 1 .. `steps`, as a share of that before: it falls linearly from 1 to `end`, as
+    SPOT's does (arXiv:2202.06239)."""
+    return 1 + (end - 1) * step / steps
 
 
 def squared_distance(a, b):
@@ -337,12 +345,13 @@ def train(args, run):
     actor_optimizer = torch.optim.Adam(actor_parameters, lr=args.learning_rate, fused=True)
     critic_optimizer = torch.optim.Adam(critic_parameters, lr=args.critic_learning_rate, fused=True)
     optimizers = {"actor": actor_optimizer, "critic": critic_optimizer}
+    bc = torch.ones((), device=device)  # a tensor, which changes without recompiling
     sampler = run.generator("sampler", device)
     rebrac = args.loss == "rebrac"
     rest = with_next_action(rest, next_index) if rebrac else rest
 
-    def update(obs, action, reward, next_obs, termination, noise, delayed):
-        """Algorithm 1 of arXiv:1802.09477 with the losses of TD3+BC or ReBRAC; noise (B, A) -> metrics."""
+    def update(obs, action, reward, next_obs, termination, noise, bc, delayed):
+        """Algorithm 1 of arXiv:1802.09477, losses of TD3+BC or ReBRAC; noise (B, A), bc () -> metrics."""
         if rebrac:
             action, data_action, has_next = action.split([action_dim, action_dim, 1], -1)
         with torch.no_grad():
@@ -351,7 +360,8 @@ def train(args, run):
             next_value = agent.target_critic(next_obs, next_action).amin(0)
             if rebrac:
                 has_next = has_next[:, 0]
-                next_value = penalised_value(next_value, next_action, data_action, has_next, args.critic_bc)
+                critic_bc = bc * args.critic_bc
+                next_value = penalised_value(next_value, next_action, data_action, has_next, critic_bc)
             target = td_target(reward, termination, next_value, args.gamma)
         q = agent.critic(obs, action)
         loss_critic = critic_loss(q, target)
@@ -362,10 +372,10 @@ def train(args, run):
             policy_action = agent.actor(obs).tanh()
             if rebrac:
                 policy_q = agent.critic(obs, policy_action)
-                loss_policy, loss_bc = rebrac_policy_loss(policy_q, policy_action, action, args.actor_bc)
+                loss_policy, loss_bc = rebrac_policy_loss(policy_q, policy_action, action, bc * args.actor_bc)
             else:
                 policy_q = agent.critic.q1(obs, policy_action)
-                loss_policy, loss_bc = policy_loss(policy_q, policy_action, action, args.alpha)
+                loss_policy, loss_bc = policy_loss(policy_q, policy_action, action, args.alpha, bc)
             minimize(loss_policy, actor_optimizer)
             with torch.no_grad():
                 torch._foreach_lerp_(targets, [*actor_parameters, *critic_parameters], args.tau)
@@ -418,8 +428,10 @@ def train(args, run):
             share = len(rest) / (len(rest) + len(rows)) if args.offline_ratio is None else args.offline_ratio
             batch = mixed_batch(batch, new, share, sampler)
         step += 1
+        if step > args.total_timesteps:
+            bc.fill_(imitation_weight(step - args.total_timesteps, args.online_steps, args.online_bc))
         noise = torch.randn(args.batch_size, action_dim, generator=sampler, device=device)
-        metrics = update(*batch, noise, step % args.policy_delay == 0)
+        metrics = update(*batch, noise, bc, step % args.policy_delay == 0)
         run.advance(step)
 
         # --- log, evaluate, save

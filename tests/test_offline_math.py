@@ -174,7 +174,7 @@ def test_advantage_weights_are_clipped():
 
 def test_td3_bc_policy_loss_and_its_gradient():
     q, policy_action, action = randn(B, grad=True), randn(B, A, seed=1, grad=True), randn(B, A, seed=2)
-    loss, imitation = td3_bc.policy_loss(q, policy_action, action, 2.5)
+    loss, imitation = td3_bc.policy_loss(q, policy_action, action, 2.5, 1.0)
     weight = 2.5 / np.mean([abs(x) for x in q.tolist()])
     squares = [
         (p - a) ** 2 for p, a in zip(policy_action.flatten().tolist(), action.flatten().tolist(), strict=True)
@@ -184,7 +184,15 @@ def test_td3_bc_policy_loss_and_its_gradient():
     loss.backward()
     close(q.grad, np.full(B, -weight / B))  # no gradient through lambda
     close(policy_action.grad, 2 * (policy_action.detach() - action) / (B * A))
-    assert td3_bc.policy_loss(q, policy_action, action, 0.0)[0] == imitation  # behaviour cloning
+    assert td3_bc.policy_loss(q, policy_action, action, 0.0, 1.0)[0] == imitation  # behaviour cloning
+    less = td3_bc.policy_loss(q, policy_action, action, 2.5, 0.3)
+    assert less[1] == imitation
+    assert (loss - less[0]).item() == pytest.approx(0.7 * imitation.item(), rel=1e-12)
+
+
+def test_imitation_weighs_less_online():
+    assert [td3_bc.imitation_weight(step, 4, 0.2) for step in (1, 2, 4)] == pytest.approx([0.8, 0.6, 0.2])
+    assert {td3_bc.imitation_weight(step, 7, 1.0) for step in range(1, 8)} == {1.0}
 
 
 def test_rebrac_losses_and_their_gradients():
@@ -578,7 +586,7 @@ class Reference:
 
     def __init__(self, w):
         self.w = {key: x.clone().requires_grad_() for key, x in w.items()}
-        self.moments, self.updates = {}, 0
+        self.moments, self.updates, self.bc = {}, 0, 1.0  # bc: what imitation weighs, TD3+BC's and ReBRAC's
 
     def gradients(self, loss, names):
         keys = [key for key in self.w if key.startswith(names)]
@@ -654,14 +662,15 @@ def rebrac_update(r, obs, action, reward, next_obs, end, generator):
     w, noise = r.w, 0.3 * torch.randn(action.shape, generator=generator)
     next_action = (net(w, "target_actor", next_obs, gelu).tanh() + noise.clamp(-0.2, 0.2)).clamp(-1, 1)
     next_value = torch.minimum(*critics(w, "target_critic", next_obs, next_action, gelu))
-    next_value = next_value - 0.6 * torch.where(has_next > 0, (next_action - data_action) ** 2, 0).sum(1)
+    distance = torch.where(has_next > 0, (next_action - data_action) ** 2, 0).sum(1)
+    next_value = next_value - r.bc * 0.6 * distance
     target = (reward + 0.97 * (1 - end) * next_value).detach()
     loss = sum(((q - target) ** 2).mean() for q in critics(w, "critic", obs, action, gelu))
     r.step(r.gradients(loss, "critic"), 2e-3)
     if r.updates % 2 == 0:
         new_action = net(w, "actor", obs, gelu).tanh()
         q = torch.minimum(*critics(w, "critic", obs, new_action, gelu))
-        loss = 0.4 * ((new_action - action) ** 2).sum(1).mean() - q.mean() / q.abs().mean().item()
+        loss = r.bc * 0.4 * ((new_action - action) ** 2).sum(1).mean() - q.mean() / q.abs().mean().item()
         r.step(r.gradients(loss, "actor"), 1e-3)
         r.follow(0.1, ("critic", "actor"))
 
@@ -677,7 +686,7 @@ def td3_bc_update(r, obs, action, reward, next_obs, end, generator):
     if r.updates % 2 == 0:
         new_action = net(w, "actor", obs).tanh()
         q = critics(w, "critic", obs, new_action)[0]
-        loss = -2.0 / q.abs().mean().item() * q.mean() + ((new_action - action) ** 2).mean()
+        loss = -2.0 / q.abs().mean().item() * q.mean() + r.bc * ((new_action - action) ** 2).mean()
         r.step(r.gradients(loss, "actor"), 1e-3)
         r.follow(0.1, ("critic", "actor"))
 

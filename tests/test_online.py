@@ -339,6 +339,7 @@ def test_online_updates_against_a_reference(tmp_path, in_double, name, more):  #
     save_d4rl(tmp_path / "made.hdf5", *rows, np.roll(rows[0], -1, 0), ends, np.zeros(9), env_id="Walk-v0")
     flags += f" --dataset {tmp_path}/made.hdf5 --total-timesteps 4 --online-steps 7 --reward-scale 2"
     flags += f" --reward-bias -1 {'--offline-ratio' if more else ''} {more}"
+    flags += "" if script is iql else " --online-bc 0.25"
     agent, seen = in_double(script, flags, tmp_path)
     saved = load_checkpoint(tmp_path / "r")["replay"][:, 0]
     mean, std = agent.obs_mean, agent.obs_std
@@ -364,6 +365,7 @@ def test_online_updates_against_a_reference(tmp_path, in_double, name, more):  #
             kept += is_old
             if name == "iql":
                 reference.updates = 0  # the policy's rate is what it was at first
+            reference.bc = 1 - 0.75 * count / 7  # to a quarter
         update(reference, *batch, generator)
         after = seen[step + 1][0] if step < 10 else agent.state_dict()
         assert_same_weights({key: after[key] for key in reference.w if key not in BUFFERS}, reference.w)
