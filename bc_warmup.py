@@ -112,6 +112,7 @@ PRESETS = {  # what differs from the defaults; flags on the command line win
     "robosuite": dict(num_demos=100, gradient_steps=1000, eval_envs=16, eval_episodes=50),
     "driving": dict(num_demos=40, demo_noise=0.1, gradient_steps=1000, eval_envs=4, eval_episodes=40),
     "maniskill": dict(num_demos=100, gradient_steps=1000, eval_envs=16, eval_episodes=50, demo_noise=0.1),
+    "rl4vla": dict(backbone="openvla", num_demos=140, demo_noise=0.1, eval_envs=32, eval_episodes=64),
     "openvla": dict(
         lora_modules=("language_model", "projector", "vision"), greedy="mode", gradient_steps=10_000,
         batch_size=16, learning_rate=5e-4, label_sigma=0.0, temperature=1.6, save_freq=1000,

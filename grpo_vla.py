@@ -190,6 +190,10 @@ PRESETS = {  # what differs from the defaults; flags on the command line win
     "maniskill": dict(
         num_groups=4, num_envs=16, eval_envs=16, eval_episodes=50, total_timesteps=100_000
     ),
+    "rl4vla": dict(
+        backbone="openvla", num_groups=8, num_envs=64, eval_envs=32, eval_episodes=64, save_freq=5,
+        total_timesteps=2_000_000,
+    ),
     "gymnasium": dict(  # any Gymnasium id
         backbone="mlp", chunk=1, num_envs=32, num_workers=0, eval_envs=20, eval_episodes=100, num_groups=4,
         aggregation="token-mean", update_epochs=4, minibatch_size=512, micro_batch_size=512,

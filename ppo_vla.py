@@ -164,6 +164,10 @@ PRESETS = {  # what differs from the defaults; flags on the command line win
         max_grad_norm=0.5, total_timesteps=500_000,
     ),
     "maniskill": dict(num_envs=16, eval_envs=16, eval_episodes=50, total_timesteps=100_000),
+    "rl4vla": dict(  # of RL4VLA's: 64 episodes of 80 steps an iteration, with --num-steps 80
+        backbone="openvla", num_envs=64, eval_envs=32, eval_episodes=64, save_freq=5,
+        total_timesteps=2_000_000,
+    ),
     "gymnasium": dict(  # any Gymnasium id: plain PPO
         backbone="mlp", chunk=1, num_envs=8, num_workers=0, eval_envs=20, eval_episodes=100, num_steps=128,
         update_epochs=10, minibatch_size=256, micro_batch_size=256, learning_rate=1e-3,

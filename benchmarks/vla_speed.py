@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ppo_vla  # noqa: E402
 from common import UserError  # noqa: E402
 from common.backbones import add_lora, build_backbone  # noqa: E402
-from common.backbones.openvla import LIBERO_CHECKPOINTS, memory_needed, update_memory  # noqa: E402
+from common.backbones.openvla import CHECKPOINTS, memory_needed, update_memory  # noqa: E402
 
 PRESETS = {  # GPU memory in GB -> settings of the PPO update, one picture, LoRA on the language model
     24: dict(micro_batch_size=8, gradient_checkpointing=True, load_in_4bit=False),
@@ -50,7 +50,7 @@ SPECIFIED = {
     "openvla-oft, 2 pictures, proprioception": (8, 2, 0, 0.810, 8.04, 11.1),
 }
 MODELS = {"openvla-oft": 8, "openvla": 1}  # -> chunk
-PUBLISHED = {8: LIBERO_CHECKPOINTS["libero_spatial"], 1: "openvla/openvla-7b-finetuned-libero-spatial"}
+PUBLISHED = {8: CHECKPOINTS["libero_spatial"], 1: "openvla/openvla-7b-finetuned-libero-spatial"}
 INSTRUCTION = " ".join(["word"] * 24)  # with "In: What action should the robot take to" and so on 35 tokens
 TINY = dict(
     featurizer=dict(dim=64, depth=3, hidden=128, head_dim=64, patch=14, patches=16, registers=4),

@@ -23,7 +23,7 @@ def build(device="cpu", **config):
     return CNN(**config).to(device)
 
 
-def from_flags(args, dataset, **shape):
+def from_flags(args, dataset, action_bounds, **shape):
     return shape | {"channels": args.channels}
 
 

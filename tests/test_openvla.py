@@ -543,6 +543,18 @@ def test_the_last_slot_reaches_the_first_action(checkpoints, monkeypatch, family
     assert padded or difference() == 0  # it can fail
 
 
+def test_actions_in_a_worlds_own_units(checkpoints):
+    """Bridge's in m, rad and 1 for open -> what RL4VLA's world calls -1 to 1, where -1 opens, and back."""
+    low, high = [-0.05] * 3 + [-0.25] * 3 + [1.0], [0.05] * 3 + [0.25] * 3 + [0.0]
+    plain, model = load(checkpoints, "oft"), load(checkpoints, "oft", bounds=[low, high])
+    tokens = np.random.default_rng(0).uniform(-1, 1, (5, 2, 7)).astype(np.float32)
+    theirs, found = np.asarray(plain.to_env(tokens)), np.asarray(model.to_env(tokens))
+    wanted = np.concatenate([theirs[..., :3] / 0.05, theirs[..., 3:6] / 0.25, 1 - 2 * theirs[..., 6:]], -1)
+    assert np.allclose(found, wanted, atol=1e-6)
+    assert np.allclose(model.from_env(found), plain.from_env(theirs), atol=1e-5)
+    assert build_backbone(**model.config).config == model.config
+
+
 @pytest.mark.parametrize("libero", [False, True])
 def test_demonstrations_come_back_from_the_models_units(checkpoints, libero):
     """In the data set's range, and LIBERO's gripper (-1 opens) from the model's (1 is open)."""

@@ -278,7 +278,7 @@ def test_every_world_and_model_has_its_file():
                 "to_robomimic",
                 "behavior_server",
             }
-            | {"tabletop_warp", "maniskill_gpu", "to_d4rl"},
+            | {"tabletop_warp", "maniskill_gpu", "rl4vla_scene", "to_d4rl"},
         ),
         (BACKBONES, "backbones", set()),
     ):

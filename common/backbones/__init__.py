@@ -3,7 +3,7 @@
 A family is one file and one line in `BACKBONES`. The file has
 - `build(device, **config)`, which makes the backbone, and `from_flags(args, **shape)`, the config of fresh
   weights; shape: instructions, chunk, action_dim, proprio_dim, cameras and image_size (0 without pictures),
-  dataset (the world's);
+  dataset and action_bounds (the world's, or None);
 - `Args`, a dataclass of its own flags (`LoraArgs` where it takes adapters), in which `FIXED` marks what is
   part of the weights; it may have `check(self)`, which raises UserError for values that cannot work together;
 - `FROM_SCRATCH`: whether it starts at random weights; optionally `own_options(args, device, cameras,
@@ -163,7 +163,8 @@ def load_backbone(args, envs, run, micro_batch_size=0, train_vision=None):
                     "was."
                 )
     else:
-        shape |= {"instructions": envs.training_instructions or envs.instructions, "dataset": envs.dataset}
+        shape |= {"instructions": envs.training_instructions or envs.instructions}
+        shape |= {"dataset": envs.dataset, "action_bounds": envs.action_bounds}
         config = {"name": args.backbone} | module.from_flags(args, **shape)
     if old_rank and lora_rank not in (0, old_rank):
         raise UserError(f"The checkpoint's adapters have rank {old_rank}; use --lora-rank {old_rank} or 0.")

@@ -51,7 +51,7 @@ class Args:
             raise UserError(f"--fusion-width must be a multiple of {2 * HEADS}, not {self.fusion_width}.")
 
 
-def from_flags(args, dataset, instructions, image_size, **shape):
+def from_flags(args, dataset, action_bounds, instructions, image_size, **shape):
     own = ("vision_tower", "text_tower", "picture_size", "fusion_layers", "fusion_width")
     return shape | {"history": args.action_history} | {name: getattr(args, name) for name in own}
 

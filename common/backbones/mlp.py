@@ -28,7 +28,7 @@ def build(device="cpu", **config):
     return (StatePolicy if "squash" in config else MLP)(**config).to(device)
 
 
-def from_flags(args, **shape):
+def from_flags(args, action_bounds, **shape):
     return shape
 
 

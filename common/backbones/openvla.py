@@ -53,11 +53,12 @@ FLOATS = ("F32", "F16", "BF16", "F64")  # safetensors' names
 CACHE = "cache" if "cache" in inspect.signature(LlamaDecoderLayer.forward).parameters else "past_key_values"
 FROM_SCRATCH = False
 PROMPT = 35  # tokens of a prompt, about: memory is estimated before there is one
-LIBERO_CHECKPOINTS = {  # token-trained on one trajectory a task (SimpleVLA-RL): where RL on tokens can start
+CHECKPOINTS = {  # of a world's data set, where RL on tokens can start: SimpleVLA-RL's, and RL4VLA's warm-up
     "libero_spatial": "Haozhan72/Openvla-oft-SFT-libero-spatial-traj1",
     "libero_object": "Haozhan72/Openvla-oft-SFT-libero-object-traj1",
     "libero_goal": "Haozhan72/Openvla-oft-SFT-libero-goal-traj1",
     "libero_10": "Haozhan72/Openvla-oft-SFT-libero10-traj1",
+    "bridge_orig": "gen-robot/openvla-7b-rlvla-warmup",
 }
 SIZES = dict(  # of openvla-7b; a checkpoint's own follow from its tensors' shapes
     featurizer=dict(dim=1024, depth=24, hidden=4096, head_dim=64, patch=14, patches=256, registers=4),
@@ -497,7 +498,8 @@ class OpenVLA(nn.Module):
             return self.action_head(x).flatten(1).float()
 
     def to_env(self, actions):
-        """(..., A) in [-1, 1] -> in the units of the data set, the gripper as it is; or LIBERO's."""
+        """(..., A) in [-1, 1] -> in the units of the data set, the gripper as it is; or LIBERO's. Where the
+        world tells what its -1 and 1 are in these units, its own."""
         if self.statistics:
             q = self.statistics["action"]
             mask = q.get("mask", [True] * (self.action_dim - 1) + [False])
@@ -506,10 +508,17 @@ class OpenVLA(nn.Module):
         if self.config["libero"]:  # the model has 0 for closed and 1 for open, LIBERO +1 and -1
             actions = torch.as_tensor(actions)
             actions = torch.cat([actions[..., :-1], -torch.sign(2 * actions[..., -1:] - 1)], -1)
+        if self.config["bounds"] and self.statistics:
+            actions = torch.as_tensor(actions)
+            low, high = (actions.new_tensor(x) for x in self.config["bounds"])
+            actions = 2 * (actions - low) / (high - low) - 1
         return actions
 
     def from_env(self, actions):
         """The way back: numpy (..., A) in the environment's units -> in [-1, 1], for imitation."""
+        if self.config["bounds"] and self.statistics:
+            low, high = np.float32(self.config["bounds"])
+            actions = low + (actions + 1) / 2 * (high - low)
         if self.config["libero"]:
             actions = np.concatenate([actions[..., :-1], (1 - actions[..., -1:]) / 2], -1)
         if self.statistics:
@@ -726,7 +735,7 @@ def check_preprocessor(found, size):
     return means, stds
 
 
-def from_flags(args, chunk, action_dim, dataset, proprio_dim, **_):
+def from_flags(args, chunk, action_dim, dataset, proprio_dim, action_bounds, **_):
     """The config that `build` takes, of weights that are not a run's. `--backbone openvla` is the published
     checkpoint of the world's data set."""
     config = dict(
@@ -734,6 +743,7 @@ def from_flags(args, chunk, action_dim, dataset, proprio_dim, **_):
         action_dim=action_dim, proprio_dim=proprio_dim, unnorm_key=args.unnorm_key or dataset,
         statistics=args.statistics,
         libero=bool(dataset and dataset.startswith("libero")), lora_modules=args.lora_modules,
+        bounds=action_bounds and [x.tolist() for x in action_bounds],
     )  # fmt: skip
     if args.backbone == "openvla":
         if dataset is None:
@@ -760,9 +770,9 @@ def build(
     *, path, family=None, chunk=None, action_dim=7, head=None, unnorm_key=None, statistics=None, libero=False,
     lora_modules=("language_model",), dtype="bfloat16", load_in_4bit=False, sizes=None, device="cpu",
     micro_batch_size=0, checkpointing=False, lora_rank=None, cameras=1, train_vision=None, proprio_dim=None,
-    **_,
+    bounds=None, **_,
 ):  # fmt: skip
-    """Load a checkpoint straight onto `device`. path: a folder, a hub id, a suite of `LIBERO_CHECKPOINTS`, or
+    """Load a checkpoint straight onto `device`. path: a folder, a hub id, a suite of `CHECKPOINTS`, or
     "random" for random weights.
 
     family: openvla or openvla-oft; None looks for OFT's traces (a head, its code, its name), and takes a
@@ -770,7 +780,8 @@ def build(
     chunk: None for 1 or 8. head: "tokens" is refused where an L1 head was trained instead, "gaussian" where
     tokens come one after another. unnorm_key: the data set whose statistics apply, or "none"; statistics: a
     file in place of the checkpoint's. libero: pictures and gripper as in the published LIBERO evaluation;
-    else the published processor. lora_modules: of language_model, projector, vision. dtype: bfloat16,
+    else the published processor. bounds: what an environment's -1 and 1 are in the data set's units, (A,)
+    each; None for the same. lora_modules: of language_model, projector, vision. dtype: bfloat16,
     float32. sizes: for "random", what differs from `SIZES`. device "meta" loads nothing.
 
     proprio_dim: numbers of the world's, None for any. train_vision: False where the towers are frozen.
@@ -778,7 +789,7 @@ def build(
     update, too: of all weights (lora_rank 0), of adapters, or without what trains (None); see
     `update_memory`. These are the run's affair, and not in `config`. Raises UserError.
     """
-    device, loaded, extras, path = torch.device(device), {}, {}, LIBERO_CHECKPOINTS.get(path, path)
+    device, loaded, extras, path = torch.device(device), {}, {}, CHECKPOINTS.get(path, path)
     needs = dict(
         load_in_4bit=load_in_4bit, micro_batch_size=micro_batch_size, checkpointing=checkpointing,
         lora_rank=lora_rank, cameras=cameras, train_vision=train_vision,
@@ -790,7 +801,7 @@ def build(
         def tokenize(text):
             return [3 + zlib.crc32(word.encode()) % 31000 for word in text.split()]
     else:
-        if path in LIBERO_CHECKPOINTS.values() and device.type != "meta":  # before 15 GB are downloaded
+        if path in CHECKPOINTS.values() and device.type != "meta":  # before 15 GB are downloaded
             same = build(path="random", chunk=chunk, lora_modules=lora_modules, dtype=dtype, device="meta")
             check_memory(path, same, device, **needs)
         folder = find_checkpoint(path)
@@ -840,7 +851,7 @@ def build(
          "was trained for that."),
         (head == "tokens" and "action_head" in extras,
          "was trained with an L1 head: its tokens were not, and decode to noise (0 % success); use --head "
-         f"gaussian, or a token-trained checkpoint such as {LIBERO_CHECKPOINTS['libero_spatial']}."),
+         f"gaussian, or a token-trained checkpoint such as {CHECKPOINTS['libero_spatial']}."),
         (sizes["action_head"] not in (0, action_dim), f"is not for actions of {action_dim} numbers."),
         (proprio_dim and sizes["proprio"] not in (0, proprio_dim),
          f"takes a proprioception of {sizes['proprio']} numbers, and here there are {proprio_dim}; drop "
@@ -864,7 +875,7 @@ def build(
     config = dict(
         name="openvla", path=str(path), family=family, chunk=chunk, action_dim=action_dim,
         unnorm_key=unnorm_key, statistics=statistics, libero=libero, lora_modules=tuple(lora_modules),
-        dtype=dtype, load_in_4bit=load_in_4bit, sizes=sizes if path == "random" else None,
+        dtype=dtype, load_in_4bit=load_in_4bit, sizes=sizes if path == "random" else None, bounds=bounds,
     )  # fmt: skip
     with torch.device("meta"), intact(path):
         model = OpenVLA(config, sizes, tokenize, stats)

@@ -27,7 +27,7 @@ def build(device="cpu", **config):
     return TinyVLA(**config).to(device)
 
 
-def from_flags(args, dataset, **shape):
+def from_flags(args, dataset, action_bounds, **shape):
     return shape
 
 

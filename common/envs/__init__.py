@@ -68,7 +68,8 @@ from common.memory import available_memory
 WORLDS = {
     name: f"common.envs.{name}"
     for name in (
-        "tabletop", "libero", "robosuite", "robomimic", "maniskill", "driving", "dmc", "behavior", "ogbench",
+        "tabletop", "libero", "robosuite", "robomimic", "maniskill", "rl4vla", "driving", "dmc", "behavior",
+        "ogbench",
     )
 }  # fmt: skip
 NAMED = "robomimic"  # the world that a file in RoboMimic's layout names

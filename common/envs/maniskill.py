@@ -21,6 +21,7 @@ What an episode draws follows from `[split, seed, how many without a seed since]
 its own state does not hold, so that an episode is restored exactly by acting it out again from its start.
 """
 
+import contextlib
 import warnings
 from dataclasses import dataclass
 from typing import Literal
@@ -73,30 +74,39 @@ class Args:
 _idle = {}  # what `_make` made and no environment has: its arguments -> scenes
 
 
+@contextlib.contextmanager
+def starting():
+    """For a scene to be made in -> the renderer of this machine. Quiet about what ManiSkill can do without;
+    UserError where Vulkan fails."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torch
+        from mani_skill import logger
+
+        logger.setLevel("ERROR")
+        try:
+            yield "gpu" if torch.cuda.is_available() else "cpu"
+        except RuntimeError as error:
+            raise UserError(f"ManiSkill needs Vulkan, which failed ({error}); {VULKAN}.") from error
+
+
 def _make(name, size, wrist, shaped, num_envs=1, gpu=None):
     """-> ManiSkill's own environment of the task `name`, one row: a scene; on the GPU of that number,
     `num_envs` rows."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of packages and drivers that it can do without
-        import torch
-        from mani_skill import logger
+    with starting() as renderer:
         from sapien.render import RenderBodyComponent
 
-        logger.setLevel("ERROR")
-        physics, renderer = "physx_cpu", "gpu" if torch.cuda.is_available() else "cpu"
+        physics = "physx_cpu"
         if gpu is not None:
             physics, renderer = f"physx_cuda:{gpu}", f"sapien_cuda:{gpu}"
-        try:
-            made = gym.make(
-                f"mani_skill.envs:{name}", num_envs=num_envs, obs_mode="state",
-                sim_backend=physics, render_backend=renderer,
-                control_mode="pd_ee_delta_pose", reward_mode="normalized_dense" if shaped else "sparse",
-                sensor_configs=dict(width=size, height=size),
-                human_render_camera_configs=dict(width=224, height=224),
-                **({"robot_uids": "panda_wristcam"} if wrist else {}),
-            )  # fmt: skip
-        except RuntimeError as error:
-            raise UserError(f"ManiSkill needs Vulkan, which failed ({error}); {VULKAN}.") from error
+        made = gym.make(
+            f"mani_skill.envs:{name}", num_envs=num_envs, obs_mode="state",
+            sim_backend=physics, render_backend=renderer,
+            control_mode="pd_ee_delta_pose", reward_mode="normalized_dense" if shaped else "sparse",
+            sensor_configs=dict(width=size, height=size),
+            human_render_camera_configs=dict(width=224, height=224),
+            **({"robot_uids": "panda_wristcam"} if wrist else {}),
+        )  # fmt: skip
     scene = made.unwrapped
     if camera := scene.agent.robot.links_map.get("camera_link"):
         for body in camera._objs:
@@ -156,6 +166,8 @@ class ManiSkillEnv(gym.Env):
         self.task, self.layout, self.actions = task, layout, []
         self.limit = self.horizon or TASKS[self.tasks[task]][0]
         self.scene = self._scene(self.tasks[task])
+        self.scene.reset(seed=layout)
+        self.scene.scene.step()  # or what the last episode held would be told as grasped
         self.state, _ = self.scene.reset(seed=layout)
 
     def _draw(self, episode, seed, options):

@@ -49,10 +49,11 @@ CONTROLLED = ("goal_pos", "goal_ori", "initial_joint", "new_update", "ee_pos", "
 CONTROLLED += ("ee_ori_vel", "joint_pos", "joint_vel", "J_pos", "J_ori", "J_full", "mass_matrix")
 
 
-def check_installed(env, packages):
-    """UserError unless `packages`, which --env `env` needs, are there; robosuite is told to be quiet."""
+def check_installed(env, packages, file=None):
+    """UserError unless `packages`, which --env `env` needs, are there; robosuite is told to be quiet. file:
+    the requirements' name, where that is not the world's."""
     if missing := [name for name in packages if not importlib.util.find_spec(name)]:
-        raise UserError(f"--env {env} needs {' and '.join(missing)}: {INSTALL.format(env)}")
+        raise UserError(f"--env {env} needs {' and '.join(missing)}: {INSTALL.format(file or env)}")
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
     os.environ.setdefault("LP_NUM_THREADS", "1")  # software rendering: a core for each worker
 
