@@ -187,7 +187,7 @@ def read_models(folder, kind, count):
     return models
 
 
-_idle = {}  # plates -> scenes of this process that no environment has
+_idle = {}  # folder and number of plates -> scenes of this process that no environment has
 
 
 class PutOnPlateEnv(gym.Env):
@@ -210,8 +210,9 @@ class PutOnPlateEnv(gym.Env):
         self.folder, self.split, self.size, self.scene = assets_folder(), split, size, None
         things = read_models(self.folder, "carrot", OBJECTS)
         plates = read_models(self.folder, "plate", PLATES)
-        self.plates = PLATES if split == "plates" else 1  # that its scene has
-        self.models = {"carrot": things, "plate": dict([*plates.items()][: self.plates])}
+        count = PLATES if split == "plates" else 1  # of plates in its scene
+        self.models = {"carrot": things, "plate": dict([*plates.items()][:count])}
+        self.key = self.folder, count
         things, plates, found = [*things.values()], [*plates.values()], choices(split)
         self.tasks = [
             dict(object=thing, plate=plate, phrase=phrase)
@@ -240,7 +241,7 @@ class PutOnPlateEnv(gym.Env):
     def _begin(self, task, layout):
         self.task, self.layout, self.actions = task, layout, []
         if self.scene is None:
-            idle = _idle.setdefault(self.plates, [])
+            idle = _idle.setdefault(self.key, [])
             self.scene = idle.pop() if idle else self._make_scene(layout)
         self.scene.begin(layout)
         self.grasps, self.grasped, self.held, self.reached = 0, False, False, 0.0
@@ -283,7 +284,7 @@ class PutOnPlateEnv(gym.Env):
     def close(self):
         """Leaves its scene to this process's next environment, for which a reset begins all anew."""
         if self.scene is not None:
-            _idle[self.plates].append(self.scene)
+            _idle[self.key].append(self.scene)
         self.scene = None
 
     def get_state(self):
