@@ -2,6 +2,7 @@
 workers.
 
 python benchmarks/env_speed.py
+python benchmarks/env_speed.py --worlds      # and what a step and a picture of each installed world cost
 """
 
 import sys
@@ -11,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.envs import WORLDS  # noqa: E402
+from common import UserError  # noqa: E402
+from common.envs import WORLDS, world_module  # noqa: E402
 from common.envs.tabletop import TabletopEnv  # noqa: E402
 from common.envs.vector import vectorize  # noqa: E402
 from common.memory import available_cores  # noqa: E402
@@ -59,7 +61,41 @@ def vector(num_envs=128, chunk=4, seconds=5.0):
     return steps / elapsed, workers
 
 
+def costs(world, **kwargs):
+    """-> milliseconds of this process's CPU of a step of random moves, and of an observation."""
+    env, rng = world_module(world).make(**kwargs), np.random.default_rng(0)
+    env.reset(seed=0)
+
+    def step():
+        action = rng.uniform(-1, 1, env.action_space.shape).astype(np.float32)
+        _, terminated, truncated, _ = env.advance(action)
+        if terminated or truncated:
+            env.reset()
+
+    found = []
+    for act, times in ((step, 40), (env.observe, 15)):
+        act()
+        start = time.process_time()
+        for _ in range(times):
+            act()
+        found.append((time.process_time() - start) / times * 1e3)
+    env.close()
+    return found
+
+
+WORLD_ROWS = (
+    ("tabletop", {}), ("libero", dict(suite="libero_object", tasks=(0,))), ("robosuite", {}),
+    ("maniskill", {}), ("rl4vla", {}), ("driving", {}), ("dmc", {}), ("dmc", dict(pictures=True)),
+)  # fmt: skip
+
+
 if __name__ == "__main__":
+    for world, kwargs in WORLD_ROWS if "--worlds" in sys.argv[1:] else ():
+        try:
+            step, see = costs(world, **kwargs)
+            print(f"{world:10s} {str(kwargs or ''):45s} {step:6.2f} ms a step, {see:6.2f} ms an observation")
+        except UserError as error:
+            print(f"{world:10s} {error}")
     rows = [
         ("no picture", dict(render_every=0)),
         ("a 64x64 picture every step", dict(render_every=1)),
