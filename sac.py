@@ -271,7 +271,7 @@ def train(args, run):
     envs = run.closing(make_envs(args, "train", args.num_envs, autoreset=True, states=True))
     device = run.device
     if args.append:
-        check_append(args.save_dataset, args.env)
+        check_append(args.save_dataset, args)
     widths = row_widths(envs)
     obs_dim, action_dim, *_ = widths
     if args.prior_data:
@@ -292,7 +292,7 @@ def train(args, run):
         run.evaluated(evaluate(agent, eval_envs, args, run, True, references))
         if args.collect:
             rows = collect(agent, args, widths, device)
-            write_transitions(args.save_dataset, rows, args.collect, widths, envs, args.append)
+            write_transitions(args, rows, args.collect, widths, envs)
         return
 
     critic_parameters = list(agent.critic.parameters())
@@ -416,10 +416,10 @@ def train(args, run):
     run.finish(step, gradient_steps)
     if args.save_dataset and args.collect:
         rows = collect(agent, args, widths, device)
-        write_transitions(args.save_dataset, rows, args.collect, widths, envs, args.append)
+        write_transitions(args, rows, args.collect, widths, envs)
     elif args.save_dataset:
         rows = replay.history()
-        write_transitions(args.save_dataset, rows, len(rows) * N, widths, envs, args.append)
+        write_transitions(args, rows, len(rows) * N, widths, envs)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from common import UserError, say
 from common.checkpoint import atomic_path
 from common.envs import NAMED, world_flags, world_module
+from common.flags import FREE, marks
 
 IMAGE_KEYS = ("agentview_rgb", "eye_in_hand_rgb")  # LIBERO's names, and RoboMimic's for the same cameras
 ROBOMIMIC_IMAGE_KEYS = {"agentview_rgb": "agentview_image", "eye_in_hand_rgb": "robot0_eye_in_hand_image"}
@@ -394,7 +395,7 @@ def recording(path: str | os.PathLike, args, envs) -> Iterator[Recording]:
         raise UserError(f"{args.env} has no pictures to record; give another --env.")
     if Path(path).is_dir():
         raise UserError(f"{path} is a folder; give --save-dataset a file.")
-    world, flags = world_module(args.env), world_flags(args)
+    world, flags = world_module(args.env), lasting_flags(args)
     width = envs.single_observation_space["proprio"].shape[0]
     own = width - args.action_history * envs.single_action_space.shape[0]
     parts = _parts(world, flags) or {"proprio": own}
@@ -635,6 +636,7 @@ class OfflineDataset:
     episode_starts: np.ndarray  # (E,) int64, ascending from 0
     reference_scores: tuple[float, float] | None  # return of the random and of the expert policy
     env_flags: dict = field(default_factory=dict)  # of the world `env_id`, by name
+    normalized_actions: bool = False  # all in [-1, 1], as every world has them; else in the world's own units
     encoder: object = None  # `common.features.Encoder`, through which the world is seen
 
     @property
@@ -798,7 +800,7 @@ def _load_d4rl(file: h5py.File, where: str, name: str) -> OfflineDataset:
     terminations = _read(file, "terminals", where, (None,)) != 0
     size, has_next = len(terminations), "next_observations" in file
     widths = tuple(getattr(file.get(key), "shape", ())[1:] for key in ("observations", "actions"))
-    task, env_id, scores = _identify(file, where, name, sum(widths, ()))
+    task, env_id, env_flags, scores = _identify(file, where, name, sum(widths, ()))
     if "timeouts" in file:
         ends = terminations | (_read(file, "timeouts", where, (size,)) != 0)
     elif has_next or task == "kitchen":  # kitchen's terminals mark every end
@@ -849,19 +851,25 @@ def _load_d4rl(file: h5py.File, where: str, name: str) -> OfflineDataset:
         terminations=terminations[keep],
         episode_starts=np.flatnonzero(firsts[keep]),
         reference_scores=scores,
+        env_flags=env_flags,
     )
 
 
 def _identify(file: h5py.File, where: str, name: str, widths: tuple) -> tuple:
-    """Task, Gymnasium id and reference scores: from the attribute `env_id`, or D4RL's name of this file."""
+    """Task, Gymnasium id (or world), its flags and reference scores: from the attributes `env_id` and
+    `env_flags`, or D4RL's name of this file."""
     if "env_id" in file.attrs:
         env_id = str(file.attrs["env_id"])
-        return None, env_id, reference_scores(env_id)
+        try:
+            env_flags = dict(json.loads(file.attrs.get("env_flags", "{}")))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{where} has env_flags that are no JSON object; give another file.") from error
+        return None, env_id, env_flags, reference_scores(env_id)
     known = d4rl_name(Path(where).name)
     task = re.split("[-_]", known.lower())[0]
     if task not in TASKS or TASKS[task][1] != widths:  # hopper-mine.hdf5 is Hopper's if it has its sizes
-        return None, None, None
-    return task, TASKS[task][0], reference_scores(known)
+        return None, None, {}, None
+    return task, TASKS[task][0], {}, reference_scores(known)
 
 
 def _load_robomimic(file: h5py.File, where: str, name: str, keys: tuple[str, ...]) -> OfflineDataset:
@@ -911,7 +919,7 @@ def _load_robomimic(file: h5py.File, where: str, name: str, keys: tuple[str, ...
         return dataset
     keys = tuple(keys or low_dim(next(iter(demos.values()))))
     flags = {"file": where, "keys": keys, "cameras": ("none",)}
-    return dataclasses.replace(dataset, env_id=NAMED, env_flags=flags)
+    return dataclasses.replace(dataset, env_id=NAMED, env_flags=flags, normalized_actions=True)
 
 
 def _load_minari(name: str) -> OfflineDataset:
@@ -984,12 +992,14 @@ def save_d4rl(
     terminations: np.ndarray,
     timeouts: np.ndarray,
     env_id: str | None = None,
+    env_flags: Mapping = MappingProxyType({}),
 ) -> None:
     """Write N transitions, one episode after another in the order of time, in D4RL's layout, atomically.
 
     observations and next_observations (N, S), actions (N, A), rewards, terminations and timeouts (N,); any
-    last row ends its episode. `env_id` is the Gymnasium id to evaluate in. UserError if an array is
-    misshaped or not finite, CheckpointError if the disk refuses; a file that was there is then as it was.
+    last row ends its episode. `env_id` is the Gymnasium id, or world, to evaluate in, `env_flags` its flags.
+    UserError if an array is misshaped or not finite, CheckpointError if the disk refuses; a file that was
+    there is then as it was.
     """
     arrays = {"rewards": rewards, "observations": observations, "next_observations": next_observations}
     arrays |= {"actions": actions, "terminals": terminations, "timeouts": timeouts}
@@ -1006,21 +1016,32 @@ def save_d4rl(
                 written[rows] = block.astype(dtype)
         if env_id is not None:
             file.attrs["env_id"] = env_id
+            file.attrs["env_flags"] = json.dumps(dict(env_flags))
 
 
-def check_append(path: str | os.PathLike, env_id: str) -> None:
-    """UserError if the file to append to, where there is one, is of another world."""
-    if Path(path).exists() and (world := load_dataset(path).env_id) != env_id:
-        raise UserError(
-            f"{path} has steps of {world or 'no known world'}; steps of {env_id} need a file of their own."
-        )
+def lasting_flags(args) -> dict:
+    """The flags of `args`' world that say what it is, by name, as files have them: not what it saves."""
+    said = marks(world_module(args.env).Args)
+    return {name: value for name, value in world_flags(args).items() if FREE not in said[name]}
 
 
-def write_transitions(path: str | os.PathLike, rows: torch.Tensor, count: int, widths: list[int], envs,
-                      append: bool) -> None:  # fmt: skip
+def check_append(path: str | os.PathLike, args) -> None:
+    """UserError if the file to append to, where there is one, is not of the world of `args`, with its flags
+    (which files had not before they were written there)."""
+    if not Path(path).exists():
+        return
+    old, flags = load_dataset(path), json.loads(json.dumps(lasting_flags(args)))
+    other = [name for name, value in old.env_flags.items() if value != flags.get(name, value)]
+    if old.env_id != args.env or other:
+        named = " ".join([old.env_id or "no known world", *(f"{x} {old.env_flags[x]}" for x in other)])
+        raise UserError(f"{path} has steps of {named}; steps of {args.env} need a file of their own.")
+
+
+def write_transitions(args, rows: torch.Tensor, count: int, widths: list[int], envs) -> None:
     """The first `count` rows of (T, N, W), N recordings of T steps in the order of time, as a D4RL file of
-    `envs`' world, after what it holds already where they are to be appended. widths: of the columns obs,
-    action in [-1, 1], reward, terminated, truncated and next_obs."""
+    `envs`' world, args.save_dataset, after what it holds already with args.append. widths: of the columns
+    obs, action in [-1, 1], reward, terminated, truncated and next_obs."""
+    path = args.save_dataset
     obs, action, reward, terminated, truncated, next_obs = rows.split(widths, -1)
     truncated = (truncated > 0).squeeze(-1)
     truncated[-1] |= terminated[-1, :, 0] == 0  # the recording ends here, the episode does not
@@ -1028,14 +1049,14 @@ def write_transitions(path: str | os.PathLike, rows: torch.Tensor, count: int, w
     action = low + (action.numpy() + 1) / 2 * (high - low)
     columns = (obs, action, reward[..., 0], next_obs, terminated[..., 0] > 0, truncated)
     columns = [np.asarray(x).swapaxes(0, 1).reshape(-1, *x.shape[2:])[:count] for x in columns]
-    if append and Path(path).exists():
+    if args.append and Path(path).exists():
         old = load_dataset(path)
         ended = np.zeros(len(old.actions), bool)
         ended[np.append(old.episode_starts[1:], 0) - 1] = True
         before = (old.observations, old.actions, old.rewards, old.next_observations, old.terminations)
         before = (*before, ended & ~old.terminations)
         columns = [np.concatenate(pair) for pair in zip(before, columns, strict=True)]
-    save_d4rl(path, *columns, env_id=envs.env_id)
+    save_d4rl(path, *columns, env_id=envs.env_id, env_flags=lasting_flags(args))
     say(f"{count} steps written to {path}")
 
 

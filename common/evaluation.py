@@ -223,7 +223,7 @@ def evaluation_world(args, dataset, run, episodes):
         return dataset.encoder.envs(episodes, run) if episodes else None, None, references
     if env is None and args.eval_episodes:
         raise UserError(f"{dataset.name} names no environment; give --env, or --eval-episodes 0.")
-    if env is None or (dataset.env_flags and not args.env and not args.eval_episodes):
+    if env is None or (dataset.normalized_actions and not args.env and not args.eval_episodes):
         return None, None, references  # actions that need no world to be understood
     if dataset.env_id and env != dataset.env_id:
         references = reference_scores(env)

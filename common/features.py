@@ -65,6 +65,15 @@ def decisions(rewards, terminated, decided, episode_starts, chunk):
     return at, np.where(terminations, at, after), rewards, terminations, np.flatnonzero(chains)
 
 
+def checked_flags(env, given, source):
+    """The flags of the world `env` by name, those `given` (a dict, as JSON has them) and else its defaults.
+    UserError for a value that the world does not know."""
+    flags = world_flags(SimpleNamespace(**given | {"env": env}))
+    flags = {name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()}
+    check_choices(world_module(env).Args, flags, source)
+    return flags
+
+
 def named_world(args, before):
     """Where a policy of features is evaluated -> the world's name and its flags, a dict: --env, or what
     recorded rollouts name, or else the world of the encoder's run, whose arguments are `before`."""
@@ -77,10 +86,7 @@ def named_world(args, before):
         named = json.loads(file["data"].attrs["env_args"])
         if named["env_name"] in WORLDS:
             env, given, source = named["env_name"], dict(named["env_kwargs"]), path
-    flags = world_flags(SimpleNamespace(**given | {"env": env}))
-    flags = {name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()}
-    check_choices(world_module(env).Args, flags, source)
-    return env, flags
+    return env, checked_flags(env, given, source)
 
 
 class Encoder:
@@ -178,7 +184,11 @@ def offline_dataset(args, run):
     UserError for an encoder that is not there, or is not the one of the run's checkpoint.
     """
     if not args.features:
-        return load_dataset(args.dataset, args.keys)
+        dataset = load_dataset(args.dataset, args.keys)
+        if args.env or not dataset.env_flags:
+            return dataset
+        flags = checked_flags(dataset.env_id, dataset.env_flags, dataset.name)
+        return dataclasses.replace(dataset, env_flags=flags)
     if getattr(args, "online_steps", 0):
         raise UserError("--online-steps goes on from states alone; drop --features, or the steps.")
     try:

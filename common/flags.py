@@ -4,7 +4,8 @@ gamma: Share = 0.99
 init_std: Annotated[Positive, FIXED, Only("head", "gaussian")] = 0.2
 """
 
-from typing import Annotated
+import dataclasses
+from typing import Annotated, get_type_hints
 
 FREE = "may differ from the run's when that is resumed"
 FIXED = "is part of a checkpoint: beside --checkpoint it has that one's value, and no other"
@@ -48,3 +49,9 @@ LIMITS = {  # what a value must do, and whether it does
 Positive, PositiveInt = Annotated[float, POSITIVE], Annotated[int, POSITIVE]
 NonNegative, NonNegativeInt = Annotated[float, NONNEGATIVE], Annotated[int, NONNEGATIVE]
 Share = Annotated[float, SHARE]
+
+
+def marks(Args):
+    """What the annotations of a dataclass say of its fields: {name: marks}."""
+    hints = get_type_hints(Args, include_extras=True)
+    return {f.name: getattr(hints[f.name], "__metadata__", ()) for f in dataclasses.fields(Args)}

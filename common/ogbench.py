@@ -97,6 +97,7 @@ def load_ogbench(name):
         episode_starts=np.flatnonzero(np.append(True, ends[:-1])[~ends]),
         reference_scores=None,
         env_flags={"task": task},
+        normalized_actions=True,
     )
 
 

@@ -77,6 +77,7 @@ from common.flags import (
     Only,
     PositiveInt,
     Unless,
+    marks,
 )
 from common.memory import available_memory
 
@@ -215,12 +216,6 @@ class OfflineArgs(StateArgs):
 
 def flag(name):
     return "--" + name.replace("_", "-")
-
-
-def marks(Args):
-    """What the annotations of a dataclass say of its fields: {name: marks}."""
-    hints = get_type_hints(Args, include_extras=True)
-    return {f.name: getattr(hints[f.name], "__metadata__", ()) for f in dataclasses.fields(Args)}
 
 
 def fits(value, hint):

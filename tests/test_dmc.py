@@ -12,7 +12,7 @@ import bc_warmup
 import iql
 import sac
 from common import UserError
-from common.datasets import training_demonstrations
+from common.datasets import load_dataset, training_demonstrations
 from common.envs import dmc, make_envs
 
 INSTALLED = all(importlib.util.find_spec(name) for name in ("dm_control", "dm_env", "lxml"))
@@ -233,6 +233,8 @@ def test_from_states_to_pictures_to_features(tmp_path, gl, monkeypatch):
     data = f"--collect 240 --save-dataset {tmp_path}/states.hdf5 --save-episodes {tmp_path}/data --size 16"
     run(sac, f"{world} {base} --evaluate --checkpoint {tmp_path}/sac --run-name c {data}")
     assert len(list((tmp_path / "data").iterdir())) == 20  # of ten environments, and no evaluation's
+    flags = load_dataset(tmp_path / "states.hdf5").env_flags
+    assert flags["horizon"] == 12 and "save_episodes" not in flags
     bc = f"--env dmc --horizon 12 --demos {tmp_path}/data --chunk 1 --head gaussian --gradient-steps 3"
     run(bc_warmup, f"{bc} {base} --eval-envs 2 --num-workers 0 --device cpu --warmup-steps 1 --run-name eye")
     assert (

@@ -1,13 +1,16 @@
 """Gymnasium ids that tell success, and observe dicts, arrays and pictures: the adapter, and scripts."""
 
 import gymnasium
+import h5py
 import numpy as np
 import pytest
 from test_cli import call, one_thread, results, run, scalars  # noqa: F401
 
+import iql
 import ppo_vla
 import sac
 from common import UserError
+from common.datasets import load_dataset, save_d4rl
 from common.envs.vector import vectorize
 
 box = gymnasium.spaces.Box
@@ -83,7 +86,20 @@ class Words(Goal):
     observation_space = gymnasium.spaces.Dict(a=box(0, 1, (2,)), b=gymnasium.spaces.Text(3))
 
 
-KINDS = (Goal, MetaWorldLike, Grid, Picture, PictureAlone, TwoSizes, Words)
+class Named(Goal):
+    """As Meta-World's: made by name, and by nothing else."""
+
+    def __init__(self, name, reach=0.5, render_mode=None):
+        if name != "reach":
+            raise ValueError(f"no {name} here")
+        self.reach = reach
+
+    def step(self, action):
+        obs, *rest = super().step(action)
+        return obs, self.reach, *rest[1:]
+
+
+KINDS = (Goal, MetaWorldLike, Grid, Picture, PictureAlone, TwoSizes, Words, Named)
 for kind in KINDS:
     gymnasium.register(f"{kind.__name__}-v0", entry_point=kind, max_episode_steps=4)
 
@@ -203,3 +219,61 @@ def test_pictures_train_a_policy_that_sees(tmp_path, name):
     assert "success_rate" in results(tmp_path / "r")["final"]
     done = call(sac, f"--env {name}-v0 --device cpu --output-dir {tmp_path}")
     assert done.code == 2 and "needs states and continuous actions" in done.err, done
+
+
+SAC = "--total-timesteps 24 --learning-starts 20 --eval-freq 90 --eval-episodes 2 --width 8 --batch-size 4"
+
+
+def test_arguments_of_the_environment_go_with_the_run_and_its_data(tmp_path):
+    """A data set has the world's flags as well as its name: what learns from it is evaluated in that one."""
+    base = f"--device cpu --output-dir {tmp_path}"
+    named = ["--env", "Named-v0", "--env-kwargs", '{"name":"reach","reach":7}', "--max-episode-steps", "3"]
+    file = tmp_path / "replay.hdf5"
+    done = call(sac, f"{SAC} {base} --save-dataset {file} --run-name r", *named)
+    assert done.code == 0 and results(tmp_path / "r")["final"]["mean_reward"] == 21, done
+    done = call(sac, f"--resume {tmp_path / 'r'}")
+    assert done.code == 0, done
+    own = "--eval-episodes 2 --width 8 --batch-size 4 --total-timesteps 2 --no-normalize-rewards"
+    run(iql, f"--dataset {file} {own} {base} --run-name iql")
+    final = results(tmp_path / "iql")["final"]
+    assert (final["mean_reward"], final["mean_length"]) == (21, 3)
+    other = [*named[:3], '{"name":"reach"}']
+    done = call(iql, f"--dataset {file} {own} {base} --run-name other", *other)
+    assert done.code == 0, done  # --env is as its own flags say
+    assert results(tmp_path / "other")["final"]["mean_reward"] == 0.5 * 4
+    run(
+        ppo_vla,
+        f"--backbone mlp --checkpoint {tmp_path / 'r'} --evaluate --eval-episodes 2 {base} --run-name p",
+    )
+    assert results(tmp_path / "p")["final"]["mean_reward"] == 21
+    more = f"{SAC} {base} --save-dataset {file} --append --run-name"
+    done = call(sac, f"{more} refused", *other)
+    assert done.code == 2 and "max_episode_steps 3 env_kwargs" in done.err and "file of their own" in done.err
+    done = call(sac, f"{more} more", *named)
+    assert done.code == 0 and load_dataset(file).env_flags["max_episode_steps"] == 3, done
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("reach", "is no JSON object (Expecting value"),
+        ("[1]", "is no JSON object (list)"),
+        ("{}", "missing 1 required positional argument: 'name'"),
+        ('{"name":"push"}', "cannot be made with {'name': 'push'}: no push here"),
+        ('{"name":"reach","more":1}', "unexpected keyword argument 'more'"),
+    ],
+)
+def test_wrong_arguments_of_the_environment(tmp_path, text, said):
+    done = call(sac, f"{SAC} --device cpu --output-dir {tmp_path}", "--env", "Named-v0", "--env-kwargs", text)
+    assert done.code == 2 and said in done.err and done.err.count("\n") == 1, done
+
+
+@pytest.mark.parametrize("flags", ["5", "[", '{"max_episode_steps": "x"}'])
+def test_flags_of_a_file_that_are_none(tmp_path, flags):
+    rows = np.zeros((4, 2)), np.zeros((4, 2)), np.zeros(4), np.zeros((4, 2)), np.eye(4)[3], np.zeros(4)
+    save_d4rl(tmp_path / "x.hdf5", *rows, env_id="Goal-v0")
+    with h5py.File(tmp_path / "x.hdf5", "a") as file:
+        file.attrs["env_flags"] = flags
+    done = call(iql, f"--dataset {tmp_path / 'x.hdf5'} --device cpu --output-dir {tmp_path}")
+    assert done.code == 2 and done.err.count("\n") == 1, done
+    assert "env_flags that are no JSON object" in done.err or "has --max-episode-steps x" in done.err, done

@@ -224,7 +224,7 @@ def test_a_step_from_where_the_task_is_solved_is_a_success_and_the_last():
 @needs_ogbench
 def test_the_worlds_flags(tmp_path):
     args = iql.Args(env="ogbench")
-    assert world_flags(args) == {"max_episode_steps": 0, "task": TASK}
+    assert world_flags(args) == {"max_episode_steps": 0, "env_kwargs": "{}", "task": TASK}
     vars(args).update(task="pointmaze-medium-singletask-v0", max_episode_steps=3)
     envs = make_envs(args, "eval", 2, states=True)
     envs.reset(np.arange(2))

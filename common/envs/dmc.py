@@ -29,12 +29,13 @@ import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import gymnasium as gym
 import numpy as np
 
 from common import UserError
-from common.flags import NonNegativeInt, PositiveInt
+from common.flags import FREE, NonNegativeInt, PositiveInt
 
 SPLITS = ("train", "eval")
 REFERENCE_SCORES = (0.0, 1000.0)  # what V-D4RL's tables divide by, in percent
@@ -62,7 +63,7 @@ class Args:
     data say"""
     horizon: NonNegativeInt = 0
     """decisions of an episode; 0 for the suite's 1000 steps"""
-    save_episodes: str | None = None
+    save_episodes: Annotated[str | None, FREE] = None
     """a folder for the pictures of the training's episodes, or of --collect's, in V-D4RL's layout of 64
     pixels: a file an episode"""
 

@@ -7,6 +7,7 @@ episode's.
 """
 
 import contextlib
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ class Args:
 
     max_episode_steps: NonNegativeInt = 0
     """cut episodes (truncated) after this many steps, instead of the environment's own limit; 0 for that"""
+    env_kwargs: str = "{}"
+    """what else gymnasium.make is given, as JSON: '{"env_name": "reach-v3"}' for metaworld:Meta-World/MT1"""
 
 
 def leaves(value, name=""):
@@ -40,33 +43,45 @@ def leaves(value, name=""):
     return {path: x for key in sorted(value) for path, x in leaves(value[key], f"{name}/{key}").items()}
 
 
+def parse_kwargs(text):
+    """The JSON `text` of an object -> a dict. UserError for anything else."""
+    try:
+        if isinstance(found := json.loads(text), dict):
+            return found
+        reason = type(found).__name__
+    except ValueError as error:
+        reason = error
+    raise UserError(f"--env-kwargs {text} is no JSON object ({reason}); write it as '{{\"name\": 1}}'.")
+
+
 def is_picture(space):
     return space.dtype == np.uint8 and len(space.shape) == 3 and space.shape[-1] == 3
 
 
 class GymnasiumEnv(gymnasium.Env):
-    """Adapter around `gymnasium.make(id, **kwargs)`.
+    """Adapter around `gymnasium.make(id, **kwargs)`, the kwargs as the JSON `env_kwargs`.
 
     Box actions come in [-1, 1] (clipped) and are rescaled to the environment's bounds, Discrete ones as ints.
     `get_state`/`set_state` are exact for classic control and Gymnasium's MuJoCo environments; elsewhere
-    `get_state` gives None. max_episode_steps: see `Args`. Raises UserError, one sentence, for an unknown id,
-    a wrong argument or an unsupported space.
+    `get_state` gives None. The other arguments: see `Args`. Raises UserError, one sentence, for an unknown
+    id, a wrong argument or an unsupported space.
     """
 
     has_success = False  # what the steps tell counts all the same
 
-    def __init__(self, id: str, max_episode_steps=0, **kwargs):
+    def __init__(self, id: str, max_episode_steps=0, env_kwargs="{}", **kwargs):
         from common.envs import WORLDS  # which names this file
 
         limit = max_episode_steps or None  # Gymnasium's TimeLimit, which `get_state` knows
         known = f"{', '.join(WORLDS)} and a Gymnasium id that observes vectors or pictures"
+        kwargs |= parse_kwargs(env_kwargs)
         try:
             options = {"render_mode": "rgb_array"} | kwargs
             self.env = gymnasium.make(id, max_episode_steps=limit, disable_env_checker=True, **options)
         except (gymnasium.error.Error, ImportError) as error:
             why = " ".join(str(error).split()).split(". ")[0].rstrip(".")
             raise UserError(f"unknown environment {id!r}: known are {known} ({why})") from error
-        except TypeError as error:
+        except (TypeError, ValueError, LookupError, AssertionError) as error:
             raise UserError(
                 f"environment {id!r} cannot be made with {kwargs}: {str(error).split(' was raised')[0]}"
             ) from error

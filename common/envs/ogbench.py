@@ -44,13 +44,13 @@ class OGBenchEnv(GymnasiumEnv):
 
     has_success = True
 
-    def __init__(self, task, split="eval", max_episode_steps=0):
+    def __init__(self, task, split="eval", **kwargs):
         if "-singletask-" not in task:
             raise UserError(f"--task {task} is no single task; give one, as {Args.task}.")
         self.split, self.draws = SPLITS.index(split), np.random.PCG64()
         check_installed()
         with self.numpy_draws():
-            super().__init__(f"ogbench:{task}", max_episode_steps)
+            super().__init__(f"ogbench:{task}", **kwargs)
 
     @contextlib.contextmanager
     def numpy_draws(self):
@@ -97,9 +97,9 @@ class OGBenchEnv(GymnasiumEnv):
             self.set_physics(state)
 
 
-def make(task, split, max_episode_steps=0):
+def make(task, split, **kwargs):
     """The contract's environment for these flags."""
-    return OGBenchEnv(task, split, max_episode_steps)
+    return OGBenchEnv(task, split, **kwargs)
 
 
 def relabel(task, columns):

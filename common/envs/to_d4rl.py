@@ -67,7 +67,7 @@ def write(args, flags):
     for number, seed in enumerate(tqdm(seeds, unit="episode", disable=None)):
         rows += transitions(env, int(seed), args.noise * (0, 1, 1, 2)[number % 4])
     env.close()
-    save_d4rl(args.out, *map(np.array, zip(*rows, strict=True)))
+    save_d4rl(args.out, *map(np.array, zip(*rows, strict=True)), env_id=args.env, env_flags=flags)
     won = sum(bool(row[4]) for row in rows)
     say(f"{args.episodes} episodes of {len(rows)} steps, {won} successful, written to {args.out}")
 
