@@ -7,7 +7,7 @@ init_std: Annotated[Positive, FIXED, Only("head", "gaussian")] = 0.2
 import dataclasses
 from typing import Annotated, get_type_hints
 
-FREE = "may differ from the run's when that is resumed"
+FREE = "may differ from the run's when that is resumed, and stands in no data set that it writes"
 FIXED = "is part of a checkpoint: beside --checkpoint it has that one's value, and no other"
 KEPT = "has the checkpoint's value where that is evaluated, unless it is given"
 

@@ -37,6 +37,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -64,7 +65,7 @@ from common.checkpoint import (
     write_results,
 )
 from common.datasets import d4rl_name
-from common.envs import WORLDS, is_batch, prepare_workers, world_module
+from common.envs import WORLDS, is_batch, prepare_workers, world_flags, world_module
 from common.evaluation import assured, score
 from common.flags import (
     FIXED,
@@ -300,7 +301,10 @@ def read_source(words, Args, script):
     adopt = getattr(model_module(seen.backbone), "from_states", None) if vla and seen.backbone else None
     if adopt and "backbone" not in saved and not seen.resume:
         with readable(source):
+            learned = SimpleNamespace(**saved["args"])
             saved = adopt(saved)
+            if learned.env:
+                saved["args"] |= world_flags(learned) | {"env": learned.env}
     if ("backbone" in saved) != vla:
         raise UserError(
             f"{source} was written by {saved['script']}.py, whose networks are none of {script}.py's."

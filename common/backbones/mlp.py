@@ -8,14 +8,12 @@ goes on with the policy of a script that learns from states.
 import functools
 import math
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import nn
 
 from common import UserError
-from common.envs import world_flags
 
 FROM_SCRATCH = True
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": functools.partial(nn.GELU, "tanh")}  # of the state-based scripts
@@ -136,7 +134,6 @@ def from_states(saved):
     config = dict(name="mlp", chunk=1, action_dim=action_dim, proprio_dim=proprio_dim, width=width)
     config |= dict(depth=len(layers), activation=args.get("activation", "relu"))
     config |= dict(squash=args.get("learn_std", True))
-    flags = world_flags(SimpleNamespace(**args)) | {"env": args["env"]} if args.get("env") else {}
-    flags |= dict(backbone="mlp", head="gaussian", chunk=1, action_history=0)
+    flags = dict(backbone="mlp", head="gaussian", chunk=1, action_history=0)
     flags |= dict(init_std=weights["head.log_std"].exp().mean().item())
     return {"agent": weights, "backbone": config, "args": flags, "script": saved["script"]}
