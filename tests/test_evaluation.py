@@ -329,7 +329,8 @@ HOPPER = reference_scores("Hopper-v5")
     ],
 )
 def test_scores_follow_the_world(env, own, scores, wanted):
-    dataset = SimpleNamespace(name="x", env_id=own, env_flags={}, reference_scores=scores, encoder=None,
+    dataset = SimpleNamespace(name="x", env_id=own, env_flags={}, normalized_actions=False,
+                              reference_scores=scores, encoder=None,
                               states=np.zeros((5, 11)), actions=np.zeros((4, 3)))  # fmt: skip
     closed, here = [], SimpleNamespace(closing=lambda envs: closed.append(envs) or envs)
     for episodes in (3, 0):

@@ -446,8 +446,12 @@ def test_the_replay_as_a_data_set(tmp_path, buffer, starts):
     assert dataset.env_id == "Pendulum-v1"
     assert_pendulum(dataset)
     assert (tmp_path / "r/checkpoint.pt").stat().st_size < 200_000  # not the million rows of the buffer
-    run(td3_bc, SMALL, f"{OFFLINE} --dataset {tmp_path}/replay.hdf5 --output-dir {tmp_path} --run-name bc")
+    flags = f"{OFFLINE} --dataset {tmp_path}/replay.hdf5 --output-dir {tmp_path}"
+    run(td3_bc, SMALL, flags, "--run-name bc")
     assert results(tmp_path / "bc")["gradient_steps"] == 60
+    run(td3_bc, SMALL, flags, "--eval-episodes 0 --run-name blind")  # the world says what actions mean
+    seen, blind = (load_checkpoint(tmp_path / name)["agent"] for name in ("bc", "blind"))
+    assert all(torch.equal(seen[name], blind[name]) for name in seen)
 
 
 def test_steps_of_the_policy_as_a_data_set(tmp_path, trained_sac):
