@@ -7,8 +7,10 @@ import multiprocessing
 import os
 import resource
 import signal
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Annotated
 
 import gymnasium
 import h5py
@@ -27,6 +29,7 @@ from common.datasets import BLOCK_STEPS, Recording, load_demonstrations, recordi
 from common.envs import WORLDS, libero
 from common.envs.vector import vectorize
 from common.evaluation import OpenLoop, run_episodes
+from common.flags import FREE
 
 EVAL = "--env reach --eval-episodes 4 --eval-envs 2 --num-workers 0 --device cpu --seed 3"
 BC = f"{EVAL} --num-demos 5 --gradient-steps 4 --batch-size 8 --warmup-steps 1"
@@ -109,6 +112,12 @@ def played(seed):
         obs = env.observe()
 
 
+@dataclass
+class Flags:
+    suite: str = "noise"
+    saves: Annotated[str, FREE] = "a folder"  # which no file has
+
+
 @pytest.fixture
 def world(monkeypatch):
     """`recording`'s arguments but the path."""
@@ -121,8 +130,10 @@ def world(monkeypatch):
 
     import common.datasets
 
-    monkeypatch.setattr(common.datasets, "world_module", lambda env: SimpleNamespace(DEMO_KEYS=DEMO_KEYS))
-    monkeypatch.setattr(common.datasets, "world_flags", lambda args: {"suite": "noise"})
+    monkeypatch.setattr(
+        common.datasets, "world_module", lambda env: SimpleNamespace(DEMO_KEYS=DEMO_KEYS, Args=Flags)
+    )
+    monkeypatch.setattr(common.datasets, "world_flags", lambda args: asdict(Flags()))
     yield build
     for envs in made:
         envs.close()
@@ -138,7 +149,8 @@ def check(path, numbers):
         assert sorted(data) == sorted(f"demo_{i}" for i in numbers)
         assert data.attrs["num_demos"] == len(numbers)
         assert data.attrs["total"] == sum(LENGTHS[i] for i in numbers)
-        assert json.loads(data.attrs["env_args"])["env_name"] == "noise"
+        named = {"env_name": "noise", "env_kwargs": {"suite": "noise"}}
+        assert json.loads(data.attrs["env_args"]) == named
         for i in numbers:
             demo, ((image, proprio, actions, rewards, ends), success) = data[f"demo_{i}"], played(i)
             wanted = {"obs/agentview_rgb": image[:, 0], "obs/eye_in_hand_rgb": image[:, 1]}
@@ -240,7 +252,7 @@ def test_what_cannot_be_recorded_is_said_before_anything_is_played(tmp_path, wor
     envs = world(1)
     for path, args, said in ((tmp_path, ARGS, "is a folder"), (tmp_path / "r", ARGS, "names no DEMO_KEYS")):
         if "KEYS" in said:
-            monkeypatch.setattr("common.datasets.world_module", lambda env: SimpleNamespace())
+            monkeypatch.setattr("common.datasets.world_module", lambda env: SimpleNamespace(Args=Flags))
         with pytest.raises(UserError, match=said), recording(path, args, envs):
             raise AssertionError
     blind = SimpleNamespace(single_observation_space=SimpleNamespace(spaces={"proprio": None}))
