@@ -861,7 +861,8 @@ def _identify(file: h5py.File, where: str, name: str, widths: tuple) -> tuple:
     if "env_id" in file.attrs:
         env_id = str(file.attrs["env_id"])
         try:
-            env_flags = dict(json.loads(file.attrs.get("env_flags", "{}")))
+            if not isinstance(env_flags := json.loads(file.attrs.get("env_flags", "{}")), dict):
+                raise ValueError
         except (TypeError, ValueError) as error:
             raise UserError(f"{where} has env_flags that are no JSON object; give another file.") from error
         return None, env_id, env_flags, reference_scores(env_id)

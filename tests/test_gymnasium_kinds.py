@@ -268,7 +268,7 @@ def test_wrong_arguments_of_the_environment(tmp_path, text, said):
     assert done.code == 2 and said in done.err and done.err.count("\n") == 1, done
 
 
-@pytest.mark.parametrize("flags", ["5", "[", '{"max_episode_steps": "x"}'])
+@pytest.mark.parametrize("flags", ["5", "[", "[[1, 2]]", '{"max_episode_steps": "x"}'])
 def test_flags_of_a_file_that_are_none(tmp_path, flags):
     rows = np.zeros((4, 2)), np.zeros((4, 2)), np.zeros(4), np.zeros((4, 2)), np.eye(4)[3], np.zeros(4)
     save_d4rl(tmp_path / "x.hdf5", *rows, env_id="Goal-v0")
