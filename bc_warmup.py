@@ -92,6 +92,9 @@ class Args(VLAArgs):
     flow-matching losses for log-probs (FPO)"""
     noise_level: Annotated[Positive, KEPT, Only("head", "flow")] = 0.3
     """flow head: how much of it; with fpo the deviation by which losses count"""
+    flow_start: Annotated[NonNegative, KEPT, Only("head", "flow"), Unless("flow_noise", "fpo")] = 1.0
+    """flow head: the deviation of the noise in which sampled chains start, the flow's own is 1; 0 starts all
+    where greedy ones do"""
     flow_samples: Annotated[PositiveInt, Only("head", "flow")] = 8
     """flow head: noises and times drawn for each decision of a batch"""
     eval_freq: NonNegativeInt = 0
@@ -407,7 +410,7 @@ class FlowHead(nn.Module):
         self.register_buffer("draw_times", flow_times(FPO_DRAWS) - 0.5 / FPO_DRAWS, persistent=False)
         self.register_buffer("sde", sde_std(args.flow_steps, args.noise_level), persistent=False)
         self.learned, self.fpo = args.flow_noise == "learned", args.flow_noise == "fpo"
-        self.level = args.noise_level
+        self.level, self.start = args.noise_level, args.flow_start
         # of the learned noise; a checkpoint's goes with every level
         self.log_scale = nn.Parameter(torch.zeros(backbone.action_dim), requires_grad=self.learned)
         self.register_buffer("exploration", torch.ones(()))  # what the schedule has left of the noise
@@ -447,7 +450,7 @@ class FlowHead(nn.Module):
         noise = std.new_zeros(size, self.steps + 1, std.shape[1])
         if not deterministic:
             noise.normal_(generator=generator)
-        chain = [noise[:, 0]]
+        chain = [self.start * noise[:, 0]]
         for k in range(self.steps):
             mean = self.mean(velocity, chain[k], k, None if deterministic else std)
             chain.append(mean + std[k] * noise[:, k + 1])
