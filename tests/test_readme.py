@@ -68,12 +68,9 @@ def parse(command, monkeypatch):
         plot.main(words)
     elif "/" not in name:
         module = importlib.import_module(script)
-        env = [word for flag, word in zip(words, words[1:], strict=False) if flag == "--env"]
-        saved = {
-            "script": script,
-            "args": arguments(script, *(["--env", *env] if env else [])),
-            "processes": [],
-        }
+        own = [word for pair in zip(words, words[1:], strict=False) if pair[0] == "--env" for word in pair]
+        own += ["--head", "flow"] if "runs/flow" in words else []  # as that run has it
+        saved = {"script": script, "args": arguments(script, *own), "processes": []}
         saved |= {"backbone": {}} if "backbone" in saved["args"] else {}
         monkeypatch.setattr(run, "load_checkpoint", lambda path: saved)
         try:
