@@ -558,7 +558,7 @@ class FlowHead(nn.Module):
 
     Actions are chains, floats (B, S+1, n): the noise, and where each step led; the environment gets the last.
     Each step is Gaussian, so that a chain has a log-prob: of a number, the sum over its steps. The noise's
-    own is the same for all policies and left out. Greedily the ODE starts at zero.
+    own, of deviation `start`, is the same for all policies and left out. Greedily the ODE starts at zero.
 
     With FPO (McAllister et al. 2025, arXiv:2507.21053) no step is noisy. Actions are FPO_DRAWS noises and
     where the ODE led from another one, (B, FPO_DRAWS+1, n). In the place of a log-prob stands minus the
