@@ -155,11 +155,22 @@ class TwinCritic(nn.Module):
         return (x * weight.mT).sum(-1) + bias[..., 0]  # faster than a product with one column
 
 
-def mlp(inputs, outputs, width, depth):
-    sizes = [inputs, *[width] * depth]
-    pairs = zip(sizes[:-1], sizes[1:], strict=True)
-    hidden = [layer for m, n in pairs for layer in (nn.Linear(m, n), nn.ReLU(inplace=True))]
-    return nn.Sequential(*hidden, nn.Linear(width, outputs))
+class MLP(nn.Sequential):
+    """`depth` hidden layers of `width` units: (B, inputs) -> (B, outputs)."""
+
+    def __init__(self, inputs, outputs, width, depth, bf16=False):
+        sizes = [inputs, *[width] * depth]
+        pairs = zip(sizes[:-1], sizes[1:], strict=True)
+        hidden = [layer for m, n in pairs for layer in (nn.Linear(m, n), nn.ReLU(inplace=True))]
+        super().__init__(*hidden, nn.Linear(width, outputs))
+        self.bf16 = bf16
+
+    def forward(self, x):
+        *hidden, last = self
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            for layer in hidden:
+                x = layer(x)
+        return last(x.to(last.weight.dtype))
 
 
 @torch.no_grad()
@@ -183,7 +194,7 @@ class Agent(nn.Module):
         super().__init__()
         self.register_buffer("obs_mean", torch.zeros(obs_dim))
         self.register_buffer("obs_std", torch.ones(obs_dim))
-        self.actor = orthogonal(mlp(obs_dim, 2 * action_dim, args.width, args.depth))
+        self.actor = orthogonal(MLP(obs_dim, 2 * action_dim, args.width, args.depth, args.bf16))
         critic = TwinCritic(obs_dim, action_dim, args.width, args.critic_depth, args.bf16)
         self.critic = orthogonal(critic)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)

@@ -180,12 +180,25 @@ class TwinCritic(nn.Module):
         return (x * weight.mT).sum(-1) + bias[..., 0]  # faster than a product with one column
 
 
-def mlp(inputs, outputs, width, depth, activation, dropout=0.0, layer_norm=False):
-    sizes, layers = [inputs, *[width] * depth], []
-    for m, n in zip(sizes[:-1], sizes[1:], strict=True):
-        layers += [nn.Linear(m, n), nn.ReLU(inplace=True) if activation == "relu" else GELU()]
-        layers += [nn.Dropout(dropout), *([nn.LayerNorm(n, eps=1e-6)] if layer_norm else [])]
-    return nn.Sequential(*layers, nn.Linear(width, outputs))
+class MLP(nn.Sequential):
+    """`depth` hidden layers of `width` units: (B, inputs) -> (B, outputs)."""
+
+    def __init__(
+        self, inputs, outputs, width, depth, bf16=False, activation="relu", layer_norm=False, dropout=0.0
+    ):
+        sizes, layers = [inputs, *[width] * depth], []
+        for m, n in zip(sizes[:-1], sizes[1:], strict=True):
+            layers += [nn.Linear(m, n), nn.ReLU(inplace=True) if activation == "relu" else GELU()]
+            layers += [nn.Dropout(dropout), *([nn.LayerNorm(n, eps=1e-6)] if layer_norm else [])]
+        super().__init__(*layers, nn.Linear(width, outputs))
+        self.bf16 = bf16
+
+    def forward(self, x):
+        *hidden, last = self
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            for layer in hidden:
+                x = layer(x)
+        return last(x.to(last.weight.dtype))
 
 
 @torch.no_grad()
@@ -210,11 +223,11 @@ class Agent(nn.Module):
         self.learn_std = args.learn_std
         self.register_buffer("obs_mean", torch.zeros(obs_dim))
         self.register_buffer("obs_std", torch.ones(obs_dim))
-        self.actor = mlp(obs_dim, action_dim, args.width, args.depth, args.activation, args.dropout)
+        form = args.width, args.depth, args.bf16, args.activation
+        self.actor = MLP(obs_dim, action_dim, *form, dropout=args.dropout)
         self.log_std = nn.Parameter(torch.zeros(action_dim), requires_grad=args.learn_std)
-        self.value = mlp(obs_dim, 1, args.width, args.depth, args.activation, layer_norm=args.layer_norm)
-        sizes = obs_dim, action_dim, args.width, args.depth
-        self.critic = TwinCritic(*sizes, args.bf16, args.activation, args.layer_norm)
+        self.value = MLP(obs_dim, 1, *form, args.layer_norm)
+        self.critic = TwinCritic(obs_dim, action_dim, *form, args.layer_norm)
         if args.activation == "gelu":
             xavier(self.actor, last=0.1)
             xavier(self.value)
@@ -310,13 +323,17 @@ def train(args, run):
         the old one -> metrics."""
         with torch.no_grad():
             target_q = agent.target_critic(obs, action).amin(0)
-        loss_value = expectile_loss(target_q - agent.value(obs)[:, 0], args.expectile)
+        value = agent.value(obs)[:, 0]
+        loss_value = expectile_loss(target_q - value, args.expectile)
         if not args.joint_step:
             minimize(loss_value, value_optimizer)
 
         q = agent.critic(obs, action)
         with torch.no_grad():
-            value, next_value = agent.value(torch.cat([obs, next_obs]))[:, 0].chunk(2)
+            if args.joint_step:
+                next_value = agent.value(next_obs)[:, 0]
+            else:
+                value, next_value = agent.value(torch.cat([obs, next_obs]))[:, 0].chunk(2)
             advantage = (q.amin(0) if args.joint_step else target_q) - value
             weights = advantage_weights(advantage, args.temperature, args.max_weight)
             target = td_target(reward, termination, next_value, args.gamma)

@@ -202,11 +202,22 @@ class Critics(nn.Module):
         return (x * last.mT).sum(-1) + bias[..., 0]  # faster than a product with one column
 
 
-def mlp(inputs, outputs, width, depth):
-    sizes = [inputs, *[width] * depth]
-    pairs = zip(sizes[:-1], sizes[1:], strict=True)
-    hidden = [layer for m, n in pairs for layer in (nn.Linear(m, n), nn.ReLU(inplace=True))]
-    return nn.Sequential(*hidden, nn.Linear(width, outputs))
+class MLP(nn.Sequential):
+    """`depth` hidden layers of `width` units: (B, inputs) -> (B, outputs)."""
+
+    def __init__(self, inputs, outputs, width, depth, bf16=False):
+        sizes = [inputs, *[width] * depth]
+        pairs = zip(sizes[:-1], sizes[1:], strict=True)
+        hidden = [layer for m, n in pairs for layer in (nn.Linear(m, n), nn.ReLU(inplace=True))]
+        super().__init__(*hidden, nn.Linear(width, outputs))
+        self.bf16 = bf16
+
+    def forward(self, x):
+        *hidden, last = self
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            for layer in hidden:
+                x = layer(x)
+        return last(x.to(last.weight.dtype))
 
 
 class Agent(nn.Module):
@@ -214,7 +225,7 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        self.actor = mlp(obs_dim, 2 * action_dim, args.width, args.depth)
+        self.actor = MLP(obs_dim, 2 * action_dim, args.width, args.depth, args.bf16)
         self.critic = Critics(obs_dim, action_dim, args)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.zeros(()))

@@ -221,11 +221,22 @@ class TwinCritic(nn.Module):
         return (x * weight[0].T).sum(-1) + bias[0, :, 0]
 
 
-def mlp(inputs, outputs, width, depth, activation):
-    sizes, layers = [inputs, *[width] * depth], []
-    for m, n in zip(sizes[:-1], sizes[1:], strict=True):
-        layers += [nn.Linear(m, n), nn.ReLU(inplace=True) if activation == "relu" else GELU()]
-    return nn.Sequential(*layers, nn.Linear(width, outputs))
+class MLP(nn.Sequential):
+    """`depth` hidden layers of `width` units: (B, inputs) -> (B, outputs)."""
+
+    def __init__(self, inputs, outputs, width, depth, bf16=False, activation="relu"):
+        sizes, layers = [inputs, *[width] * depth], []
+        for m, n in zip(sizes[:-1], sizes[1:], strict=True):
+            layers += [nn.Linear(m, n), nn.ReLU(inplace=True) if activation == "relu" else GELU()]
+        super().__init__(*layers, nn.Linear(width, outputs))
+        self.bf16 = bf16
+
+    def forward(self, x):
+        *hidden, last = self
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            for layer in hidden:
+                x = layer(x)
+        return last(x.to(last.weight.dtype))
 
 
 @torch.no_grad()
@@ -249,9 +260,9 @@ class Agent(nn.Module):
         super().__init__()
         self.register_buffer("obs_mean", torch.zeros(obs_dim))
         self.register_buffer("obs_std", torch.ones(obs_dim))
-        self.actor = mlp(obs_dim, action_dim, args.width, args.depth, args.activation)
-        sizes = obs_dim, action_dim, args.width, args.depth
-        self.critic = TwinCritic(*sizes, args.bf16, args.activation, args.layer_norm)
+        form = args.width, args.depth, args.bf16, args.activation
+        self.actor = MLP(obs_dim, action_dim, *form)
+        self.critic = TwinCritic(obs_dim, action_dim, *form, args.layer_norm)
         if args.activation == "gelu":
             xavier(self.actor, last=0.1)
             xavier(self.critic)

@@ -178,8 +178,7 @@ class StateArgs(RunArgs):
     compile: bool = False
     """torch.compile the update; with CUDA graphs on a GPU"""
     bf16: bool = False
-    """matrix products of the critics in bfloat16, but for the last layer's; those of the other networks by
-    torch's precision "medium": TF32 on a GPU, bfloat16 on a CPU with AMX, of float32 numbers"""
+    """the networks in bfloat16, but for their last layers; the weights stay float32"""
     eval_episodes: NonNegativeInt = 10
     """episodes of an evaluation, of the mean action, each with a seed of its own; 0 for no evaluation"""
     eval_freq: NonNegativeInt = 5_000
@@ -501,7 +500,6 @@ class Run:
         self.device = distributed.start(torch.device(device))
         self.rank, self.processes = distributed.ranks()
         torch.manual_seed(args.seed)
-        torch.set_float32_matmul_precision("medium" if getattr(args, "bf16", False) else "highest")
         if isinstance(args, StateArgs):
             keep_freed_memory()
         self.initial = self.best = self.latest = self.offline = self.videos = self._writer = self._bar = None

@@ -377,8 +377,27 @@ def test_critics_in_bfloat16_are_the_same_to_three_digits(script):
         assert (exact - half).norm() < 0.02 * exact.norm()
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_other_networks_in_bfloat16_too_but_for_the_last_layer(script):
+    torch.manual_seed(0)
+    network, obs = script.MLP(4, 1, 64, 2), torch.randn(256, 4)
+    found = []
+    for network.bf16 in (False, True):
+        value = network(obs)
+        value.sum().backward()
+        found.append([value, network[0].weight.grad, network[-1].weight.grad])
+        network.zero_grad()
+    for exact, half in zip(*found, strict=True):
+        assert half.dtype == torch.float32 and not torch.equal(exact, half)
+        assert (exact - half).norm() < 0.02 * exact.norm()
+    with torch.no_grad():
+        network[-1].weight.zero_()
+        network[-1].bias.fill_(-73.37)  # a value, which bfloat16 would make -73.5
+    assert (network(obs) == torch.tensor(-73.37)).all()
+
+
 def test_orthogonal_initialisation():
-    for network in (cql.TwinCritic(4, A, 16, 2), cql.mlp(4, 2, 16, 2)):
+    for network in (cql.TwinCritic(4, A, 16, 2), cql.MLP(4, 2, 16, 2)):
         weights = [p for name, p in cql.orthogonal(network).named_parameters() if "weight" in name]
         assert not any(p.any() for name, p in network.named_parameters() if "bias" in name)
         for weight in weights:

@@ -36,7 +36,7 @@ SHARED |= dict.fromkeys("clipped_surrogate kl_k3 masked_mean ratio_metrics".spli
 SHARED |= {"current_log_probs": (ppo_vla, grpo_vla)}
 SHARED |= dict.fromkeys("td_target critic_loss".split(), (sac, iql, cql, td3_bc))
 SHARED |= dict.fromkeys("squashed_gaussian policy_loss temperature_loss".split(), (sac, cql))
-SHARED |= {"mlp": (sac, cql), "sample_batch": (iql, cql, td3_bc), "xavier": (iql, td3_bc)}
+SHARED |= {"MLP": (sac, cql), "sample_batch": (iql, cql, td3_bc), "xavier": (iql, td3_bc)}
 SHARED |= dict.fromkeys("replay_batch mixed_batch".split(), (iql, td3_bc))
 
 
