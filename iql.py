@@ -79,6 +79,9 @@ class Args(OfflineArgs):
     """then multiply rewards by this"""
     reward_bias: float = 0.0
     """and add this to them"""
+    ema_decay: Annotated[Share, FIXED] = 0.0
+    """evaluations take an average of the policy's weights, which keeps this share of itself at each of the
+    policy's updates (0.999: of the last 1,000 or so); 0 for the weights themselves"""
     width: Annotated[PositiveInt, FIXED] = 256
     """units of a hidden layer"""
     depth: Annotated[PositiveInt, FIXED, Layers("width")] = 2
@@ -233,17 +236,19 @@ class Agent(nn.Module):
             xavier(self.value)
             xavier(self.critic)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        average = copy.deepcopy(self.actor).requires_grad_(False) if args.ema_decay else None
+        self.average = average  # of the policy's weights
 
-    def policy(self, obs):
+    def policy(self, obs, average=None):
         """(B, S) -> mean (B, A) and log_std (A,) of a Gaussian. The mean alone is squashed by tanh, so that
         actions at the bounds, which are many in data, have a finite density; with a width of 1 nothing is."""
-        mean = self.actor(obs)
+        mean = (self.actor if average is None else average)(obs)
         return mean.tanh() if self.learn_std else mean, self.log_std.clamp(-5, 2)
 
     def act(self, obs, turn):
         """An evaluation's (see common/evaluation.py), from the environment's own observations: (B, 1, A)."""
         obs = torch.as_tensor(obs["proprio"], device=self.obs_mean.device)
-        action = self.policy((obs - self.obs_mean) / self.obs_std)[0].clamp(-1, 1)
+        action = self.policy((obs - self.obs_mean) / self.obs_std, self.average)[0].clamp(-1, 1)
         return action[:, None].cpu().numpy(), None
 
     @torch.no_grad()
@@ -310,7 +315,9 @@ def train(args, run):
     run.open()
     critic_parameters = list(agent.critic.parameters())
     target_parameters = list(agent.target_critic.parameters())
-    policy_parameters = [*agent.actor.parameters(), *([agent.log_std] if args.learn_std else [])]
+    actor_parameters = list(agent.actor.parameters())
+    average_parameters = list(agent.average.parameters()) if args.ema_decay else []
+    policy_parameters = [*actor_parameters, *([agent.log_std] if args.learn_std else [])]
     groups = [{"params": policy_parameters}, {"params": critic_parameters}]
     value_optimizer = torch.optim.Adam(agent.value.parameters(), args.critic_learning_rate, fused=True)
     optimizer = torch.optim.Adam(groups, lr=args.critic_learning_rate, fused=True)
@@ -345,6 +352,8 @@ def train(args, run):
 
         with torch.no_grad():
             torch._foreach_lerp_(target_parameters, critic_parameters, args.tau)
+            if args.ema_decay:
+                torch._foreach_lerp_(average_parameters, actor_parameters, 1 - args.ema_decay)
         metrics = {"loss/critic": loss_critic, "loss/value": loss_value, "loss/policy": loss_policy}
         metrics |= {"value/q": q, "value/v": value, "policy/weight": weights}
         return {name: x.detach() for name, x in metrics.items()}

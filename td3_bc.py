@@ -78,6 +78,9 @@ class Args(OfflineArgs):
     """then multiply rewards by this"""
     reward_bias: float = 0.0
     """and add this to them"""
+    ema_decay: Annotated[Share, FIXED] = 0.0
+    """evaluations take an average of the policy's weights, which keeps this share of itself at each of the
+    policy's updates (0.999: of the last 1,000 or so); 0 for the weights themselves"""
     width: Annotated[PositiveInt, FIXED] = 256
     """units of a hidden layer"""
     depth: Annotated[PositiveInt, FIXED, Layers("width")] = 2
@@ -268,11 +271,14 @@ class Agent(nn.Module):
             xavier(self.critic)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        average = copy.deepcopy(self.actor).requires_grad_(False) if args.ema_decay else None
+        self.average = average  # of the policy's weights
 
     def act(self, obs, turn):
         """An evaluation's (see common/evaluation.py), from the environment's own observations: (B, 1, A)."""
         obs = torch.as_tensor(obs["proprio"], device=self.obs_mean.device)
-        action = self.actor((obs - self.obs_mean) / self.obs_std).tanh()
+        actor = self.actor if self.average is None else self.average
+        action = actor((obs - self.obs_mean) / self.obs_std).tanh()
         return action[:, None].cpu().numpy(), None
 
     @torch.no_grad()
@@ -352,6 +358,7 @@ def train(args, run):
     del dataset
     run.open()
     actor_parameters, critic_parameters = list(agent.actor.parameters()), list(agent.critic.parameters())
+    average_parameters = list(agent.average.parameters()) if args.ema_decay else []
     targets = [*agent.target_actor.parameters(), *agent.target_critic.parameters()]
     actor_optimizer = torch.optim.Adam(actor_parameters, lr=args.learning_rate, fused=True)
     critic_optimizer = torch.optim.Adam(critic_parameters, lr=args.critic_learning_rate, fused=True)
@@ -390,6 +397,8 @@ def train(args, run):
             minimize(loss_policy, actor_optimizer)
             with torch.no_grad():
                 torch._foreach_lerp_(targets, [*actor_parameters, *critic_parameters], args.tau)
+                if args.ema_decay:
+                    torch._foreach_lerp_(average_parameters, actor_parameters, 1 - args.ema_decay)
             metrics |= {"loss/policy": loss_policy, "loss/bc": loss_bc}
         return {name: x.detach() for name, x in metrics.items()}
 

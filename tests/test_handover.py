@@ -20,7 +20,7 @@ PPO = """--backbone mlp --head gaussian --env Pendulum-v1 --num-envs 2 --num-ste
     --eval-episodes 2 --eval-envs 2 --minibatch-size 16 --device cpu --max-episode-steps 30"""
 FORMS = {
     "iql": (iql, "--dropout 0.2 --depth 3"),
-    "iql-ogbench": (iql, "--no-learn-std --activation gelu --layer-norm"),
+    "iql-ogbench": (iql, "--no-learn-std --activation gelu --layer-norm --ema-decay 0.9"),
     "td3_bc": (td3_bc, ""),
     "cql": (cql, ""),
     "sac": (sac, SAC.replace("500", "320")),

@@ -448,6 +448,23 @@ def test_acting_takes_the_squashed_mean(script):
     assert wanted.abs().max() > 0.9  # where tanh matters
 
 
+@pytest.mark.parametrize("script", [iql, td3_bc])
+def test_acting_takes_the_average_policy_if_there_is_one(script):
+    torch.manual_seed(0)
+    agent, obs = script.Agent(4, A, script.Args(width=8, ema_decay=0.9)).double(), randn(B, 4)
+    with torch.no_grad():
+        before = act(agent, obs)
+        for parameter in agent.actor.parameters():
+            parameter.mul_(9)
+        assert torch.equal(act(agent, obs), before)
+        close(agent.explore(obs, torch.zeros(B, A)), net(agent.state_dict(), "actor", obs).tanh(), 1e-6)
+        for parameter in agent.average.parameters():
+            parameter.mul_(9)
+        close(act(agent, obs), net(agent.state_dict(), "actor", obs).tanh(), 1e-6)
+    assert not any(p.requires_grad for p in agent.average.parameters())
+    assert not any(key.startswith("average") for key in script.Agent(4, A, script.Args()).state_dict())
+
+
 def test_iql_drops_out_in_the_policy_and_in_training_alone():
     torch.manual_seed(0)
     agent, obs = iql.Agent(4, A, iql.Args(width=64, dropout=0.5)), torch.randn(B, 4)
@@ -624,6 +641,11 @@ class Reference:
             new = (1 - tau) * self.w[f"target_{key}"] + tau * self.w[key]
             self.w[f"target_{key}"] = new.detach().requires_grad_()
 
+    def average(self, decay):
+        for key in [key for key in self.w if key.startswith("average")]:
+            new = decay * self.w[key] + (1 - decay) * self.w[key.replace("average", "actor")]
+            self.w[key] = new.detach().requires_grad_()
+
 
 def sac_update(r, obs, action, reward, end, next_obs, noise):
     w, alpha = r.w, r.w["log_alpha"].exp().item()
@@ -673,6 +695,7 @@ def joint_iql_update(r, obs, action, reward, next_obs, end, generator):
     for gradients, rate in [*steps, (r.gradients(loss_policy, "actor"), 1e-3)]:
         r.step(gradients, rate)
     r.follow(0.1, "critic")
+    r.average(0.75)
 
 
 def rebrac_update(r, obs, action, reward, next_obs, end, generator):
@@ -692,6 +715,7 @@ def rebrac_update(r, obs, action, reward, next_obs, end, generator):
         loss = r.bc * 0.4 * ((new_action - action) ** 2).sum(1).mean() - q.mean() / q.abs().mean().item()
         r.step(r.gradients(loss, "actor"), 1e-3)
         r.follow(0.1, ("critic", "actor"))
+        r.average(0.75)
 
 
 def td3_bc_update(r, obs, action, reward, next_obs, end, generator):
@@ -767,8 +791,8 @@ def in_double(monkeypatch):
                 agents.append(self)
                 self.first = copy.deepcopy(self.state_dict())
 
-            def policy(self, obs):
-                return super().policy(obs.double())  # the environment's are float32
+            def policy(self, obs, *args):
+                return super().policy(obs.double(), *args)  # the environment's are float32
 
         def tensors(*args):
             return [x.double() if x.is_floating_point() else x for x in transition_tensors(*args)]
@@ -803,12 +827,12 @@ OFFLINE = {
     "iql": (iql, iql_update, "--expectile 0.8 --temperature 2 --max-weight 1.5 --no-normalize-rewards"),
     "iql-joint": (
         iql, joint_iql_update, "--expectile 0.8 --temperature 2 --max-weight 1.5 --no-normalize-rewards "
-        "--joint-step --no-anneal-lr --no-learn-std --activation gelu --layer-norm",
+        "--joint-step --no-anneal-lr --no-learn-std --activation gelu --layer-norm --ema-decay 0.75",
     ),
     "td3_bc": (td3_bc, td3_bc_update, "--alpha 2 --policy-noise 0.3 --noise-clip 0.2"),
     "rebrac": (
         td3_bc, rebrac_update, "--loss rebrac --actor-bc 0.4 --critic-bc 0.6 --policy-noise 0.3 "
-        "--noise-clip 0.2 --activation gelu --layer-norm",
+        "--noise-clip 0.2 --activation gelu --layer-norm --ema-decay 0.75",
     ),
     "cql": (cql, cql_update, "--cql-alpha 2 --cql-samples 3 --bc-steps 1"),
     "cql-lagrange": (

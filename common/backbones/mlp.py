@@ -112,9 +112,11 @@ class StatePolicy(MLP):
 
 def from_states(saved):
     """The checkpoint of a script that learns from states as one that policies of this family load: its mean
-    action with its own normalisation, and a Gaussian's deviation, the policy's where that is one number an
-    action, else 0.2. Nothing drops out. UserError where there is no such policy."""
-    old, args = saved["agent"], saved["args"]
+    action, as it was evaluated (say, of averaged weights), with its own normalisation, and a Gaussian's
+    deviation, the policy's where that is one number an action, else 0.2. Nothing drops out. UserError where
+    there is no such policy."""
+    old, args = dict(saved["agent"]), saved["args"]
+    old |= {f"actor{name[7:]}": old[name] for name in old if name.startswith("average.")}
     layers = sorted({int(name.split(".")[1]) for name in old if name.startswith("actor.")})
     if not layers or old[f"actor.{layers[0]}.weight"].ndim != 2:
         raise UserError(f"{saved['script']}.py's policy is no MLP that ppo_vla.py could go on with.")
