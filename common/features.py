@@ -6,7 +6,8 @@
 The pictures of a data set are encoded once, and what learns from states learns from these features: what a
 critic of the policy reads (D: a large model's last hidden state at the prompt's end, of tiny the prompt as it
 enters the layers), and the proprioception (P). It is evaluated in the data's world, or --env, through the
-same encoder. `--features-of actions` takes the hidden states of all action slots instead (K*A*D).
+same encoder. `--features-of actions` takes the hidden states of all action slots instead (K*A*D), and
+`--features-dim N` the N principal components of either.
 
 One step of such a data set is a decision, as in `ppo_vla.py`: an action is a whole chunk, K*A numbers, those
 that the world ignores left out, which is executed open loop; its reward is the sum over the chunk, and
@@ -65,6 +66,16 @@ def decisions(rewards, terminated, decided, episode_starts, chunk):
     return at, np.where(terminations, at, after), rewards, terminations, np.flatnonzero(chains)
 
 
+def principal_components(features, number):
+    """float32 (n, F) -> mean (F,) and matrix (F, number): (x - mean) @ matrix are the first principal components
+    of the standardised features, the largest first, of mean square 1 over all of them together."""
+    x = torch.from_numpy(features)
+    mean, std = x.mean(0), x.std(0) + 1e-3
+    correlation = torch.cov(x.T).double() / torch.outer(std, std)
+    values, vectors = (part[..., -number:].flip(-1) for part in torch.linalg.eigh(correlation))
+    return mean, (vectors / std[:, None] / values.mean().sqrt()).float()
+
+
 def checked_flags(env, given, source):
     """The flags of the world `env` by name, those `given` (a dict, as JSON has them) and else its defaults.
     UserError for a value that the world does not know."""
@@ -98,6 +109,7 @@ class Encoder:
 
     def __init__(self, path, saved, world, envs, run, of="prompt"):
         self.of, self.world, self.instructions = of, world, envs.instructions
+        self.projection = None  # of `principal_components`
         self.acts = world.chunk, len(envs.active_dims)
         felt = envs.active_dims | bool(world.action_history)  # by the world, or seen as a past action
         self.active = np.flatnonzero(np.tile(felt, world.chunk))  # of K*A
@@ -120,7 +132,7 @@ class Encoder:
             hidden *= np.prod(self.acts)
         else:
             hidden = getattr(self.backbone, "prompt_size", hidden)
-        self.size = hidden + envs.single_observation_space["proprio"].shape[0]
+        self.numbers = hidden + envs.single_observation_space["proprio"].shape[0]
         # of a base's own files, where there are some
         files = getattr(self.backbone, "fingerprint", "")
         digest = hashlib.sha256(repr((saved["backbone"], files)).encode())
@@ -129,11 +141,22 @@ class Encoder:
             digest.update(name.encode() + numbers.tobytes())
         self.mark = digest.hexdigest()
 
+    def project(self, features):
+        """All features, float32 (n, F) -> those that are learned from, (n, size)."""
+        if self.projection is None:
+            return features
+        mean, matrix = self.projection
+        return ((torch.from_numpy(features) - mean) @ matrix).numpy()
+
+    @property
+    def size(self):
+        return self.numbers if self.projection is None else self.projection[1].shape[1]
+
     @torch.no_grad()
     def __call__(self, obs, rows, bar=True):
-        """Features float32 (n, size), hidden states and proprioception, of the `rows` (n,) of observations,
-        arrays as of `common.envs`."""
-        features = np.empty((len(rows), self.size), np.float32)
+        """Features float32 (n, size), hidden states and proprioception, or of them the principal components,
+        of the `rows` (n,) of observations, arrays as of `common.envs`."""
+        features = np.empty((len(rows), self.numbers), np.float32)
         for start in tqdm(
             range(0, len(rows), BATCH), desc="encoding", delay=2, disable=None if bar else True
         ):
@@ -143,7 +166,7 @@ class Encoder:
             features[start : start + BATCH] = torch.cat(
                 [hidden.float().cpu(), torch.as_tensor(part["proprio"]).cpu()], 1
             )
-        return features
+        return self.project(features)
 
     def envs(self, number, run):
         """-> so many environments for an evaluation."""
@@ -216,6 +239,9 @@ def offline_dataset(args, run):
                 "changed; put the old ones back there, or train anew."
             )
         run.kept["encoder"] = encoder.mark
+        if args.features_dim > encoder.numbers:
+            raise UserError(f"--features-dim {args.features_dim}, but there are {encoder.numbers} features.")
+        encoder.projection = run.saved and run.saved.get("projection")
         demos = training_demonstrations(reading, envs, outcomes=True)
         has, wants = demos["image"].shape[1:], envs.single_observation_space["image"].shape
     if has != wants and "image_size" in encoder.backbone.config:  # it resizes nothing
@@ -236,6 +262,11 @@ def offline_dataset(args, run):
         states = np.zeros((len(order), encoder.size), np.float32)  # nobody looks at them
     else:
         states = encoder(demos, order)
+    if args.features_dim and encoder.projection is None:
+        encoder.projection = principal_components(states, args.features_dim)
+        states = encoder.project(states)
+    if args.features_dim:
+        run.kept["projection"] = encoder.projection
     return OfflineDataset(
         name=args.dataset, env_id=env, states=states, next_index=place[after], actions=actions,
         rewards=rewards, terminations=terminations, episode_starts=chains, encoder=encoder,

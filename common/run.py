@@ -210,6 +210,9 @@ class OfflineArgs(StateArgs):
     features_of: Annotated[Literal["prompt", "actions"], FIXED, Only("features")] = "prompt"
     """what the features are: what a critic reads, or the hidden states of all action slots, which are many
     numbers, but which imitation has trained"""
+    features_dim: Annotated[NonNegativeInt, FIXED, Only("features")] = 0
+    """of the features take so many principal components, as the data set has them, in one common unit (see
+    --no-normalize): critics learn by heart what has many numbers; 0 for the features themselves"""
     total_timesteps: PositiveInt = 1_000_000
     """updates to train for"""
 

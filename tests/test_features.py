@@ -22,7 +22,7 @@ from common.backbones import build_backbone
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.datasets import load_demonstrations
 from common.envs import WORLDS, make_envs
-from common.features import EncodedEnvs, decisions, offline_dataset
+from common.features import EncodedEnvs, decisions, offline_dataset, principal_components
 
 CHUNK = 3
 SCRIPTS = (iql, td3_bc, cql, decision_transformer)
@@ -74,8 +74,8 @@ BOTH = pytest.mark.parametrize(("folder", "history"), [("home", 0), ("rememberin
 def arguments(home, **changed):
     """A run's arguments and the run, as far as they are needed to read a data set."""
     args = dict(
-        dataset=f"{home}/rollouts.hdf5", features=f"{home}/eye", features_of="prompt", env=None, keys=(),
-        seed=1, evaluate=False,
+        dataset=f"{home}/rollouts.hdf5", features=f"{home}/eye", features_of="prompt", features_dim=0,
+        env=None, keys=(), seed=1, evaluate=False,
     )  # fmt: skip
     run = SimpleNamespace(
         device=torch.device("cpu"), rank=0, saved=None, source=None, kept={}, closing=lambda x: x
@@ -206,12 +206,40 @@ def test_features_are_the_backbones_hidden_states_and_the_proprioception(request
     assert dataset.encoder.world.speed == 0.3 and run.kept == {"encoder": dataset.encoder.mark}
 
 
+def test_principal_components():
+    """Against the singular vectors of what is standardised."""
+    rng = np.random.default_rng(0)
+    x = np.float32(rng.normal(size=(400, 6)) @ rng.normal(size=(6, 6)) * [1, 10, 1, 0.1, 3, 1] + 5)
+    mean, matrix = principal_components(x, 4)
+    z = (x - x.mean(0)) / x.std(0)
+    left, size, _ = np.linalg.svd(z, full_matrices=False)
+    wanted = left[:, :4] * size[:4]
+    found = ((torch.from_numpy(x) - mean) @ matrix).numpy()
+    assert np.square(found).mean() == pytest.approx(1, rel=0.02)
+    for a, b in zip(found.T, wanted.T / np.sqrt(np.square(wanted).mean()), strict=True):
+        assert np.allclose(a, b * np.sign(a @ b), atol=0.05)
+
+
+def test_components_of_features(home):
+    """Of the data set's; what is saved makes the same again."""
+    whole, (args, run) = offline_dataset(*arguments(home)), arguments(home, features_dim=5)
+    dataset = offline_dataset(args, run)
+    mean, matrix = run.kept["projection"]
+    assert matrix.shape == (whole.states.shape[1], 5) and dataset.states.shape == (len(whole.states), 5)
+    assert np.allclose(dataset.states, (torch.from_numpy(whole.states) - mean) @ matrix, atol=1e-5)
+    run.saved = {"encoder": dataset.encoder.mark, "projection": (mean, 2 * matrix)}
+    assert np.allclose(offline_dataset(args, run).states, 2 * dataset.states, atol=1e-4)
+    with pytest.raises(UserError, match="--features-dim 9999, but there are 962 features"):
+        offline_dataset(*arguments(home, features_dim=9999))
+
+
+@pytest.mark.parametrize("components", [0, 5])
 @BOTH
-def test_the_worlds_transitions_are_the_data_sets(request, folder, history):
+def test_the_worlds_transitions_are_the_data_sets(request, folder, history, components):
     """Through the same encoder: the first observation of an episode, and what follows when its chunks are
     played once more, is what the data set holds for them."""
     home = request.getfixturevalue(folder)
-    args, run = arguments(home)
+    args, run = arguments(home, features_dim=components)
     dataset = offline_dataset(args, run)
     envs = EncodedEnvs(make_envs(dataset.encoder.world, "train", 12), dataset.encoder)
     obs, everyone = envs.reset(np.random.SeedSequence([3, 0, 0, 1]).generate_state(12), np.ones(12, bool)), 0
@@ -264,11 +292,12 @@ def test_a_script_learns_from_features_stops_resumes_and_is_evaluated(home, tmp_
         f"--dataset {home}/rollouts.hdf5 --features {home}/eye --output-dir {tmp_path} {RUN} {SMALL[script]}"
     )
     flags += "" if script is decision_transformer else " --no-normalize-rewards"
+    flags += " --features-dim 7" if script is td3_bc else ""
     run(script, flags, "--run-name whole --capture-video")
     assert list((tmp_path / "whole/videos").glob("*.mp4"))
     found, saved = results(tmp_path / "whole"), load_checkpoint(tmp_path / "whole")
     assert "success_rate" in found["final"] and found["args"]["features"] == f"{home}/eye"
-    assert len(saved["agent"]["obs_mean"]) == 10 * 96 + 2 and "encoder" in saved
+    assert len(saved["agent"]["obs_mean"]) == (7 if script is td3_bc else 10 * 96 + 2) and "encoder" in saved
     stopped_by(monkeypatch, script, "sample_batch", 13)
     assert call(script, flags, "--run-name stopped").code == 130
     monkeypatch.undo()
