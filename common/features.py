@@ -67,8 +67,8 @@ def decisions(rewards, terminated, decided, episode_starts, chunk):
 
 
 def principal_components(features, number):
-    """float32 (n, F) -> mean (F,) and matrix (F, number): (x - mean) @ matrix are the first principal components
-    of the standardised features, the largest first, of mean square 1 over all of them together."""
+    """float32 (n, F) -> mean (F,) and matrix (F, number): (x - mean) @ matrix are the first principal
+    components of the standardised features, the largest first, of mean square 1 over all of them."""
     x = torch.from_numpy(features)
     mean, std = x.mean(0), x.std(0) + 1e-3
     correlation = torch.cov(x.T).double() / torch.outer(std, std)
