@@ -240,9 +240,9 @@ class Agent(nn.Module):
         self.average = average  # of the policy's weights
 
     def policy(self, obs, average=None):
-        """(B, S) -> mean (B, A), the actor's or of `average`, and log_std (A,) of a Gaussian. The mean alone is
-        squashed by tanh, so that actions at the bounds, which are many in data, have a finite density; with a
-        width of 1 nothing is."""
+        """(B, S) -> mean (B, A), the actor's or `average`'s, and log_std (A,) of a Gaussian. The mean alone
+        is squashed by tanh, so that actions at the bounds, which are many in data, have a finite density;
+        with a width of 1 nothing is."""
         mean = (self.actor if average is None else average)(obs)
         return mean.tanh() if self.learn_std else mean, self.log_std.clamp(-5, 2)
 
