@@ -45,6 +45,10 @@ def test_shared_blocks_are_identical(name):
     assert len({inspect.getsource(getattr(script, name)) for script in SHARED[name]}) == 1
 
 
+def test_all_mlps_run_alike():
+    assert len({inspect.getsource(script.MLP.forward) for script in (sac, iql, cql, td3_bc)}) == 1
+
+
 def test_td3_bc_adds_one_method_to_the_critics():
     assert inspect.getsource(td3_bc.TwinCritic).startswith(inspect.getsource(iql.TwinCritic).rstrip())
 
