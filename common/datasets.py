@@ -649,13 +649,6 @@ class OfflineDataset:
         """(N, S) float32, a copy made by each access."""
         return self.states[self.next_index]
 
-    def normalized_score(self, episode_return: float) -> float:
-        """100 (R - random) / (expert - random), D4RL's (arXiv:2004.07219); UserError without references."""
-        if self.reference_scores is None:
-            raise UserError(f"{self.name} has no reference scores; report the return itself.")
-        random, expert = self.reference_scores
-        return 100.0 * (episode_return - random) / (expert - random)
-
 
 def unit_actions(dataset: OfflineDataset, bounds: tuple | None) -> np.ndarray:
     """The actions (N, A) in [-1, 1] of `bounds` (low, high), each (A,), clipped as the environment did.

@@ -37,8 +37,8 @@ def summarize(outcomes, has_success, instructions=(), references=None):
     interval `success_rate_ci95` (where the world has success), `mean_reward`, `mean_length`,
     `normalized_score` (with references), and `per_task`, {instruction: the same}.
 
-    references: the returns of D4RL's normalised score, 0 and 100. Of two tasks with one instruction each is
-    told by its number.
+    references: the returns of D4RL's normalised score (arXiv:2004.07219), 0 and 100. Of two tasks with one
+    instruction each is told by its number.
     """
     if not len(outcomes):
         return {"episodes": 0}

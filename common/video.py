@@ -36,11 +36,6 @@ def annotate(frame: np.ndarray, lines: list[str]) -> np.ndarray:
     return np.concatenate([frame, np.asarray(strip)])
 
 
-def side_by_side(images: np.ndarray, scale: int = 1) -> np.ndarray:
-    """Cameras in one row, nearest neighbour: (cameras, H, W, 3) uint8 -> (scale H, scale cameras W, 3)."""
-    return np.concatenate(list(images), axis=1).repeat(scale, axis=0).repeat(scale, axis=1)
-
-
 def write_video(path: str | os.PathLike, frames: list[np.ndarray], fps: float) -> None:
     """Write frames (H, W, 3) uint8 as H.264 mp4, atomically, padded with black to even sizes.
 
