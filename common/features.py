@@ -1,13 +1,15 @@
 """Offline RL on what a frozen vision-language-action policy sees: `--features RUN`.
 
-    python ppo_vla.py --checkpoint runs/warmup --collect 400 --save-dataset rollouts.hdf5
-    python iql.py --dataset rollouts.hdf5 --features runs/warmup
+    python ppo_vla.py --checkpoint runs/warmup --collect 12000 --reward shaped --save-dataset rollouts.hdf5
+    python iql.py --dataset rollouts.hdf5 --features runs/warmup --features-of actions --features-dim 128 \\
+      --no-normalize --no-normalize-rewards --gamma 0.9 --temperature 40 --ema-decay 0.999
 
 The pictures of a data set are encoded once, and what learns from states learns from these features: what a
 critic of the policy reads (D: a large model's last hidden state at the prompt's end, of tiny the prompt as it
 enters the layers), and the proprioception (P). It is evaluated in the data's world, or --env, through the
 same encoder. `--features-of actions` takes the hidden states of all action slots instead (K*A*D), and
-`--features-dim N` the N principal components of either.
+`--features-dim N` the N principal components of either. One decision changes little of an episode's return,
+hence the temperature: advantages of tabletop's shaped rewards are hundredths. All pictures are in memory.
 
 One step of such a data set is a decision, as in `ppo_vla.py`: an action is a whole chunk, K*A numbers, those
 that the world ignores left out, which is executed open loop; its reward is the sum over the chunk, and
