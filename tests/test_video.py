@@ -4,7 +4,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
-from common.video import annotate, side_by_side, write_video
+from common.video import annotate, write_video
 
 
 def decode(path) -> tuple[dict, np.ndarray]:
@@ -86,12 +86,3 @@ def test_annotate_puts_wrapped_white_text_below_an_untouched_picture():
     assert annotate(frame[:, :3], ["wide"]).shape == (40 + 4 * row, 3, 3)  # narrower than any letter
     assert np.array_equal(annotate(frame, []), frame)
     assert len(annotate(frame, [""])) == 40 + row  # an empty line keeps its row
-
-
-def test_side_by_side_repeats_pixels():
-    images = np.arange(2 * 2 * 3 * 3, dtype=np.uint8).reshape(2, 2, 3, 3)
-    joined = side_by_side(images, 3)
-    assert joined.shape == (6, 18, 3) and joined.dtype == np.uint8
-    for y in range(6):
-        for x in range(18):
-            assert np.array_equal(joined[y, x], images[x // 9, y // 3, x % 9 // 3])
