@@ -502,6 +502,13 @@ class Run:
         self._stack.callback(distributed.stop)
         self.device = distributed.start(torch.device(device))
         self.rank, self.processes = distributed.ranks()
+        has = torch.cpu.get_capabilities() if device == "cpu" and getattr(args, "bf16", False) else {}
+        if has and not any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):  # "bf16" is ARM's
+            say(
+                "warning: this CPU has no products in bfloat16, and --bf16 can take many times as long as "
+                "float32; drop it.",
+                sys.stderr,
+            )
         torch.manual_seed(args.seed)
         if isinstance(args, StateArgs):
             keep_freed_memory()

@@ -324,6 +324,16 @@ def test_the_best_evaluation_is_kept_and_the_latest_of_none(tmp_path):
         assert [handle.record({"episodes": 0}, 1) for _ in range(3)] == [True] * 3
 
 
+@pytest.mark.parametrize(
+    "bf16, has, said", [(True, "avx2", True), (True, "avx512_bf16", False), (False, "avx2", False)]
+)
+def test_a_cpu_without_bfloat16_is_told_so(tmp_path, monkeypatch, capsys, bf16, has, said):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, has: True})
+    args = read(iql, "--device cpu --bf16" if bf16 else "--device cpu")
+    with Run(args, None, Path("iql.py")):
+        assert ("--bf16 can take many times as long" in capsys.readouterr().err) == said
+
+
 def test_numbers_that_are_not_finite_end_the_run_with_their_names(tmp_path):
     with open_run(tmp_path) as handle:
         good = {"loss/total": torch.tensor(1.0)}
