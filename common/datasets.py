@@ -54,7 +54,8 @@ def load_demonstrations(
     `decided` bool (S,), where a recorded policy chose its next chunk (all of demonstrations that do not say),
     and `left_out`, how many steps are not among S.
     With outcomes also `rewards` float32 and `terminated` bool (S,): `dones`, but of recorded rollouts, where
-    these are time-outs too, what they say or, of a failure, nothing.
+    these are time-outs too, what they say or, of a failure, nothing; and `image` is `Pictures`, of which not
+    all may be asked for.
     image_keys: the pictures to read; with none there is no `image`. only_success: those that succeeded alone.
     kept_steps: actions (T, A) -> bool (T,), the steps to read; a demonstration without any is left out.
     `proprio` is what `proprio_keys` name, or the file's own, or position (m), axis-angle (rad) and the two
@@ -69,12 +70,45 @@ def load_demonstrations(
         raise UserError(f"{path} does not exist or is a folder; give an HDF5 file of demonstrations.")
     if max_demos is not None and max_demos < 1:
         raise UserError(f"max_demos is {max_demos}, it must be at least 1.")
+    with _hdf5(path) as file:
+        read = image_keys, action_dim, proprio_keys, _action_limit(file.get("data")), outcomes
+        return _load(file, path, max_demos, read, only_success, kept_steps, names)
+
+
+@contextlib.contextmanager
+def _hdf5(path: Path) -> Iterator[h5py.File]:
     try:
         with h5py.File(path, "r") as file:
-            read = image_keys, action_dim, proprio_keys, _action_limit(file.get("data")), outcomes
-            return _load(file, path, max_demos, read, only_success, kept_steps, names)
+            yield file
     except (OSError, RuntimeError, KeyError) as error:  # what h5py raises for bytes that are no HDF5
         raise UserError(f"{path} is truncated or not HDF5 ({error}); download or record it again.") from error
+
+
+class Pictures:
+    """The pictures of episodes in HDF5 files, which stay there: `pictures[rows]`, rows int (n,) of all steps
+    -> uint8 (n, cameras, H, W, 3), `shape` is that of all. UserError for a file that can no longer be read.
+
+    episodes: of each the file's path, its cameras' arrays there, by name, and their shape (T, H, W, 3). turn:
+    pictures as files hold them -> as the world shows them.
+    """
+
+    def __init__(self, episodes, turn=np.asarray):
+        self.episodes, self.turn = episodes, turn
+        self.edges = np.cumsum([0, *(shape[0] for *_, shape in episodes)])
+        _, names, shape = episodes[0]
+        self.shape = self.edges[-1], len(names), *shape[1:]
+
+    def __getitem__(self, rows):
+        images = np.empty((len(rows), *self.shape[1:]), np.uint8)
+        episode = np.searchsorted(self.edges, rows, side="right") - 1
+        for number in np.unique(episode):
+            here, (path, names, _) = episode == number, self.episodes[number]
+            at = rows[here] - self.edges[number]
+            first = at.min()
+            with _hdf5(path) as file:
+                for camera, name in enumerate(names):
+                    images[here, camera] = file[name][first : at.max() + 1][at - first]
+        return self.turn(images)
 
 
 def _action_limit(data: h5py.Group | None) -> float:
@@ -115,24 +149,29 @@ def _load(
     demos = {i: data[f"demo_{i}"] for i in numbers if success[i] or not only_success}
     demos = dict([*demos.items()][:max_demos])
     room = sum(len(_array(demo, "actions", f"{path}, demo_{i}")) for i, demo in demos.items())
-    arrays, instructions, tasks, edges, succeeded, clipped = {}, [], [], [0], [], 0
+    arrays, shapes, pictures, outcomes = {}, {}, [], read[-1]
+    instructions, tasks, edges, succeeded, clipped = [], [], [0], [], 0
     for number, demo in demos.items():
         where = f"{path}, demo_{number}"
-        episode, beyond = _load_episode(demo, where, *read)
+        episode, cameras, beyond = _load_episode(demo, where, *read)
         clipped += beyond
+        size = {"image": (len(cameras), *cameras[0].shape[1:])} if cameras else {}
+        if cameras and outcomes:
+            pictures.append((path, [camera.name for camera in cameras], cameras[0].shape))
+        elif cameras:
+            episode["image"] = np.stack([camera[()] for camera in cameras], axis=1)
         if kept_steps:
             kept = kept_steps(episode["actions"])
             episode = {key: value[kept] for key, value in episode.items()}
         start, end = edges[-1], edges[-1] + len(episode["actions"])
         if start == end:
             continue
+        for key, shape in (size | {key: value.shape[1:] for key, value in episode.items()}).items():
+            if shapes.setdefault(key, shape) != shape:
+                raise UserError(f"{where} has {key} of shape {shape}, those before {shapes[key]}.")
         for key, value in episode.items():
             if key not in arrays:  # one allocation for the file: images are too large to hold twice
                 arrays[key] = np.empty((room, *value.shape[1:]), value.dtype)
-            if arrays[key].shape[1:] != value.shape[1:]:
-                raise UserError(
-                    f"{where} has {key} of shape {value.shape[1:]}, those before {arrays[key].shape[1:]}."
-                )
             arrays[key][start:end] = value
         instruction = _instruction(demo, data, where, names)
         instructions += [] if instruction in instructions else [instruction]
@@ -144,7 +183,7 @@ def _load(
         raise UserError(f"{path} has no {what}; give another file, or --demos-filter all.")
     _say_clipped(path, clipped, room)
     arrays = {key: value[: edges[-1]] for key, value in arrays.items()}
-    return arrays | {
+    return arrays | ({"image": Pictures(pictures)} if pictures else {}) | {
         "task": np.repeat(np.array(tasks, np.int64), np.diff(edges)), "instructions": instructions,
         "episode_starts": np.array(edges[:-1], np.int64), "success": np.array(succeeded),
         "left_out": room - edges[-1],
@@ -161,14 +200,14 @@ def _array(group: h5py.Group, key: str, where: str) -> h5py.Dataset:
 def _load_episode(
     demo: h5py.Group, where: str, image_keys: tuple[str, ...], action_dim: int, keys: tuple[str, ...],
     limit: float, outcomes: bool,
-) -> tuple[dict, int]:  # fmt: skip
+) -> tuple[dict, list[h5py.Dataset], int]:  # fmt: skip
     proprio_keys = next((keys for keys in PROPRIO_KEYS if f"obs/{keys[0]}" in demo), PROPRIO_KEYS[0])
     if proprio_keys == PROPRIO_KEYS[-1] and "obs/robot1_eef_pos" in demo:
         proprio_keys += tuple(key.replace("robot0", "robot1") for key in proprio_keys)
     camera_keys = [key if f"obs/{key}" in demo else ROBOMIMIC_IMAGE_KEYS.get(key, key) for key in image_keys]
     actions = _array(demo, "actions", where)[()]
     parts = {key: _array(demo, f"obs/{key}", where)[()] for key in keys or proprio_keys}
-    cameras = {key: _array(demo, f"obs/{key}", where)[()] for key in camera_keys}
+    cameras = {key: _array(demo, f"obs/{key}", where) for key in camera_keys}
     _check_episode(actions, parts, cameras, where, action_dim, limit)
     actions, beyond = _clip(actions, limit)
     decided = _array(demo, "decided", where)[()] if "decided" in demo else np.ones(len(actions))
@@ -182,12 +221,11 @@ def _load_episode(
         ends["terminated"] = (ends.pop(done) != 0) & (not failed)
     turned = {} if keys else {key for key in parts if key.endswith("_quat")}
     parts = [_axis_angle(value) if key in turned else value for key, value in parts.items()]
-    pictures = {"image": np.stack(list(cameras.values()), axis=1)} if cameras else {}  # (T, cameras, H, W, 3)
-    return pictures | ends | {
+    return ends | {
         "proprio": np.concatenate(parts, axis=1).astype(np.float32),
         "actions": actions.astype(np.float32),
         "decided": decided.astype(bool),
-    }, beyond  # fmt: skip
+    }, [*cameras.values()], beyond  # fmt: skip
 
 
 def _check_episode(
@@ -469,7 +507,8 @@ def training_demonstrations(args, envs, outcomes=False) -> dict:
             raise UserError(f"{args.demos} has actions of {has} numbers; those of this world have {read[1]}.")
         _say_what_was_read(demos, args, envs)
         if pictures and hasattr(world, "from_file"):
-            demos["image"] = world.from_file(demos["image"])
+            turn, images = world.from_file, demos["image"]
+            demos["image"] = Pictures(images.episodes, turn) if outcomes else turn(images)
         unknown = [text for text in demos["instructions"] if text not in envs.instructions]
         if unknown:
             raise UserError(
@@ -537,7 +576,16 @@ def _concatenate(parts: list[dict]) -> dict:
     """What `load_demonstrations` returns, of several files, as of one."""
     instructions = list(dict.fromkeys(text for part in parts for text in part["instructions"]))
     keys = ("image", "proprio", "actions", "success", "decided", "rewards", "terminated")
-    whole = {key: np.concatenate([part[key] for part in parts]) for key in keys if key in parts[0]}
+    whole = {}
+    for key in (key for key in keys if key in parts[0]):
+        columns = [part[key] for part in parts]
+        if len(shapes := {column.shape[1:] for column in columns}) > 1:
+            shapes = " and ".join(map(str, sorted(shapes)))
+            raise UserError(f"The files of --demos have {key} of shapes {shapes}; give files of one kind.")
+        if isinstance(columns[0], Pictures):
+            whole[key] = Pictures([episode for pictures in columns for episode in pictures.episodes])
+        else:
+            whole[key] = np.concatenate(columns)
     tasks = [np.array([instructions.index(t) for t in p["instructions"]])[p["task"]] for p in parts]
     offsets = np.cumsum([0] + [len(part["task"]) for part in parts])
     starts = [part["episode_starts"] + offset for part, offset in zip(parts, offsets, strict=False)]

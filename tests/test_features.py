@@ -20,7 +20,7 @@ import td3_bc
 from common import UserError, features
 from common.backbones import build_backbone
 from common.checkpoint import load_checkpoint, save_checkpoint
-from common.datasets import load_demonstrations
+from common.datasets import Pictures, load_demonstrations
 from common.envs import WORLDS, make_envs
 from common.features import EncodedEnvs, decisions, offline_dataset, principal_components
 
@@ -305,6 +305,7 @@ def test_a_script_learns_from_features_stops_resumes_and_is_evaluated(home, tmp_
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
     encoded = []
     monkeypatch.setattr(features, "tqdm", lambda rows, **_: encoded.append(len(rows)) or rows)
+    monkeypatch.setattr(Pictures, "__getitem__", None)
     evaluated = "--eval-episodes 3 --device cpu"
     run(script, f"--evaluate --checkpoint {tmp_path}/whole --output-dir {tmp_path} --run-name e {evaluated}")
     assert (

@@ -167,8 +167,11 @@ def check(path, numbers):
             assert demo.attrs["language_instruction"] == Noise.instructions[i % 2]
     read = load_demonstrations(path, action_dim=2, outcomes=True)
     episodes = [played(i)[0] for i in sorted(numbers)]
-    for key, column in (("image", 0), ("proprio", 1), ("actions", 2)):
+    for key, column in (("proprio", 1), ("actions", 2)):
         assert np.array_equal(read[key], np.concatenate([x[column] for x in episodes]))
+    images = np.concatenate([x[0] for x in episodes])
+    rows = np.random.default_rng(1).integers(len(images), size=60)  # some twice, in no order
+    assert np.array_equal(read["image"][rows], images[rows]) and read["image"].shape == images.shape
     assert read["success"].tolist() == [i % 2 == 0 for i in sorted(numbers)]
     assert np.array_equal(read["rewards"], np.concatenate([np.float32(x[3]) for x in episodes]))
     ends = np.concatenate([x[4] & (i % 2 == 0) for i, x in zip(sorted(numbers), episodes, strict=True)])
@@ -380,6 +383,34 @@ def test_the_console_says_what_was_read_and_that_pictures_differ(tmp_path, capsy
     write(path, [True], [3], actions=[moving], size=(256, 256))
     training_demonstrations(args, envs)
     assert "warning" not in capsys.readouterr().out
+
+
+def test_pictures_of_several_files_stay_in_them(tmp_path):
+    """Where outcomes are read: the same pictures, turned as the world shows them."""
+    box = gymnasium.spaces.Box
+    spaces = {"image": box(0, 255, (1, 8, 6, 3), np.uint8), "proprio": box(-9, 9, (8,), np.float32)}
+    envs = SimpleNamespace(
+        single_observation_space=spaces, single_action_space=box(-1, 1, (7,)),
+        instructions=["lift the red cube"],
+    )  # fmt: skip
+    args = SimpleNamespace(env="libero", demos=str(tmp_path), num_demos=9, demos_filter="all")
+    args.action_history, args.cameras = 0, ("agentview",)
+    for name, lengths in (("a", [3, 1]), ("b", [2, 5, 4])):
+        write(tmp_path / f"{name}.hdf5", [True] * len(lengths), lengths, size=(8, 6))
+        with h5py.File(tmp_path / f"{name}.hdf5", "r+") as file:
+            for demo, length in zip(file["data"].values(), lengths, strict=True):
+                demo["rewards"], demo["dones"] = np.zeros(length), np.arange(length) == length - 1
+    read, lazy = (training_demonstrations(args, envs, outcomes)["image"] for outcomes in (False, True))
+    rows = np.random.default_rng(1).permutation(15)
+    assert np.array_equal(lazy[rows], read[rows]) and lazy.shape == read.shape == (15, 1, 8, 6, 3)
+    (tmp_path / "b.hdf5").write_bytes((tmp_path / "b.hdf5").read_bytes()[:3000])
+    assert np.array_equal(lazy[np.arange(4)], read[:4])
+    with pytest.raises(UserError, match="b.hdf5 is truncated"):
+        lazy[rows]
+    write(tmp_path / "b.hdf5", [True], [2], size=(8, 8))
+    shapes = r"image of shapes \(1, 8, 6, 3\) and \(1, 8, 8, 3\); give files of one kind"
+    with pytest.raises(UserError, match=shapes):
+        training_demonstrations(args, envs)
 
 
 # --- advantage weights
