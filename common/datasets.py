@@ -508,7 +508,8 @@ def training_demonstrations(args, envs, outcomes=False) -> dict:
         _say_what_was_read(demos, args, envs)
         if pictures and hasattr(world, "from_file"):
             turn, images = world.from_file, demos["image"]
-            demos["image"] = Pictures(images.episodes, turn) if outcomes else turn(images)
+            stored = isinstance(images, Pictures)
+            demos["image"] = Pictures(images.episodes, turn) if stored else turn(images)
         unknown = [text for text in demos["instructions"] if text not in envs.instructions]
         if unknown:
             raise UserError(
