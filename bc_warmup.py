@@ -580,8 +580,6 @@ def imitation_tensors(demos, args, envs, backbone, device):
         for key in ("proprio", "task", "pixels")
         if key in demos
     }
-    if "image" in demos:  # those of files may be larger than a GPU
-        data["image"] = torch.as_tensor(demos["image"], device="cpu" if args.demos else device)
     data["targets"] = F.pad(torch.as_tensor(targets, device=device), beyond).flatten(1)
     mask = torch.as_tensor(mask[..., None] & envs.active_dims, device=device)
     data["mask"] = F.pad(mask, beyond).flatten(1)
@@ -593,9 +591,13 @@ def imitation_tensors(demos, args, envs, backbone, device):
         episodes = map(torch.as_tensor, (demos["success"], lengths, task))
         weights = advantage_weights(*episodes, args.advantage_weight, args.advantage_gamma)
         data["weights"] = weights.to(device)
+    images = demos.get("image")
     if not demos["decided"].all():
-        kept = torch.as_tensor(np.flatnonzero(demos["decided"]))
-        data = {key: x[kept.to(x.device)] for key, x in data.items()}
+        kept = np.flatnonzero(demos["decided"])
+        images = images if images is None else images[kept]
+        data = {key: x[torch.as_tensor(kept, device=device)] for key, x in data.items()}
+    if images is not None:  # those of files may be larger than a GPU
+        data["image"] = torch.as_tensor(np.asarray(images), device="cpu" if args.demos else device)
     return data
 
 

@@ -48,14 +48,13 @@ def load_demonstrations(
 ) -> dict:  # fmt: skip
     """Read the first `max_demos` demonstrations by number as flat arrays of S steps in E episodes.
 
-    Returns `image` uint8 (S, cameras, H, W, 3), `proprio` float32 (S, P), `actions` float32 (S, A) in [-1,
-    1], A being action_dim, `task` int64 (S,) into `instructions` (list of str), and `episode_starts` int64
+    Returns `image`, `Pictures`, `proprio` float32 (S, P), `actions` float32 (S, A) in [-1, 1], A being
+    action_dim, `task` int64 (S,) into `instructions` (list of str), and `episode_starts` int64
     (E,), `success` bool (E,), the demonstration's attribute (published files have none and successes alone),
     `decided` bool (S,), where a recorded policy chose its next chunk (all of demonstrations that do not say),
     and `left_out`, how many steps are not among S.
     With outcomes also `rewards` float32 and `terminated` bool (S,): `dones`, but of recorded rollouts, where
-    these are time-outs too, what they say or, of a failure, nothing; and `image` is `Pictures`, of which not
-    all may be asked for.
+    these are time-outs too, what they say or, of a failure, nothing.
     image_keys: the pictures to read; with none there is no `image`. only_success: those that succeeded alone.
     kept_steps: actions (T, A) -> bool (T,), the steps to read; a demonstration without any is left out.
     `proprio` is what `proprio_keys` name, or the file's own, or position (m), axis-angle (rad) and the two
@@ -84,31 +83,37 @@ def _hdf5(path: Path) -> Iterator[h5py.File]:
         raise UserError(f"{path} is truncated or not HDF5 ({error}); download or record it again.") from error
 
 
+@dataclass
 class Pictures:
-    """The pictures of episodes in HDF5 files, which stay there: `pictures[rows]`, rows int (n,) of all steps
-    -> uint8 (n, cameras, H, W, 3), `shape` is that of all. UserError for a file that can no longer be read.
+    """The pictures of S steps in HDF5 files, which stay there: `pictures[rows]`, rows int (n,) -> uint8 (n,
+    cameras, H, W, 3), and `np.asarray(pictures)` all of them. UserError for a file that can no longer be
+    read."""
 
-    episodes: of each the file's path, its cameras' arrays there, by name, and their shape (T, H, W, 3). turn:
-    pictures as files hold them -> as the world shows them.
-    """
+    episodes: list[tuple]
+    """of each the file's path, its cameras' arrays there, by name, and which of their rows are steps, (T,)"""
+    frame: tuple[int, ...]
+    """(H, W, 3)"""
+    turn: Callable = np.asarray
+    """pictures as files hold them -> as the world shows them"""
 
-    def __init__(self, episodes, turn=np.asarray):
-        self.episodes, self.turn = episodes, turn
-        self.edges = np.cumsum([0, *(shape[0] for *_, shape in episodes)])
-        _, names, shape = episodes[0]
-        self.shape = self.edges[-1], len(names), *shape[1:]
+    def __post_init__(self):
+        self.edges = np.cumsum([0, *(len(steps) for *_, steps in self.episodes)])
+        self.shape = self.edges[-1], len(self.episodes[0][1]), *self.frame
 
     def __getitem__(self, rows):
         images = np.empty((len(rows), *self.shape[1:]), np.uint8)
         episode = np.searchsorted(self.edges, rows, side="right") - 1
-        for number in np.unique(episode):
-            here, (path, names, _) = episode == number, self.episodes[number]
-            at = rows[here] - self.edges[number]
+        for number in tqdm(np.unique(episode), desc="reading pictures", delay=2, disable=None):
+            here, (path, names, steps) = episode == number, self.episodes[number]
+            at = steps[rows[here] - self.edges[number]]
             first = at.min()
             with _hdf5(path) as file:
                 for camera, name in enumerate(names):
-                    images[here, camera] = file[name][first : at.max() + 1][at - first]
-        return self.turn(images)
+                    images[here, camera] = self.turn(file[name][first : at.max() + 1])[at - first]
+        return images
+
+    def __array__(self, dtype=None, copy=None):
+        return self[np.arange(self.shape[0])]
 
 
 def _action_limit(data: h5py.Group | None) -> float:
@@ -149,41 +154,36 @@ def _load(
     demos = {i: data[f"demo_{i}"] for i in numbers if success[i] or not only_success}
     demos = dict([*demos.items()][:max_demos])
     room = sum(len(_array(demo, "actions", f"{path}, demo_{i}")) for i, demo in demos.items())
-    arrays, shapes, pictures, outcomes = {}, {}, [], read[-1]
+    columns, shapes, pictures = {}, {}, []
     instructions, tasks, edges, succeeded, clipped = [], [], [0], [], 0
     for number, demo in demos.items():
         where = f"{path}, demo_{number}"
         episode, cameras, beyond = _load_episode(demo, where, *read)
         clipped += beyond
-        size = {"image": (len(cameras), *cameras[0].shape[1:])} if cameras else {}
-        if cameras and outcomes:
-            pictures.append((path, [camera.name for camera in cameras], cameras[0].shape))
-        elif cameras:
-            episode["image"] = np.stack([camera[()] for camera in cameras], axis=1)
+        kept = np.arange(len(episode["actions"]))
         if kept_steps:
-            kept = kept_steps(episode["actions"])
-            episode = {key: value[kept] for key, value in episode.items()}
-        start, end = edges[-1], edges[-1] + len(episode["actions"])
-        if start == end:
+            kept = kept[kept_steps(episode["actions"])]
+        if not len(kept):
             continue
-        for key, shape in (size | {key: value.shape[1:] for key, value in episode.items()}).items():
+        frame = {"image": cameras[0].shape[1:]} if cameras else {}
+        for key, shape in (frame | {key: value.shape[1:] for key, value in episode.items()}).items():
             if shapes.setdefault(key, shape) != shape:
                 raise UserError(f"{where} has {key} of shape {shape}, those before {shapes[key]}.")
         for key, value in episode.items():
-            if key not in arrays:  # one allocation for the file: images are too large to hold twice
-                arrays[key] = np.empty((room, *value.shape[1:]), value.dtype)
-            arrays[key][start:end] = value
+            columns.setdefault(key, []).append(value[kept])
+        pictures.append((path, [camera.name for camera in cameras], kept))
         instruction = _instruction(demo, data, where, names)
         instructions += [] if instruction in instructions else [instruction]
         tasks.append(instructions.index(instruction))
-        edges.append(end)
+        edges.append(edges[-1] + len(kept))
         succeeded.append(success[number])
     if not tasks:
         what = "step worth imitating" if demos else "successful demonstration"
         raise UserError(f"{path} has no {what}; give another file, or --demos-filter all.")
     _say_clipped(path, clipped, room)
-    arrays = {key: value[: edges[-1]] for key, value in arrays.items()}
-    return arrays | ({"image": Pictures(pictures)} if pictures else {}) | {
+    arrays = {key: np.concatenate(values) for key, values in columns.items()}
+    arrays |= {"image": Pictures(pictures, shapes["image"])} if "image" in shapes else {}
+    return arrays | {
         "task": np.repeat(np.array(tasks, np.int64), np.diff(edges)), "instructions": instructions,
         "episode_starts": np.array(edges[:-1], np.int64), "success": np.array(succeeded),
         "left_out": room - edges[-1],
@@ -503,13 +503,11 @@ def training_demonstrations(args, envs, outcomes=False) -> dict:
         read += (getattr(world, "DEMO_TASKS", {}), outcomes)
         if not demos:
             demos = _concatenate([load_demonstrations(file, args.num_demos, *read) for file in files])
+            if pictures and hasattr(world, "from_file"):
+                demos["image"] = dataclasses.replace(demos["image"], turn=world.from_file)
         if (has := demos["actions"].shape[1]) != read[1]:
             raise UserError(f"{args.demos} has actions of {has} numbers; those of this world have {read[1]}.")
         _say_what_was_read(demos, args, envs)
-        if pictures and hasattr(world, "from_file"):
-            turn, images = world.from_file, demos["image"]
-            stored = isinstance(images, Pictures)
-            demos["image"] = Pictures(images.episodes, turn) if stored else turn(images)
         unknown = [text for text in demos["instructions"] if text not in envs.instructions]
         if unknown:
             raise UserError(
@@ -584,7 +582,8 @@ def _concatenate(parts: list[dict]) -> dict:
             shapes = " and ".join(map(str, sorted(shapes)))
             raise UserError(f"The files of --demos have {key} of shapes {shapes}; give files of one kind.")
         if isinstance(columns[0], Pictures):
-            whole[key] = Pictures([episode for pictures in columns for episode in pictures.episodes])
+            episodes = [episode for pictures in columns for episode in pictures.episodes]
+            whole[key] = Pictures(episodes, columns[0].frame)
         else:
             whole[key] = np.concatenate(columns)
     tasks = [np.array([instructions.index(t) for t in p["instructions"]])[p["task"]] for p in parts]

@@ -9,8 +9,8 @@ critic of the policy reads (D: a large model's last hidden state at the prompt's
 enters the layers), and the proprioception (P). It is evaluated in the data's world, or --env, through the
 same encoder. `--features-of actions` takes the hidden states of all action slots instead (K*A*D), and
 `--features-dim N` the N principal components of either. One decision changes little of an episode's return,
-hence the temperature: advantages of tabletop's shaped rewards are hundredths. Of HDF5 files those pictures are
-read, as they are encoded, that a decision sees or leads to.
+hence the temperature: advantages of tabletop's shaped rewards are hundredths. Of a file's pictures those that
+a decision sees or leads to are read, as they are encoded.
 
 One step of such a data set is a decision, as in `ppo_vla.py`: an action is a whole chunk, K*A numbers, those
 that the world ignores left out, which is executed open loop; its reward is the sum over the chunk, and
