@@ -312,7 +312,8 @@ def test_expert_demonstrations_and_replay(assets, tmp_path):
     assert solved and 90 < len(seen) < 200
     demos = load_demonstrations(tmp_path / "soup_demo.hdf5")
     for key in ("image", "proprio"):
-        turned = demos[key][:, :, ::-1, ::-1] if key == "image" else demos[key]
+        turned = np.asarray(demos[key])
+        turned = turned[:, :, ::-1, ::-1] if key == "image" else turned
         assert np.array_equal(turned, np.stack([obs[key] for obs in seen]))
     assert set(np.unique(demos["actions"][:, 6])) == {-1, 1}
     hands = demos["proprio"][:, 6] - demos["proprio"][:, 7]  # m between the fingers
