@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import tracemalloc
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -387,16 +388,34 @@ def test_the_console_says_what_was_read_and_that_pictures_differ(tmp_path, capsy
     assert "warning" not in capsys.readouterr().out
 
 
-def test_pictures_of_several_files_stay_in_them(tmp_path):
-    """And are read, turned as the world shows them, when they are asked for, in any order."""
+def folder_of_libero(tmp_path, size):
+    """Arguments and environments, as far as they are needed to read demonstrations of one camera."""
     box = gymnasium.spaces.Box
-    spaces = {"image": box(0, 255, (1, 8, 6, 3), np.uint8), "proprio": box(-9, 9, (8,), np.float32)}
+    spaces = {"image": box(0, 255, (1, *size, 3), np.uint8), "proprio": box(-9, 9, (8,), np.float32)}
     envs = SimpleNamespace(
         single_observation_space=spaces, single_action_space=box(-1, 1, (7,)),
         instructions=["lift the red cube"],
     )  # fmt: skip
     args = SimpleNamespace(env="libero", demos=str(tmp_path), num_demos=9, demos_filter="all")
-    args.action_history, args.cameras, whole = 0, ("agentview",), []
+    args.action_history, args.cameras = 0, ("agentview",)
+    return args, envs
+
+
+def test_memory_holds_the_pictures_of_several_files_once(tmp_path):
+    args, envs = folder_of_libero(tmp_path, (128, 128))
+    for name in "abc":
+        write(tmp_path / f"{name}.hdf5", [True] * 8, [10] * 8, size=(128, 128))
+    training_demonstrations(args, envs)  # imports
+    tracemalloc.start()
+    images = np.asarray(training_demonstrations(args, envs)["image"])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert images.shape == (240, 1, 128, 128, 3) and images.nbytes < peak < 1.3 * images.nbytes
+
+
+def test_pictures_of_several_files_stay_in_them(tmp_path):
+    """And are read, turned as the world shows them, when they are asked for, in any order."""
+    (args, envs), whole = folder_of_libero(tmp_path, (8, 6)), []
     for name, lengths in (("a", [3, 1]), ("b", [2, 5, 4])):
         write(tmp_path / f"{name}.hdf5", [True] * len(lengths), lengths, size=(8, 6))
         with h5py.File(tmp_path / f"{name}.hdf5") as file:
