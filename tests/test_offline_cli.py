@@ -598,7 +598,13 @@ def test_cql_asks_its_critics_in_pieces(tmp_path, home, monkeypatch):
 # --- compiled and in half precision
 
 
-def test_half_precision(tmp_path, whole):
+@pytest.fixture
+def bfloat16(monkeypatch):
+    """No CPU is told that it has none."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+
+
+def test_half_precision(tmp_path, whole, bfloat16):
     script, flags, folder = whole
     run(script, flags, f"--eval-episodes 0 --output-dir {tmp_path} --run-name r --bf16")
     a, b = (load_checkpoint(path)["agent"] for path in (folder, tmp_path / "r"))
@@ -624,7 +630,7 @@ def compare_compiled(tmp_path, home, script, extra=""):
         (cql, "--target-gap 1 --max-backup --min-penalty -9 --bf16", 1),
     ],
 )  # fmt: skip
-def test_an_update_is_traced_whole(tmp_path, home, graphs, script, flags, count):
+def test_an_update_is_traced_whole(tmp_path, home, graphs, bfloat16, script, flags, count):
     """One graph for each of its variants, with the numbers of the update that is not traced."""
     compare_compiled(tmp_path, home, script, flags)
     assert len(graphs) == count
